@@ -1,0 +1,55 @@
+"""The errors that qjax raises on purpose, all under one root.
+
+Each message names the thing (file, tensor, field, value) and what would work instead. Each type also derives
+from the built-in error that a caller who has never heard of qjax would expect.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class QjaxError(Exception):
+    """Root of all errors that qjax raises on purpose."""
+
+
+class CheckpointError(QjaxError, ValueError):
+    """A checkpoint is damaged, incomplete or contradicts itself.
+
+    Attributes:
+      file: path of the file at fault, or None.
+      field: name of the metadata key, header field or tensor at fault, or None.
+      offset: byte position in the file where it was found, or None.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        field: str | None = None,
+        offset: int | None = None,
+    ):
+        where = [] if file is None else [os.fspath(file)]
+        if field is not None:
+            # A hostile file chooses the names: keep them short and on one line.
+            shown = field if len(field) <= 120 else field[:117] + "..."
+            where.append(shown if shown.isprintable() else repr(shown))
+        if offset is not None:
+            where.append(f"at byte {offset}")
+        super().__init__(": ".join([", ".join(where), reason] if where else [reason]))
+        self.file = None if file is None else os.fspath(file)
+        self.field = field
+        self.offset = offset
+
+
+class UnsupportedError(QjaxError, NotImplementedError):
+    """A valid input asks for something that qjax does not do (yet)."""
+
+
+class RequestError(QjaxError, ValueError):
+    """A prompt or a sampling parameter is out of range, or cannot fit."""
+
+
+class DownloadError(QjaxError, OSError):
+    """A model could not be found or fetched; the message says what to do."""
