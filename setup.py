@@ -42,6 +42,9 @@ class BuildKernels(build_ext):
         in_place = self.inplace or self.editable_mode
         folder = (ROOT if in_place else Path(self.build_lib)) / NATIVE
         folder.mkdir(parents=True, exist_ok=True)
+        if not in_place:  # setuptools reuses its folder: an earlier build must not slip in
+            for stale in (*folder.glob("*.so"), *folder.glob("*.dylib")):
+                stale.unlink()
         try:
             self.library = load_builder().build(folder)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:

@@ -1,0 +1,51 @@
+"""How the suite runs: on the CPU unless asked, without the network, the same on every machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+OPTIONAL_MARKERS = {
+    "gpu": "needs a GPU: run with --gpu",
+    "peer": "needs another engine beside qjax: run with --peer",
+    "slow": "slow, or needs a real model: run with --slow",
+    "crosscompile": "lowers for a device that is not here: run with --crosscompile",
+}
+
+# Shared machines stall for seconds at a time, so no deadline; the same examples on every CI run.
+settings.register_profile(
+    "dev", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("qjax", "tests that are skipped unless asked for")
+    for name, reason in OPTIONAL_MARKERS.items():
+        group.addoption(f"--{name}", action="store_true", help=f"also run what {reason}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets what jax reads when it is first imported, which no test module has done yet."""
+    if not config.getoption("--gpu"):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    # Compiled programs are kept from run to run, out of the user's own cache.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax_compiled"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    # Nothing a test does may reach the hub; those that test downloads serve them from this machine.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for name, reason in OPTIONAL_MARKERS.items():
+            if item.get_closest_marker(name) and not config.getoption(f"--{name}"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of small checkpoints and references that other tools wrote."""
+    return Path(__file__).parent / "golden"
