@@ -1,0 +1,1 @@
+"""Layers: Flax modules that know neither checkpoint formats nor numeric types."""
