@@ -1,0 +1,85 @@
+"""Which implementation of an operation runs.
+
+Every operation lists its implementations in order of preference. One that cannot take a call says so while it
+is traced, by raising `NotImplementedError` with the reason, and the next one is tried. Somebody who names an
+implementation gets that one or an error, never another.
+
+The choice is made when a call is traced: a function that is already compiled keeps the implementation it was
+compiled with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+ENVIRONMENT_VARIABLE = "QJAX_IMPLEMENTATION"
+
+Implementations = Sequence[tuple[str, Callable[..., Any]]]
+
+_named: ContextVar[str | None] = ContextVar("implementation", default=None)
+_chosen: dict[str, tuple[str, dict[str, str]]] = {}
+
+
+def named() -> str | None:
+    """The implementation asked for by `use` or by the environment variable, or None for the first that fits."""
+    return _named.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+@contextmanager
+def use(implementation: str | None) -> Iterator[None]:
+    """Names the implementation of every operation traced inside the block; None lifts the naming."""
+    token = _named.set(implementation)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def chosen() -> dict[str, tuple[str, dict[str, str]]]:
+    """What ran so far: operation -> (implementation, {implementation that refused: its reason})."""
+    return dict(_chosen)
+
+
+def call(
+    op: str,
+    implementations: Implementations,
+    *args: Any,
+    implementation: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Calls the first implementation that takes these arguments.
+
+    Args:
+      op: name under which the choice is recorded, see `chosen`.
+      implementations: (name, function) pairs, the preferred one first.
+      implementation: run this one only; else the one of `named`; else try all in order.
+
+    Raises:
+      NotImplementedError: none fits (all reasons are listed), or the named one refuses.
+      ValueError: the operation has no implementation of that name.
+    """
+    wanted = implementation or named()
+    if wanted is not None:
+        implementations = [pair for pair in implementations if pair[0] == wanted] or _unknown(
+            op, wanted, implementations
+        )
+    refused: dict[str, str] = {}
+    for name, function in implementations:
+        try:
+            result = function(*args, **kwargs)
+        except NotImplementedError as error:
+            refused[name] = str(error)
+            continue
+        _chosen[op] = (name, refused)
+        return result
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    raise NotImplementedError(f"{op}: no implementation takes this call ({reasons})")
+
+
+def _unknown(op: str, wanted: str, implementations: Implementations) -> Implementations:
+    names = ", ".join(name for name, _ in implementations)
+    raise ValueError(f"{op}: no implementation named {wanted!r}; there are: {names}")

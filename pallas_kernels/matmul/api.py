@@ -1,0 +1,157 @@
+"""The one entry to quantized matrix products: checks the call, then dispatches it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import dispatch
+from pallas_kernels.matmul import native, ref, xla
+from pallas_kernels.matmul.spec import CANONICAL, WeightSpec
+
+IMPLEMENTATIONS: dispatch.Implementations = (
+    ("native", native.matmul),
+    ("xla", xla.matmul),
+    ("ref", ref.matmul),
+)
+ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATION_DTYPES = ("float32", "bfloat16", "int8")
+
+Weight = tuple[WeightSpec, jax.Array]
+
+
+def matmul(
+    x: jax.Array,
+    weights: Sequence[Weight],
+    *,
+    norm: jax.Array | None = None,
+    norm_eps: float = 0.0,
+    biases: Sequence[jax.Array | None] | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+    post_norm: jax.Array | None = None,
+    activation_dtype: str = "float32",
+    num_rows: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """y_i = x @ w_i.T for several weights that share one input, with prologue and epilogue.
+
+    In this order: RMSNorm of x, rounding of x, products, biases, gate, RMSNorm of y, residual.
+
+    Args:
+      x: float32 [T, K].
+      weights: (spec, uint8 array) pairs, all with the same K; types and N may differ.
+      norm: float32 [K]. x becomes x * rsqrt(mean(x^2) + norm_eps) * norm first (RMSNorm, arXiv 1910.07467).
+      norm_eps: of `norm` and of `post_norm`.
+      biases: float32 [N_i] or None for each weight.
+      activation: "silu" or "gelu_tanh" (the tanh approximation of arXiv 1606.08415). The weights are then
+        two, gate and up, and the one output is act(gate) * up.
+      residual: float32 [T, N], added last; one output only.
+      post_norm: float32 [N], RMSNorm of the output before the residual; one output only.
+      activation_dtype: what the (normed) x is rounded to before the product: "float32" not at all;
+        "bfloat16"; "int8" in blocks of 32 along K with scale absmax / 127. Weights are never rounded and
+        sums are float32.
+      num_rows: int32 [1]. Rows from num_rows[0] on are padding: their outputs are unspecified.
+      implementation: "native", "xla" or "ref"; None for the first that takes the call.
+
+    Returns:
+      One float32 [T, N_i] a weight, or one [T, N] with `activation`.
+
+    Raises:
+      ValueError: the arguments contradict each other or the shapes.
+      NotImplementedError: no implementation, or not the named one, takes the call.
+    """
+    weights = tuple(weights)
+    biases = tuple(biases) if biases is not None else (None,) * len(weights)
+    _check(x, weights, norm, biases, activation, residual, post_norm, activation_dtype, num_rows)
+    return dispatch.call(
+        "matmul " + "+".join(spec.qtype for spec, _ in weights),
+        IMPLEMENTATIONS,
+        x,
+        weights,
+        norm=norm,
+        norm_eps=norm_eps,
+        biases=biases,
+        activation=activation,
+        residual=residual,
+        post_norm=post_norm,
+        activation_dtype=activation_dtype,
+        num_rows=num_rows,
+        implementation=implementation,
+    )
+
+
+def prepare(spec: WeightSpec, qvalue: np.ndarray) -> tuple[WeightSpec, Any]:
+    """Lays a canonical weight out as the implementation that will run on this machine likes it.
+
+    Args:
+      spec: of the canonical weight.
+      qvalue: numpy uint8 [N, row_bytes].
+
+    Returns:
+      The new spec and array; the arguments themselves where canonical is best. `unprepare` undoes it exactly.
+    """
+    if spec.layout != CANONICAL or dispatch.named() not in (None, "native"):
+        return spec, qvalue
+    return native.prepare(spec, qvalue) or (spec, qvalue)
+
+
+def unprepare(spec: WeightSpec, qvalue: Any) -> tuple[WeightSpec, Any]:
+    """The canonical weight that `prepare` was given."""
+    return (spec, qvalue) if spec.layout == CANONICAL else native.unprepare(spec, qvalue)
+
+
+def _check(
+    x: jax.Array,
+    weights: tuple[Weight, ...],
+    norm: jax.Array | None,
+    biases: tuple[jax.Array | None, ...],
+    activation: str | None,
+    residual: jax.Array | None,
+    post_norm: jax.Array | None,
+    activation_dtype: str,
+    num_rows: jax.Array | None,
+) -> None:
+    """Raises ValueError where the arguments of `matmul` do not belong together."""
+    if not weights or len(biases) != len(weights):
+        raise ValueError(f"matmul: {len(weights)} weights with {len(biases)} biases")
+    if activation_dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"activation_dtype {activation_dtype!r} is none of {ACTIVATION_DTYPES}")
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}, expected (T, K)")
+    rows, k = x.shape
+    _check_array("x", x, (rows, k))
+    for spec, qvalue in weights:
+        if spec.shape[1] != k:
+            raise ValueError(f"weight {spec.shape} does not fit x {x.shape}: K differs")
+        if qvalue.dtype != jnp.uint8:
+            raise ValueError(f"{spec.qtype} weight: raw blocks are uint8, got {qvalue.dtype}")
+        if spec.layout == CANONICAL and qvalue.shape != spec.canonical_shape:
+            raise ValueError(
+                f"{spec.qtype} weight {spec.shape}: bytes have shape {qvalue.shape}, "
+                f"expected {spec.canonical_shape}"
+            )
+    for (spec, _), bias in zip(weights, biases, strict=True):
+        _check_array("bias", bias, spec.shape[:1])
+    _check_array("norm", norm, (k,))
+    n = weights[0][0].shape[0]
+    if activation is not None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is none of {ACTIVATIONS}")
+        if [spec.shape[0] for spec, _ in weights] != [n, n]:
+            raise ValueError(f"{activation} takes two weights, gate and up, of equal N")
+    if (residual is not None or post_norm is not None) and len(weights) > 1 and activation is None:
+        raise ValueError("residual and post_norm need one output")
+    _check_array("residual", residual, (rows, n))
+    _check_array("post_norm", post_norm, (n,))
+    if num_rows is not None and (num_rows.shape != (1,) or num_rows.dtype != jnp.int32):
+        raise ValueError(f"num_rows is {num_rows.dtype} {num_rows.shape}, expected int32 (1,)")
+
+
+def _check_array(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
+    if array is not None and (array.shape != shape or array.dtype != jnp.float32):
+        raise ValueError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")

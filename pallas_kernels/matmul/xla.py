@@ -1,0 +1,95 @@
+"""The portable implementation: dequantize, then a float32 dot, as XLA likes it.
+
+XLA on a CPU never fuses decoding into a dot but writes the decoded weight out. Large weights therefore go
+through `lax.map` a block of rows at a time, small enough that the decoded block stays in the cache.
+A dot with one row takes a slower path of the compiler than one with two, and sums in another order: one row
+is padded to two, so that a row's result does not depend on how many others there are beside it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import unpack
+from pallas_kernels.matmul.spec import WeightSpec, require_canonical
+
+BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: about the second-level cache of a core
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+def matmul(
+    x: jax.Array,
+    weights: tuple[tuple[WeightSpec, jax.Array], ...],
+    *,
+    norm: jax.Array | None,
+    norm_eps: float,
+    biases: tuple[jax.Array | None, ...],
+    activation: str | None,
+    residual: jax.Array | None,
+    post_norm: jax.Array | None,
+    activation_dtype: str,
+    num_rows: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """See `pallas_kernels.matmul.api.matmul`. Padding rows are computed like the others."""
+    for spec, _ in weights:
+        require_canonical(spec)
+    if norm is not None:
+        x = _rms_norm(x, norm, norm_eps)
+    x = _round(x, activation_dtype)
+    rows = x.shape[0]
+    if rows == 1:
+        x = jnp.concatenate([x, jnp.zeros_like(x)])
+    outputs = tuple(_product(x, spec, qvalue)[:rows] for spec, qvalue in weights)
+    outputs = tuple(y if b is None else y + b for y, b in zip(outputs, biases, strict=True))
+    if activation is not None:
+        gate, up = outputs
+        outputs = (_ACTIVATIONS[activation](gate) * up,)
+    if post_norm is not None:
+        outputs = (_rms_norm(outputs[0], post_norm, norm_eps),)
+    if residual is not None:
+        outputs = (residual + outputs[0],)
+    return outputs
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def _round(x: jax.Array, activation_dtype: str) -> jax.Array:
+    """float32 [T, K] -> the nearest values that `activation_dtype` can hold, still as float32."""
+    if activation_dtype == "float32":
+        return x
+    if activation_dtype == "bfloat16":
+        # A cast there and back may be optimized away; this may not.
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    rows, k = x.shape
+    groups = jnp.pad(x, ((0, 0), (0, -k % 32))).reshape(rows, -1, 32)
+    scale = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / 127
+    codes = jnp.round(groups / jnp.where(scale == 0, 1, scale))
+    return (codes * scale).reshape(rows, -1)[:, :k]
+
+
+def _product(x: jax.Array, spec: WeightSpec, qvalue: jax.Array) -> jax.Array:
+    """x [T, K] times the decoded weight [N, K], transposed: float32 [T, N]."""
+    n, k = spec.shape
+    block = max(1, BLOCK_ELEMENTS // k)
+    if n <= block:
+        return _dot(x, unpack.dequantize(qvalue, spec.qtype))
+
+    def rows_from(start: jax.Array) -> jax.Array:
+        raw = lax.dynamic_slice_in_dim(qvalue, start, block)
+        return _dot(x, unpack.dequantize(raw, spec.qtype))
+
+    # The last block is moved back so as to end with the weight; what it repeats is cut off.
+    starts = jnp.minimum(jnp.arange(0, n, block), n - block)
+    blocks = lax.map(rows_from, starts)  # [blocks, T, block]
+    last = n - (len(starts) - 1) * block
+    body = jnp.moveaxis(blocks[:-1], 0, 1).reshape(x.shape[0], n - last)
+    return jnp.concatenate([body, blocks[-1, :, block - last :]], axis=-1)
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
