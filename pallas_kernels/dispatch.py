@@ -1,11 +1,11 @@
 """Which implementation of an operation runs.
 
-Every operation lists its implementations in order of preference. One that cannot take a call says so while it
-is traced, by raising `NotImplementedError` with the reason, and the next one is tried. Somebody who names an
-implementation gets that one or an error, never another.
+Every operation lists its implementations in order of preference. One that cannot take a call says
+so while it is traced, by raising `NotImplementedError` with the reason, and the next one is tried.
+Somebody who names an implementation gets that one or an error, never another.
 
-The choice is made when a call is traced: a function that is already compiled keeps the implementation it was
-compiled with.
+The choice is made when a call is traced: a function that is already compiled keeps the
+implementation it was compiled with.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _chosen: dict[str, tuple[str, dict[str, str]]] = {}
 
 
 def named() -> str | None:
-    """The implementation asked for by `use` or by the environment variable, or None for the first that fits."""
+    """The implementation asked for by `use` or the environment, or None for the first that fits."""
     return _named.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 @contextmanager
 def use(implementation: str | None) -> Iterator[None]:
-    """Names the implementation of every operation traced inside the block; None lifts the naming."""
+    """Names the implementation of all operations traced inside the block; None lifts a naming."""
     token = _named.set(implementation)
     try:
         yield

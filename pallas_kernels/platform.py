@@ -1,4 +1,4 @@
-"""What the kernels run on. Asked at trace time only, since the answer is baked into the traced program."""
+"""What the kernels run on. Asked while tracing: the answer is baked into the program."""
 
 from __future__ import annotations
 

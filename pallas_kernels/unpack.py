@@ -1,9 +1,10 @@
 """Decoding of raw weight blocks: bytes in, float32 out.
 
-The layouts are those of GGUF (ggml block types, little-endian). A row of K elements is K / elements blocks of
-`bytes` bytes, see `BLOCKS`. All products below are exact in float32 (at most 24 significant bits) or rounded
-once, so the result does not depend on whether a compiler fuses multiply and add: it equals the reference
-decoder of the `gguf` package bit for bit, on numpy arrays as on traced jax arrays.
+The layouts are those of GGUF (ggml block types, little-endian). A row of K elements is K /
+elements blocks of `bytes` bytes, see `BLOCKS`. All products below are exact in float32 (at most 24
+significant bits) or rounded once, so the result does not depend on whether a compiler fuses
+multiply and add: it equals the reference decoder of the `gguf` package bit for bit, on numpy
+arrays as on traced jax arrays.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Array = Any  # numpy or jax array
 
 
 def row_bytes(qtype: str, k: int) -> int:
-    """Bytes of a row of `k` elements. Raises ValueError where `k` is not a whole number of blocks."""
+    """Bytes of a row of `k` elements; ValueError where `k` is not a whole number of blocks."""
     elements, size = BLOCKS[qtype]
     if k % elements:
         raise ValueError(f"{qtype} rows hold blocks of {elements} elements: {k} is not a multiple")

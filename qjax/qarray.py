@@ -47,7 +47,8 @@ class QArray:
     """A quantized or plain weight of N outputs and K inputs; a pytree.
 
     Attributes:
-      qvalue: the codes. For block types uint8 [..., N, row_bytes], raw blocks; leading axes are experts.
+      qvalue: the codes. For block types uint8 [..., N, row_bytes], raw blocks; leading axes are
+        experts.
       qtype: key of `QTYPES`.
       shape: logical (N, K), without leading axes.
       scale, zero_point: None for block types, which carry their own.
@@ -56,8 +57,8 @@ class QArray:
       layout: "canonical", or the tiling private to the kernel whose `prepare` made it.
 
     Raises:
-      ValueError: the fields contradict each other. (Arrays are checked only where they are uint8 arrays:
-      jax also fills pytrees with placeholders.)
+      ValueError: the fields contradict each other. (Arrays are checked only where they are uint8,
+        since jax also fills pytrees with placeholders.)
     """
 
     qvalue: Any
@@ -77,8 +78,8 @@ class QArray:
         if self.scale is not None or self.zero_point is not None:
             raise ValueError(f"QArray: {self.qtype} blocks carry their own scales and zero points")
         if isinstance(self.aux, dict) and not self.aux.keys() <= AUX_KEYS:
-            unknown = ", ".join(sorted(self.aux.keys() - AUX_KEYS))
-            raise ValueError(f"QArray: aux keys {unknown} are none of {', '.join(sorted(AUX_KEYS))}")
+            unknown, known = sorted(self.aux.keys() - AUX_KEYS), sorted(AUX_KEYS)
+            raise ValueError(f"QArray: aux keys {unknown} are none of {known}")
         is_raw = getattr(self.qvalue, "dtype", None) == np.uint8
         expected = WeightSpec(self.qtype, self.shape).canonical_shape
         if is_raw and self.layout == CANONICAL and self.qvalue.shape[-2:] != expected:
@@ -89,20 +90,26 @@ class QArray:
 
     @classmethod
     def from_dense(cls, weight: np.ndarray) -> QArray:
-        """Wraps a float32, float16 or bfloat16 array [..., N, K] without copying it where it is contiguous.
+        """Wraps a float32, float16 or bfloat16 array [..., N, K] without copying it where it is
+        contiguous.
 
         Raises:
           UnsupportedError: another dtype.
         """
         names = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
         if weight.dtype.name not in names:
-            raise UnsupportedError(f"a dense weight of dtype {weight.dtype}; works: {', '.join(names)}")
+            known = ", ".join(names)
+            raise UnsupportedError(f"a dense weight of dtype {weight.dtype}; these work: {known}")
         raw = np.ascontiguousarray(weight).view(np.uint8)
         return cls(raw, names[weight.dtype.name], (weight.shape[-2], weight.shape[-1]))
 
     @property
     def spec(self) -> WeightSpec:
-        """The kernels' static description. Raises UnsupportedError for what no kernel computes yet."""
+        """The kernels' static description.
+
+        Raises:
+          UnsupportedError: no kernel computes such a weight yet.
+        """
         if self.aux or self.act is not None:
             extra = ", ".join([*sorted(self.aux), *(["act"] if self.act else [])])
             raise UnsupportedError(f"no kernel computes {self.qtype} weights with {extra}")

@@ -1,4 +1,4 @@
-"""Products of activations with quantized weights, with the operations that surround them fused in."""
+"""Products of activations with quantized weights, with the operations around them fused in."""
 
 from pallas_kernels.matmul.api import WeightSpec, matmul, prepare, unprepare
 

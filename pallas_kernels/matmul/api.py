@@ -45,16 +45,17 @@ def matmul(
     Args:
       x: float32 [T, K].
       weights: (spec, uint8 array) pairs, all with the same K; types and N may differ.
-      norm: float32 [K]. x becomes x * rsqrt(mean(x^2) + norm_eps) * norm first (RMSNorm, arXiv 1910.07467).
+      norm: float32 [K]. x becomes x * rsqrt(mean(x^2) + norm_eps) * norm first (RMSNorm, arXiv
+        1910.07467).
       norm_eps: of `norm` and of `post_norm`.
       biases: float32 [N_i] or None for each weight.
-      activation: "silu" or "gelu_tanh" (the tanh approximation of arXiv 1606.08415). The weights are then
-        two, gate and up, and the one output is act(gate) * up.
+      activation: "silu" or "gelu_tanh" (the tanh approximation of arXiv 1606.08415). The weights
+        are then two, gate and up, and the one output is act(gate) * up.
       residual: float32 [T, N], added last; one output only.
       post_norm: float32 [N], RMSNorm of the output before the residual; one output only.
       activation_dtype: what the (normed) x is rounded to before the product: "float32" not at all;
-        "bfloat16"; "int8" in blocks of 32 along K with scale absmax / 127. Weights are never rounded and
-        sums are float32.
+        "bfloat16"; "int8" in blocks of 32 along K with scale absmax / 127. Weights are never
+        rounded and sums are float32.
       num_rows: int32 [1]. Rows from num_rows[0] on are padding: their outputs are unspecified.
       implementation: "native", "xla" or "ref"; None for the first that takes the call.
 
@@ -93,7 +94,8 @@ def prepare(spec: WeightSpec, qvalue: np.ndarray) -> tuple[WeightSpec, Any]:
       qvalue: numpy uint8 [N, row_bytes].
 
     Returns:
-      The new spec and array; the arguments themselves where canonical is best. `unprepare` undoes it exactly.
+      The new spec and array; the arguments themselves where canonical is best. `unprepare` undoes
+      it exactly.
     """
     if spec.layout != CANONICAL or dispatch.named() not in (None, "native"):
         return spec, qvalue

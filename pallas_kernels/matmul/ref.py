@@ -1,7 +1,7 @@
 """The oracle: what a quantized matrix product means, in plain float32.
 
-It shares no code with the other implementations, the decoder included: `decode` states for every type where
-the bits of element e of a block lie, and gathers them.
+It shares no code with the other implementations, the decoder included: `decode` states for every
+type where the bits of element e of a block lie, and gathers them.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ class WeightSpec:
     Attributes:
       qtype: key of `unpack.BLOCKS`.
       shape: logical (N, K): N outputs, K inputs.
-      layout: "canonical" (uint8 [N, row_bytes], rows of raw blocks), or the name of the private tiling of
-        one implementation, which its `prepare` makes and its `unprepare` undoes.
+      layout: "canonical" (uint8 [N, row_bytes], rows of raw blocks), or the name of the private
+        tiling of one implementation, which its `prepare` makes and its `unprepare` undoes.
     """
 
     qtype: str

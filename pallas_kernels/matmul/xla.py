@@ -1,9 +1,10 @@
 """The portable implementation: dequantize, then a float32 dot, as XLA likes it.
 
-XLA on a CPU never fuses decoding into a dot but writes the decoded weight out. Large weights therefore go
-through `lax.map` a block of rows at a time, small enough that the decoded block stays in the cache.
-A dot with one row takes a slower path of the compiler than one with two, and sums in another order: one row
-is padded to two, so that a row's result does not depend on how many others there are beside it.
+XLA on a CPU never fuses decoding into a dot but writes the decoded weight out. Large weights
+therefore go through `lax.map` a block of rows at a time, small enough that the decoded block stays
+in the cache. A dot with one row takes a slower path of the compiler than one with two, and sums in
+another order: one row is padded to two, so that a row's result does not depend on how many others
+there are beside it.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def linear(
     Args:
       x: float32 [T, K].
       w: one weight, or a tuple of weights.
-      batch: says how activations may be rounded (`numerics`), and how many rows of x are not padding where
-        x has one row a token.
+      batch: says how activations may be rounded (`numerics`), and how many rows of x are not
+        padding where x has one row a token.
       norm: float32 [K], RMSNorm of x first.
       norm_eps: of `norm` and `post_norm`.
       bias: float32 [N]; a tuple of these or None where w is a tuple.
