@@ -1,7 +1,7 @@
 """The errors that qjax raises on purpose, all under one root.
 
-Each message names the thing (file, tensor, field, value) and what would work instead. Each type also derives
-from the built-in error that a caller who has never heard of qjax would expect.
+Each message names the thing (file, tensor, field, value) and what would work instead. Each type
+also derives from the built-in error that a caller who has never heard of qjax would expect.
 """
 
 from __future__ import annotations

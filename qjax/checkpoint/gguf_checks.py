@@ -1,7 +1,8 @@
 """What GGUF metadata must satisfy for a model to be built from it, beyond being well-formed.
 
-Loaders index tables with these values (token ids, layer counts, head counts), so they are held against each
-other once, where the file is read. Keys that a file lacks are no fault here: whoever needs one says so.
+Loaders index tables with these values (token ids, layer counts, head counts), so they are held
+against each other once, where the file is read. Keys that a file lacks are no fault here: whoever
+needs one says so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _LARGEST_SIZE = (1 << 31) - 1
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BYTE_TYPE = 6
 
-# Keys below "<architecture>.": sizes, positive integers (or one for each layer where the file has an array).
+# Keys below "<architecture>.": sizes, positive integers (or one for each layer where the file has
+# an array).
 _SIZES = (
     "block_count",
     "context_length",
@@ -82,7 +84,8 @@ def _check_architecture(metadata: dict[str, Any], architecture: str, fail) -> No
         found = value(name)
         if found is None:
             continue
-        # Hybrid models give heads and widths for each layer; a layer without attention has zero there.
+        # Hybrid models give heads and widths for each layer; a layer without attention has zero
+        # there.
         per_layer = isinstance(found, np.ndarray) and found.size > 0
         numbers = found if per_layer else np.asarray(found)
         if numbers.dtype.kind not in "iu":

@@ -1,8 +1,9 @@
 """Reads GGUF files: versions 2 and 3, little-endian, in one piece or split into several.
 
-The layout is that of the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md). Every count and length
-is held against the bytes that are left before anything of its size is made, so a hostile header costs no more
-than an honest one; every fault is one `CheckpointError` that names file, field and offset.
+The layout is that of the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md). Every count
+and length is held against the bytes that are left before anything of its size is made, so a hostile
+header costs no more than an honest one; every fault is one `CheckpointError` that names file, field
+and offset.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ _SCALARS = {
 }
 _U16_TYPE, _U32_TYPE = 2, 4
 
-# The smallest entry that each count can announce, in bytes: key length, one letter, type, one byte of value;
-# and name length, one letter, number of dimensions, one dimension, type, offset.
+# The smallest entry that each count can announce, in bytes: key length, one letter, type, one byte
+# of value; and name length, one letter, number of dimensions, one dimension, type, offset.
 _SMALLEST_VALUE = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
-# Far above any real file, and low enough that a file full of the smallest entries is refused at once.
+# Far above any real file, and low enough to refuse a file full of the smallest entries at once.
 _MOST_ENTRIES = 1 << 16
 _MOST_STRINGS = 1 << 22
 _LARGEST_ALIGNMENT = 1 << 20
@@ -98,16 +99,17 @@ class GGUFFile(TensorFiles):
     """An open GGUF file, or all files of a split one.
 
     Attributes:
-      metadata: key -> int, float, bool, str, list of str, or a numpy array for an array of numbers. Of a
-        split file, those of its first part.
-      tensors: name -> TensorRecord; shapes are in numpy order, so a matrix is (N, K) with K contiguous.
+      metadata: key -> int, float, bool, str, list of str, or a numpy array for an array of numbers.
+        Of a split file, those of its first part.
+      tensors: name -> TensorRecord; shapes are in numpy order, so a matrix is (N, K) with K
+        contiguous.
     """
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """Opens a GGUF file: parses and checks the header, maps the tensors without reading them.
 
-    Of a split file ("name-00001-of-00003.gguf"), any part may be named; the others must lie beside it.
+    Of a split file ("name-00001-of-00003.gguf"), any part may be named; the others lie beside it.
 
     Raises:
       CheckpointError: the file is damaged, cut short, contradicts itself, or a part is missing.
@@ -244,7 +246,7 @@ class _Header:
         return np.frombuffer(data, dtype)
 
     def read_strings(self, key: str, count: int) -> list[str]:
-        # A vocabulary has up to 262,144 entries and stands before the first token: no calls in this loop.
+        # A vocabulary has up to 262,144 entries, and they stand before the first token: inlined.
         buffer, size, unpack = self.buffer, self.size, _U64.unpack_from
         end = self.position
         items: list[str] = []
@@ -277,8 +279,8 @@ class _Header:
             record = self.read_tensor(name)
             if record.offset != expected:
                 self.fail(
-                    f"data offset {record.offset} should be {expected}, the padded end of the tensor "
-                    "before it",
+                    f"data offset {record.offset} should be {expected}, "
+                    "the padded end of the tensor before it",
                     name,
                     self.position - 8,
                 )

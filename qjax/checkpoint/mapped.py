@@ -1,11 +1,12 @@
 """Tensors that lie in memory-mapped files: what the GGUF and safetensors readers have in common.
 
-Nothing is read until a tensor is asked for, and nothing is copied then: a tensor is a read-only numpy view of
-the page cache. `release` gives the pages back once a tensor has been used.
+Nothing is read until a tensor is asked for, and nothing is copied then: a tensor is a read-only
+numpy view of the page cache. `release` gives the pages back once a tensor has been used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import stat
@@ -39,7 +40,8 @@ class TensorRecord:
 
     Attributes:
       name: as the file has it.
-      qtype: element or block type in lower case, such as "f32", "bf16", "f8_e4m3", "q4_k", "iq2_xxs".
+      qtype: element or block type in lower case, such as "f32", "bf16", "f8_e4m3", "q4_k",
+        "iq2_xxs".
       shape: logical shape in numpy order, the contiguous axis last.
       file: path of the file.
       offset: first byte, counted from the start of the file.
@@ -81,7 +83,7 @@ def map_file(path: str | os.PathLike[str], smallest: int) -> mmap.mmap:
 
 
 class TensorFiles:
-    """The tensors of one checkpoint, in one or several mapped files. Use as a context manager, or `close`.
+    """The tensors of one checkpoint, in one or several mapped files; a context manager.
 
     Attributes:
       path: the file (the first, of several) or folder that was opened.
@@ -110,9 +112,10 @@ class TensorFiles:
             ) from None
 
     def raw(self, name: str) -> np.ndarray:
-        """Stored bytes of a tensor: a read-only uint8 view [*shape[:-1], bytes per row], nothing copied.
+        """Stored bytes of a tensor: a read-only uint8 view [*shape[:-1], bytes per row].
 
-        Sub-byte types whose rows do not end at a byte come flat. Raises CheckpointError for an unknown name.
+        Sub-byte types whose rows do not end at a byte come flat. Raises CheckpointError for an
+        unknown name.
         """
         record = self._record(name)
         data = np.frombuffer(self._maps[record.file], np.uint8, record.nbytes, record.offset)
@@ -125,12 +128,13 @@ class TensorFiles:
         """A tensor of a plain element type as a read-only view of its shape, nothing copied.
 
         Raises:
-          UnsupportedError: the tensor is stored in blocks or in elements of less than a byte: use `raw`.
+          UnsupportedError: the tensor is stored in blocks or in elements of less than a byte: use
+            `raw`.
         """
         record = self._record(name)
         if record.qtype not in _VIEWS:
             raise UnsupportedError(
-                f"{record.file}, {name}: {record.qtype} is not a plain element type; read it with raw()"
+                f"{record.file}, {name}: {record.qtype} is not a plain element type; use raw()"
             )
         dtype = _dtype(_VIEWS[record.qtype])
         count = record.nbytes // dtype.itemsize
@@ -138,7 +142,9 @@ class TensorFiles:
         return data.reshape(record.shape)
 
     def release(self, name: str) -> None:
-        """Tells the system that the pages of this tensor are not needed now; views of it stay valid."""
+        """Tells the system that the pages of this tensor are not needed now; views of it stay
+        valid.
+        """
         record = self._record(name)
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
@@ -162,10 +168,8 @@ class TensorFiles:
 def close_maps(maps: Iterable[mmap.mmap]) -> None:
     """Unmaps every map that no array looks into."""
     for mapped in maps:
-        try:
+        with contextlib.suppress(BufferError):
             mapped.close()
-        except BufferError:
-            pass
 
 
 def _dtype(name: str) -> np.dtype:
