@@ -20,7 +20,7 @@ NATIVE = Path("pallas_kernels", "native")
 
 
 def load_builder() -> ModuleType:
-    """pallas_kernels/native/build.py by its path: the package cannot be imported before it is built."""
+    """build.py by its path: the package cannot be imported before it is installed."""
     spec = importlib.util.spec_from_file_location("native_build", ROOT / NATIVE / "build.py")
     assert spec is not None
     assert spec.loader is not None
