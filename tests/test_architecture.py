@@ -65,6 +65,8 @@ MAY_IMPORT = {
 # Single modules that a floor may import from a floor it may not import as a whole.
 ALSO = {
     "base": ["pallas_kernels.unpack", "pallas_kernels.matmul.spec"],
+    "running": ["pallas_kernels.dispatch"],  # which implementation was named, and which ran
+    "api": ["pallas_kernels.dispatch"],
 }
 
 # Libraries beyond the standard one that the lowest floors may use.
