@@ -103,12 +103,18 @@ class ModelConfig:
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
 
-def model_config(config: Mapping[str, Any], *, file: str | None = None) -> ModelConfig:
+def model_config(
+    config: Mapping[str, Any],
+    *,
+    file: str | None = None,
+    shown: Mapping[str, str] | None = None,
+) -> ModelConfig:
     """Reads a Hugging Face config dict, of transformers 4 or 5.
 
     Args:
       config: the parsed `config.json`.
       file: its path, for error messages.
+      shown: names of fields in error messages where the file has other names for them.
 
     Raises:
       CheckpointError: a field is missing, of the wrong type, out of range, or contradicts another.
@@ -126,7 +132,7 @@ def model_config(config: Mapping[str, Any], *, file: str | None = None) -> Model
             f"{file or 'config'}: model_type {model_type!r:.80} is not supported; supported are "
             + ", ".join(MODEL_TYPES)
         )
-    fields = Fields(outer.values, file, outer.prefix, _DEFAULTS.get(model_type, {}))
+    fields = Fields(outer.values, file, outer.prefix, _DEFAULTS.get(model_type, {}), shown or {})
     gemma = model_type in ("gemma2", "gemma3_text")
     _refuse_variants(fields)
 

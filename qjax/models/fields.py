@@ -18,12 +18,20 @@ class Fields:
     """A mapping whose getters raise `CheckpointError` with the file and the full name of the field.
 
     A missing key and a null are the same thing: the default, or an error where there is none.
+
+    Attributes:
+      values: the section.
+      file: its file, for messages.
+      prefix: what stands before the names of its fields in messages.
+      defaults: values of fields that the section lacks.
+      shown: names of fields in messages where the file has other names for them.
     """
 
     values: Mapping[str, Any]
     file: str | None = None
     prefix: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    shown: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if not isinstance(self.values, Mapping):
@@ -36,7 +44,8 @@ class Fields:
         return self.values.get(name) is not None
 
     def error(self, name: str, reason: str) -> CheckpointError:
-        return CheckpointError(reason, file=self.file, field=self.prefix + name)
+        shown = self.shown.get(name, self.prefix + name)
+        return CheckpointError(reason, file=self.file, field=shown)
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         value = self.values.get(name)

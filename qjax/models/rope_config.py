@@ -40,7 +40,8 @@ def read_rope(
             f"supported are {', '.join(ROPE_TYPES)}"
         )
     source = params if "partial_rotary_factor" in params else fields
-    rotary_dim = int(head_dim * source.number("partial_rotary_factor", 0, 1, 1.0))
+    # The small addition keeps 100 * (29 / 100) from becoming 28.
+    rotary_dim = int(head_dim * source.number("partial_rotary_factor", 0, 1, 1.0) + 1e-6)
     if rotary_dim < 2 or rotary_dim % 2:
         raise source.error(
             "partial_rotary_factor", f"rotates {rotary_dim} dimensions: not an even number"
