@@ -1,0 +1,208 @@
+"""`qjax.load` and `qjax.generate`: a checkpoint in, text out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from qjax.engine.block_manager import BlockManager
+from qjax.engine.engine import BLOCK_SIZE, Engine, check_request, model_len, peak_memory
+from qjax.engine.request import GenerationResult, Request
+from qjax.engine.sampling_params import SamplingParams
+from qjax.errors import RequestError
+from qjax.kv_cache import bytes_per_token
+from qjax.params import Params
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+MAX_NUM_SEQS = 32
+# Past this, sequences wait for pages instead of the cache growing.
+CACHE_BYTES = 1 << 30
+
+
+def load(source: str | PathLike[str] = "smollm2-135m", **options: Any) -> Params:
+    """Loads a model.
+
+    Args:
+      source: a built-in name ("smollm2-135m", "gemma3-270m"), a GGUF file, a folder of safetensors,
+        or "org/name" or "org/name:Q4_K_M" on the Hugging Face hub.
+      options: see `qjax.checkpoint.loader.load`.
+
+    Raises:
+      CheckpointError: the files are damaged or do not fit together.
+      DownloadError: the name is unknown, or it cannot be fetched.
+      UnsupportedError: the model is of a kind that qjax does not run.
+    """
+    from qjax.checkpoint import loader
+    from qjax.engine import compile_cache
+
+    compile_cache.enable()
+    return loader.load(source, **options)
+
+
+def generate(
+    params: Params,
+    prompt: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | None = None,
+    *,
+    numerics: str = "fast",
+    stream: bool = False,
+    max_model_len: int | None = None,
+    **sampling: Any,
+) -> Any:
+    """Generates text.
+
+    Of a model's generation_config.json only the end-of-sequence tokens apply: decoding is greedy
+    unless asked otherwise. `**qjax.sampling_defaults(params)` asks for the model's own settings.
+
+    Args:
+      params: from `qjax.load`.
+      prompt: a string (completed as it is), a list of messages {"role", "content"} (put through the
+        model's chat template), a list of token ids, or a list of any of these.
+      sampling_params: or, instead, its fields as keywords: `max_tokens=64, temperature=0.8`.
+      numerics: "fast" rounds activations to int8 in prompts and to bfloat16 in decoding, with a
+        bfloat16 cache; "exact" computes in float32 throughout. Weights stay as they are in both.
+      stream: give an iterator of pieces of text, whose `result` is set at its end; one prompt only.
+      max_model_len: most tokens of prompt and output; None for the model's own limit.
+
+    Returns:
+      A GenerationResult, or a list of them for n > 1; for a list of prompts, a list of these.
+
+    Raises:
+      RequestError: a prompt or a parameter is out of range.
+    """
+    if sampling_params is not None and sampling:
+        raise RequestError("give sampling_params or keywords, not both.")
+    if sampling_params is None:
+        sampling_params = SamplingParams.of(**sampling)
+    single = is_single(prompt)
+    if stream and (not single or sampling_params.n > 1):
+        raise RequestError("stream=True takes one prompt and n=1.")
+    prompts = [encode(params, one) for one in ([prompt] if single else prompt)]
+    engine = engine_for(
+        params,
+        prompts,
+        sampling_params,
+        numerics=numerics,
+        max_model_len=max_model_len,
+    )
+    groups = [
+        [engine.add(ids, sampling_params, sample) for sample in range(sampling_params.n)]
+        for ids in prompts
+    ]
+    if stream:
+        return TextStream(engine, groups[0][0])
+    while engine.busy:
+        engine.step()
+    peak = peak_memory()
+    results = [[request.result(peak) for request in group] for group in groups]
+    found = [group[0] if sampling_params.n == 1 else group for group in results]
+    return found[0] if single else found
+
+
+class TextStream(Iterator[str]):
+    """The text of one request, piece by piece; `result` is set when it is exhausted or closed."""
+
+    def __init__(self, engine: Engine, request: Request):
+        self.result: GenerationResult | None = None
+        self._engine = engine
+        self._request = request
+
+    def __next__(self) -> str:
+        while self.result is None:
+            if self._request.finish_reason is not None:
+                self.close()
+            else:
+                self._engine.step()
+            if piece := self._request.text.take():
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the generation here."""
+        self._engine.abort(self._request)
+        self.result = self._request.result(peak_memory())
+
+
+def sampling_defaults(params: Params) -> dict[str, Any]:
+    """The sampling parameters that the model's generation_config.json recommends.
+
+    For `qjax.generate(params, prompt, **qjax.sampling_defaults(params))`. Empty for a model that
+    says nothing, or that asks for greedy decoding (`do_sample: false`).
+    """
+    config = params.generation_config or {}
+    if config.get("do_sample") is False:
+        return {}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    found = {name: config[name] for name in names if config.get(name) is not None}
+    # transformers samples at temperature 1 where only do_sample is given.
+    return {"temperature": 1.0} | found if found or config.get("do_sample") else {}
+
+
+def is_single(prompt: Any) -> bool:
+    """Whether this is one prompt, rather than a list of prompts."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, Sequence) and not hasattr(prompt, "tolist"):
+        raise RequestError(
+            "prompt must be a string, a list of messages, a list of token ids or a list of "
+            f"these, got {type(prompt).__name__}."
+        )
+    if len(prompt) == 0:
+        raise RequestError("prompt is empty: give at least one token.")
+    return not isinstance(prompt[0], str) and (
+        isinstance(prompt[0], Mapping) or not hasattr(prompt[0], "__len__")
+    )
+
+
+def encode(params: Params, prompt: Any) -> tuple[int, ...]:
+    """The token ids of one prompt."""
+    tokenizer = params.tokenizer
+    if isinstance(prompt, str):
+        if not prompt:
+            raise RequestError("prompt is empty: give at least one token.")
+        return tuple(tokenizer.encode(prompt))
+    if not is_single(prompt):
+        raise RequestError("a list of prompts may not hold another list of prompts.")
+    if isinstance(prompt[0], Mapping):
+        if not tokenizer.has_chat_template:
+            raise RequestError(
+                "this model has no chat template: give the prompt as a string, to be completed."
+            )
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+    try:
+        if any(isinstance(token, bool) for token in prompt):
+            raise TypeError
+        return tuple(token.__index__() for token in prompt)
+    except (AttributeError, TypeError):
+        raise RequestError("a prompt of token ids must hold integers only.") from None
+
+
+def engine_for(
+    params: Params,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: SamplingParams,
+    *,
+    numerics: str = "fast",
+    max_model_len: int | None = None,
+) -> Engine:
+    """An engine just large enough for these prompts, in one of a few sizes."""
+    limit = model_len(params, max_model_len)
+    lengths = []
+    for ids in prompts:
+        check_request(ids, sampling, params, limit)
+        room = limit - len(ids)
+        lengths += [len(ids) + min(room, sampling.max_tokens or room)] * sampling.n
+    blocks_for = BlockManager(0, BLOCK_SIZE).blocks_for
+    need = sorted((blocks_for(length) for length in lengths), reverse=True)
+    wanted = sum(need[:MAX_NUM_SEQS])
+    affordable = CACHE_BYTES // (BLOCK_SIZE * bytes_per_token(params.config, "bfloat16"))
+    num_blocks = max(need[0], min(wanted, affordable))
+    return Engine(
+        params,
+        num_blocks=1 << max(4, (num_blocks - 1).bit_length()),
+        max_num_seqs=min(len(lengths), MAX_NUM_SEQS),
+        max_model_len=limit,
+        numerics=numerics,
+    )

@@ -1,0 +1,12 @@
+"""Running models: requests in, tokens out, many sequences at a time.
+
+- `sampling_params`: what a caller may ask for, checked
+- `request`: one sequence on its way through, and the text it has produced
+- `block_manager`: which pages of the cache are free
+- `scheduler`: which sequences run in the next step
+- `batch`: the arrays of one step, padded to a few sizes
+- `step`: the step itself: one pure function
+- `runner`: compiled steps, the cache, and what stays on the device between steps
+- `engine`: the loop
+- `compile_cache`: programs kept on disk
+"""

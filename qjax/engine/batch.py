@@ -1,0 +1,144 @@
+"""The arrays of one step, built on the host and padded to a few sizes so that little is compiled.
+
+Rows and tokens past the real ones are padding: native kernels skip them, and they write nothing.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qjax.engine.request import Request
+from qjax.engine.scheduler import Plan
+from qjax.engine.step import StepSpec
+from qjax.kv_cache import Batch
+from qjax.sampler import SamplingRows
+
+DECODE_ROWS = (1, 8, 32, 128)
+PREFILL_TOKENS = (64, 512, 2048)
+PREFILL_ROWS = (1, 32)
+BLOCK_TABLE_WIDTHS = tuple(4**i for i in range(2, 13))
+STOP_IDS = 8
+
+
+def bucket(sizes: Sequence[int], need: int) -> int:
+    """The smallest of the rising `sizes` that holds `need`; `need` itself if none does."""
+    return next((size for size in sizes if size >= need), need)
+
+
+def padded_shape(plan: Plan) -> tuple[int, int]:
+    """(tokens T, rows S) of the arrays for a plan."""
+    rows = len(plan.requests)
+    if not plan.prefill:
+        return (bucket(DECODE_ROWS, rows),) * 2
+    return bucket(PREFILL_TOKENS, sum(plan.counts)), bucket(PREFILL_ROWS, rows)
+
+
+def step_spec(plan: Plan) -> StepSpec:
+    """The least that the step must do for these requests."""
+    params = [request.params for request in plan.requests]
+    return StepSpec(
+        prefill=plan.prefill,
+        greedy=all(p.greedy for p in params),
+        penalties=any(p.penalized for p in params),
+        bias=any(p.logit_bias or p.allowed_token_ids or p.min_tokens for p in params),
+        logprobs=any(p.logprobs is not None for p in params),
+        prompt_logprobs=plan.prefill and any(p.prompt_logprobs is not None for p in params),
+    )
+
+
+def make_batch(plan: Plan, width: int, numerics: str) -> Batch:
+    """Where each token of the step stands, and in which pages its sequence lives.
+
+    The plan's tokens are already counted in `num_computed`. `width` is that of the block table.
+    """
+    tokens, rows = padded_shape(plan)
+    positions = np.zeros(tokens, np.int32)
+    query_start_loc = np.full(rows + 1, sum(plan.counts), np.int32)
+    seq_lens = np.zeros(rows, np.int32)
+    block_table = np.zeros((rows, width), np.int32)
+    start = 0
+    for i, (request, count) in enumerate(zip(plan.requests, plan.counts, strict=True)):
+        end = request.num_computed
+        positions[start : start + count] = np.arange(end - count, end)
+        query_start_loc[i] = start
+        seq_lens[i] = end
+        block_table[i, : len(request.blocks)] = request.blocks
+        start += count
+    return Batch(positions, query_start_loc, seq_lens, block_table, numerics=numerics)
+
+
+def make_tokens(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a prefill step and, for logprobs of the prompt, the tokens that follow them.
+
+    Returns:
+      tokens, targets: int32 [T]. The target of a sequence's last known token is 0.
+    """
+    tokens, targets = np.zeros((2, padded_shape(plan)[0]), np.int32)
+    start = 0
+    for request, count in zip(plan.requests, plan.counts, strict=True):
+        ids, end = request.known_ids, request.num_computed
+        tokens[start : start + count] = ids[end - count : end]
+        following = ids[end - count + 1 : end + 1]
+        targets[start : start + len(following)] = following
+        start += count
+    return tokens, targets
+
+
+def make_slots(plan: Plan, num_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which rows of the engine's state the sequences own.
+
+    Returns:
+      slot: int32 [S], `num_slots` for padding. emits: bool [S], whether the sequence gets a token
+      from this step (not so within a chunked prompt). prompt_len: int32 [S].
+    """
+    rows = padded_shape(plan)[1]
+    slot = np.full(rows, num_slots, np.int32)
+    emits = np.zeros(rows, bool)
+    prompt_len = np.zeros(rows, np.int32)
+    for i, request in enumerate(plan.requests):
+        slot[i] = request.slot
+        emits[i] = not request.wants_prefill
+        prompt_len[i] = len(request.prompt_ids)
+    return slot, emits, prompt_len
+
+
+def make_rows(plan: Plan, spec: StepSpec, vocab_size: int) -> SamplingRows:
+    """The sampling parameters of the plan's requests; greedy and neutral for padding."""
+    count = padded_shape(plan)[1]
+    params = [request.params for request in plan.requests]
+
+    def column(name: str, neutral: float, dtype=np.float32) -> np.ndarray:
+        values = np.full(count, neutral, dtype)
+        values[: len(params)] = [getattr(p, name) for p in params]
+        return values
+
+    key = np.zeros((count, 2), np.uint32)
+    key[: len(params)] = [request.key for request in plan.requests]
+    return SamplingRows(
+        key=key,
+        temperature=column("temperature", 0),
+        top_k=column("top_k", 0, np.int32),
+        top_p=column("top_p", 1),
+        min_p=column("min_p", 0),
+        presence=column("presence_penalty", 0),
+        frequency=column("frequency_penalty", 0),
+        repetition=column("repetition_penalty", 1),
+        **(_biases(plan.requests, count, vocab_size) if spec.bias else {}),
+    )
+
+
+def _biases(requests: Sequence[Request], count: int, vocab_size: int) -> dict[str, np.ndarray]:
+    bias = np.zeros((count, vocab_size), np.float32)
+    min_length = np.zeros(count, np.int32)
+    stops = [sorted({*r.eos_ids, *r.params.stop_token_ids}) for r in requests]
+    stop_ids = np.full((count, max(STOP_IDS, *map(len, stops))), vocab_size, np.int32)
+    for i, request in enumerate(requests):
+        params = request.params
+        if params.allowed_token_ids is not None:
+            bias[i] = -np.inf
+            bias[i, list(params.allowed_token_ids)] = 0
+        for token, value in (params.logit_bias or {}).items():
+            bias[i, token] += value
+        stop_ids[i, : len(stops[i])] = stops[i]
+        min_length[i] = len(request.prompt_ids) + params.min_tokens
+    return {"bias": bias, "stop_ids": stop_ids, "min_length": min_length}

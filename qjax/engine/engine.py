@@ -1,0 +1,242 @@
+"""The loop: plan a step, send it to the device, and meanwhile read the step before it."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from qjax.engine.batch import BLOCK_TABLE_WIDTHS, PREFILL_ROWS, bucket
+from qjax.engine.block_manager import BlockManager
+from qjax.engine.request import Logprob, OutputText, Request
+from qjax.engine.runner import Runner
+from qjax.engine.sampling_params import SamplingParams
+from qjax.engine.scheduler import Plan, Scheduler
+from qjax.engine.step import StepOutput
+from qjax.errors import RequestError
+from qjax.params import Params
+from qjax.sampler import TokenLogprobs
+
+BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A step on the device, as things stood when it was sent: `ends[i]` tokens of `requests[i]`
+    went in so far, and `emits[i]` says whether it gets a token."""
+
+    plan: Plan
+    ends: list[int]
+    emits: list[bool]
+    output: StepOutput
+
+
+class Engine:
+    """Continuous batching: sequences join and leave between steps.
+
+    Args:
+      params: a loaded model.
+      num_blocks: pages of the cache, `block_size` tokens each.
+      max_num_seqs: most sequences that run at a time.
+      max_model_len: most tokens of a sequence, prompt and output; None for the model's own limit.
+      max_num_batched_tokens: longer prompts are cut into chunks of this many tokens.
+      numerics: "fast" or "exact", see `qjax.generate`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        num_blocks: int,
+        block_size: int = BLOCK_SIZE,
+        max_num_seqs: int = 32,
+        max_model_len: int | None = None,
+        max_num_batched_tokens: int = 2048,
+        numerics: str = "fast",
+    ):
+        self.params = params
+        self.max_model_len = model_len(params, max_model_len)
+        self._eos_ids = eos_ids(params)
+        self.scheduler = Scheduler(
+            BlockManager(num_blocks, block_size),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_prefill_seqs=PREFILL_ROWS[-1],
+        )
+        widest = min(num_blocks, -(-self.max_model_len // block_size))
+        self.runner = Runner(
+            params.config,
+            params.tree,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            table_width=bucket(BLOCK_TABLE_WIDTHS, widest),
+            numerics=numerics,
+        )
+        self._pending: _Sent | None = None
+
+    def add(self, prompt_ids: tuple[int, ...], params: SamplingParams, sample: int = 0) -> Request:
+        """Queues a prompt. `sample` tells the n samples of one prompt apart.
+
+        Raises:
+          RequestError: the prompt is empty or too long, or a token id is not in the vocabulary.
+        """
+        check_request(prompt_ids, params, self.params, self.max_model_len)
+        room = self.max_model_len - len(prompt_ids)
+        max_tokens = min(room, params.max_tokens or room)
+        blocks = self.scheduler.blocks
+        if blocks.blocks_for(len(prompt_ids) + max_tokens) > blocks.num_blocks:
+            held = blocks.num_blocks * blocks.block_size
+            raise RequestError(
+                f"prompt of {len(prompt_ids)} tokens and max_tokens of {max_tokens} do not fit "
+                f"the cache, which holds {held} tokens: shorten them or make the cache larger."
+            )
+        entropy = None if params.seed is None else [params.seed, sample]
+        request = Request(
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            text=OutputText(self.params.tokenizer, params),
+            eos_ids=self._eos_ids,
+            max_tokens=max_tokens,
+            key=np.random.SeedSequence(entropy).generate_state(2),
+        )
+        self.scheduler.add(request)
+        return request
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running or self._pending)
+
+    def step(self) -> list[Request]:
+        """Sends one step to the device and reads the one before.
+
+        Returns:
+          The requests that got a token; the finished ones have a `finish_reason`.
+        """
+        plan = self.scheduler.schedule(may_preempt=self._pending is None)
+        if plan is None:
+            return self._read()
+        changed: list[Request] = []
+        prepared = self.runner.prepare(plan)
+        if plan.prefill and (then := [r for r in plan.requests if r.wants_decode]):
+            # What follows compiles while this runs.
+            self.runner.prepare(Plan(False, tuple(then), (1,) * len(then)))
+        if not prepared.program.done():
+            # Hand out what there is before waiting for the compiler.
+            changed = self._read()
+        output = self.runner.run(prepared)
+        now = self._clock()
+        for request in plan.requests:
+            request.started = request.started or now
+        changed += self._read()
+        ends = [request.num_computed for request in plan.requests]
+        emits = [not request.wants_prefill for request in plan.requests]
+        self._pending = _Sent(plan, ends, emits, output)
+        return changed
+
+    def abort(self, request: Request) -> None:
+        """Ends a request early; its pages are free at once."""
+        if request.finish_reason is None:
+            request.finish("abort")
+            self.scheduler.release(request)
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self.runner.compile_seconds
+
+    def _read(self) -> list[Request]:
+        """Waits for the pending step and hands out its tokens."""
+        if self._pending is None:
+            return []
+        sent, self._pending = self._pending, None
+        plan, output = sent.plan, sent.output
+        tokens, logprobs, prompt_logprobs = jax.device_get(
+            (output.tokens, output.logprobs, output.prompt_logprobs)
+        )
+        now = self._clock()
+        changed = []
+        for row, request in enumerate(plan.requests):
+            if request.finish_reason is not None:
+                continue  # its end was seen only after this step had been sent
+            if request.params.prompt_logprobs is not None and prompt_logprobs is not None:
+                self._add_prompt_logprobs(request, prompt_logprobs, sent.ends[0] - plan.counts[0])
+            if not sent.emits[row]:
+                continue
+            token = int(tokens[row])
+            if request.params.logprobs is not None:
+                entry = self._entry(logprobs, row, token, request.params.logprobs)
+                request.logprobs.append(entry)
+            request.receive(token, now)
+            changed.append(request)
+            if request.finish_reason is not None:
+                self.scheduler.release(request)
+        return changed
+
+    def _add_prompt_logprobs(self, request: Request, found: TokenLogprobs, start: int) -> None:
+        """`found` is of the tokens after position `start`; such a request is alone in its step."""
+        done = request.prompt_logprobs
+        # One that was sent back to wait comes again with tokens whose logprobs are here already.
+        for position in range(len(done), min(len(request.prompt_ids), start + len(found.rank) + 1)):
+            token = request.prompt_ids[position]
+            k = request.params.prompt_logprobs
+            done.append(self._entry(found, position - start - 1, token, k))
+
+    def _entry(self, found: TokenLogprobs, row: int, token: int, k: int) -> dict[int, Logprob]:
+        """{token: Logprob}: the token itself and the k likeliest ones."""
+        decode = self.params.tokenizer.decode
+        chosen = [(token, float(found.chosen[row]), int(found.rank[row]))]
+        others = [(int(found.top_ids[row, i]), float(found.top[row, i]), i + 1) for i in range(k)]
+        entry: dict[int, Logprob] = {}
+        for other, logprob, rank in chosen + others:
+            if other not in entry:
+                text = decode([other], skip_special_tokens=False)
+                entry[other] = Logprob(logprob, rank, text)
+        return entry
+
+
+def model_len(params: Params, asked: int | None) -> int:
+    """The most tokens of a sequence: what was asked for, at most what the model was made for."""
+    limit = params.config.max_position_embeddings
+    if asked is not None and not 1 <= asked <= limit:
+        raise RequestError(f"max_model_len must be in [1, {limit}], got {asked}.")
+    return asked or limit
+
+
+def eos_ids(params: Params) -> frozenset[int]:
+    """End-of-sequence tokens by the tokenizer and by generation_config.json."""
+    more = (params.generation_config or {}).get("eos_token_id")
+    more = [] if more is None else [more] if isinstance(more, int) else more
+    return frozenset(params.tokenizer.eos_ids) | frozenset(more)
+
+
+def check_request(
+    prompt_ids: tuple[int, ...], params: SamplingParams, model: Params, max_model_len: int
+) -> None:
+    """Raises RequestError for what SamplingParams alone cannot know to be wrong."""
+    vocab_size = model.config.vocab_size
+    if not prompt_ids:
+        raise RequestError("prompt is empty: give at least one token.")
+    if len(prompt_ids) >= max_model_len:
+        raise RequestError(
+            f"prompt has {len(prompt_ids)} tokens, but the context holds {max_model_len} with at "
+            f"least one token to generate: shorten the prompt to {max_model_len - 1} tokens."
+        )
+    named = {
+        "prompt": prompt_ids,
+        "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "logit_bias": params.logit_bias or (),
+    }
+    for name, ids in named.items():
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"{name} has token id {token}, but ids must be in [0, {vocab_size})."
+                )
+
+
+def peak_memory() -> int:
+    """Most resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

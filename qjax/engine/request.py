@@ -1,0 +1,201 @@
+"""One sequence on its way through the engine, and the text that it has produced."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from qjax.engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural logarithm of a token's probability, its rank (1 = likeliest), and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What one sequence came to. Prints as its text.
+
+    Attributes:
+      text: the generated text, without special tokens, cut at the stop string.
+      token_ids: the generated tokens, with the one that ended the sequence.
+      finish_reason: "stop" (end-of-sequence token, stop token or stop string), "length"
+        (max_tokens, or the context is full) or "abort".
+      stop_reason: the stop string or stop token id; None for the model's own end of sequence.
+      prompt_token_ids: the prompt as the model saw it.
+      logprobs: for each generated token {token id: Logprob}, the chosen token first, if asked.
+      prompt_logprobs: the same for the prompt, None for its first token, if asked.
+      prompt_tps, generation_tps: tokens per second of this sequence, compile time left out;
+        generation counts the tokens after the first.
+      peak_memory: most resident memory of this process so far, bytes.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    prompt_token_ids: tuple[int, ...]
+    logprobs: list[dict[int, Logprob]] | None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    prompt_tps: float
+    generation_tps: float
+    peak_memory: int
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class OutputText:
+    """Text from tokens, one at a time: finds stop strings and holds back what might become one.
+
+    Args:
+      tokenizer: gives `stream()`, which never cuts a UTF-8 character in half.
+      params: `stop`, `include_stop_str_in_output` and `skip_special_tokens` are read.
+    """
+
+    def __init__(self, tokenizer: Any, params: SamplingParams):
+        self.text = ""
+        self._params = params
+        self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens)
+        self._hold = max((len(stop) for stop in params.stop), default=1) - 1
+        self._taken = 0
+        self._ended = False
+
+    def push(self, token_id: int) -> None:
+        self.text += self._stream.push(token_id)
+
+    def find_stop(self, start: int) -> str | None:
+        """The stop string that comes first in text[start - hold:]; the text is cut there."""
+        begin = max(0, start - self._hold)
+        found = [(at, s) for s in self._params.stop if (at := self.text.find(s, begin)) >= 0]
+        if not found:
+            return None
+        at, stop = min(found)
+        self.text = self.text[: at + len(stop) * self._params.include_stop_str_in_output]
+        return stop
+
+    def flush(self) -> None:
+        """Shows an unfinished character as it is."""
+        self.text += self._stream.flush()
+
+    def end(self) -> None:
+        """No more tokens will come, so nothing needs to be held back."""
+        self._ended = True
+
+    def take(self) -> str:
+        """What may be shown by now and has not been taken yet."""
+        upto = len(self.text) if self._ended else max(self._taken, len(self.text) - self._hold)
+        piece = self.text[self._taken : upto]
+        self._taken = upto
+        return piece
+
+
+@dataclass(eq=False)
+class Request:
+    """A sequence in the engine.
+
+    Tokens are read from the device one step after they were sampled, so three counts differ:
+    `num_computed` tokens have been sent through the model, `num_sampled` tokens have been sampled
+    on the device, and `output_ids` are those read back. The first `prefill_target` tokens go in
+    as prefill; the others are decoded, each fed back on the device.
+    """
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    text: OutputText
+    eos_ids: frozenset[int]
+    max_tokens: int
+    key: np.ndarray  # uint32 [2], the request's own random key
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_sampled: int = 0
+    prefill_target: int = 0
+    blocks: list[int] = field(default_factory=list)
+    slot: int | None = None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    started: float = 0.0  # engine clock: first dispatch, first token, last token
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+    def __post_init__(self):
+        self.prefill_target = len(self.prompt_ids)
+
+    @property
+    def known_ids(self) -> tuple[int, ...]:
+        return (*self.prompt_ids, *self.output_ids)
+
+    @property
+    def wants_prefill(self) -> bool:
+        return self.num_computed < self.prefill_target
+
+    @property
+    def wants_decode(self) -> bool:
+        return not self.wants_prefill and self.num_sampled < self.max_tokens
+
+    def advance(self, count: int) -> None:
+        """`count` more tokens are on their way through the model."""
+        self.num_computed += count
+        self.num_sampled += not self.wants_prefill
+
+    def restart(self) -> None:
+        """Its pages are lost: all that is known goes through the model again."""
+        self.num_computed = 0
+        self.num_sampled = len(self.output_ids)
+        self.prefill_target = len(self.prompt_ids) + len(self.output_ids)
+
+    def receive(self, token_id: int, now: float) -> None:
+        """Takes the next sampled token and decides whether it ends the sequence."""
+        self.output_ids.append(token_id)
+        self.first_token = self.first_token or now
+        self.last_token = now
+        params = self.params
+        before = len(self.text.text)
+        armed = len(self.output_ids) > params.min_tokens
+        eos = token_id in self.eos_ids and not params.ignore_eos
+        if armed and (eos or token_id in params.stop_token_ids):
+            if params.include_stop_str_in_output:
+                self.text.push(token_id)
+            self.text.flush()
+            self.finish("stop", None if eos else token_id)
+            return
+        last = len(self.output_ids) >= self.max_tokens
+        self.text.push(token_id)
+        if last:
+            self.text.flush()
+        if armed and (stop := self.text.find_stop(before)) is not None:
+            self.finish("stop", stop)
+        elif last:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.text.end()
+
+    def result(self, peak_memory: int) -> GenerationResult:
+        prefill = self.first_token - self.started
+        decode = self.last_token - self.first_token
+        return GenerationResult(
+            text=self.text.text,
+            token_ids=tuple(self.output_ids),
+            finish_reason=self.finish_reason or "abort",
+            stop_reason=self.stop_reason,
+            prompt_token_ids=self.prompt_ids,
+            logprobs=self.logprobs if self.params.logprobs is not None else None,
+            prompt_logprobs=(
+                self.prompt_logprobs if self.params.prompt_logprobs is not None else None
+            ),
+            prompt_tps=len(self.prompt_ids) / prefill if prefill > 0 else 0.0,
+            generation_tps=(len(self.output_ids) - 1) / decode if decode > 0 else 0.0,
+            peak_memory=peak_memory,
+        )

@@ -1,0 +1,155 @@
+"""Compiled steps, the cache, and what stays on the device between steps."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from qjax.engine import batch as batches
+from qjax.engine.scheduler import Plan
+from qjax.engine.step import Rows, State, StepOutput, StepSpec, step
+from qjax.errors import RequestError
+from qjax.kv_cache import Batch, init_cache
+from qjax.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How activations are rounded before products with weights, and what the cache holds."""
+
+    prefill: str
+    decode: str
+    cache_dtype: Any
+
+
+# A prompt is bound by arithmetic, where int8 products pay; a decode step by memory, where 16-bit
+# activations cost nothing.
+NUMERICS = {
+    "fast": Numerics("int8", "bf16", jnp.bfloat16),
+    "exact": Numerics("exact", "exact", jnp.float32),
+}
+
+# Programs outlive the runner: a second `generate` with the same model and sizes compiles nothing.
+_programs: dict[tuple, Future] = {}
+_compilers = ThreadPoolExecutor(2, thread_name_prefix="compile")
+_tracing = Lock()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step that can be sent to the device as soon as its program is compiled."""
+
+    plan: Plan
+    args: list[Any]
+    program: Future
+
+
+class Runner:
+    """Runs plans on the device, without waiting for their results.
+
+    Args:
+      config, tree: the model.
+      num_blocks, block_size: of the paged cache.
+      max_num_seqs: number of slots.
+      table_width: most pages of one sequence.
+      numerics: a key of `NUMERICS`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tree: Any,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        table_width: int,
+        numerics: str,
+    ):
+        if numerics not in NUMERICS:
+            known = " or ".join(repr(name) for name in NUMERICS)
+            raise RequestError(f"numerics must be {known}, got {numerics!r}.")
+        self.config = config
+        self.tree = tree
+        self.num_slots = max_num_seqs
+        self.table_width = table_width
+        self.compile_seconds = 0.0  # time spent waiting for compilers
+        self._numerics = NUMERICS[numerics]
+        self._cache = init_cache(config, num_blocks, block_size, self._numerics.cache_dtype)
+        self._state = State(last=jnp.zeros(max_num_seqs, jnp.int32))
+        self._near: dict[tuple, Future] = {}
+        # The batch that the last decode step left on the device, and the plan that it continues.
+        self._decoding: tuple[tuple, Batch, Rows] | None = None
+
+    def prepare(self, plan: Plan) -> Prepared:
+        """The arrays of a step; its compiling starts in a thread if that is still to be done."""
+        spec, *args = self._arguments(plan)
+        shapes = (self._state.counts is None, *(x.shape for x in jax.tree.leaves(args)))
+        program = self._near.get((spec, shapes))
+        if program is None:
+            program = self._near[spec, shapes] = self._program(spec, args)
+        return Prepared(plan, args, program)
+
+    def run(self, prepared: Prepared) -> StepOutput:
+        """Sends a step to the device. Its tokens are on their way when this returns."""
+        start = time.perf_counter()
+        program = prepared.program.result()
+        self.compile_seconds += time.perf_counter() - start
+        plan, args = prepared.plan, prepared.args
+        output, self._cache, self._state, following = program(
+            self.tree, self._cache, self._state, *args
+        )
+        self._decoding = None if plan.prefill else (_identity(plan), following, args[-1])
+        return output
+
+    def _arguments(self, plan: Plan) -> tuple[StepSpec, Any, Any, Batch, Rows]:
+        spec = batches.step_spec(plan)
+        if spec.penalties and self._state.counts is None:
+            shape = self.num_slots, self.config.vocab_size
+            self._state = replace(
+                self._state, seen=jnp.zeros(shape, bool), counts=jnp.zeros(shape, jnp.int32)
+            )
+        if self._decoding is not None and self._decoding[0] == _identity(plan):
+            return spec, None, None, self._decoding[1], self._decoding[2]
+        numerics = self._numerics.prefill if plan.prefill else self._numerics.decode
+        batch = batches.make_batch(plan, self.table_width, numerics)
+        sampling = None if spec.plain else batches.make_rows(plan, spec, self.config.vocab_size)
+        rows = Rows(*batches.make_slots(plan, self.num_slots), sampling)
+        if not plan.prefill:
+            return spec, None, None, batch, jax.device_put(rows)
+        tokens, targets = batches.make_tokens(plan)
+        return spec, tokens, targets if spec.prompt_logprobs else None, batch, rows
+
+    def _program(self, spec: StepSpec, args: list[Any]) -> Future:
+        structs = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+            (self.tree, self._cache, self._state, *args),
+        )
+        leaves, structure = jax.tree.flatten(structs)
+        shapes = tuple((x.shape, x.dtype) for x in leaves)
+        key = self.config, spec, structure, shapes, dispatch.named()
+
+        def build() -> Any:
+            try:
+                # Tracing holds the interpreter anyway: in turns, the first asked for is first done.
+                with _tracing:
+                    lowered = step.lower(*structs, config=self.config, spec=spec)
+                return lowered.compile()
+            except BaseException:
+                del _programs[key]
+                raise
+
+        if key not in _programs:
+            _programs[key] = _compilers.submit(copy_context().run, build)
+        return _programs[key]
+
+
+def _identity(plan: Plan) -> tuple:
+    """Equal for two decode plans if the second merely continues the first."""
+    return plan.prefill, tuple((request, len(request.blocks)) for request in plan.requests)

@@ -1,0 +1,160 @@
+"""One step of the engine as a pure function: tokens through the model, one new token a sequence.
+
+Prefill, chunked prefill and decode are the same function. Decode takes its tokens from the state
+that the step before left on the device, and returns the next step's batch, so that decoding moves
+nothing to the device and waits for nothing from it.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax import sampler
+from qjax.engine.sampling_params import MAX_LOGPROBS
+from qjax.kv_cache import Batch
+from qjax.models import functional
+from qjax.models.config import ModelConfig
+from qjax.sampler import SamplingRows, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What a step must do; each combination is one compiled program for each shape."""
+
+    prefill: bool
+    greedy: bool = True
+    penalties: bool = False
+    bias: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tokens depend on the logits alone."""
+        return self.greedy and not self.penalties and not self.bias
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What stays on the device for each slot from step to step.
+
+    Attributes:
+      last: int32 [slots], the newest token.
+      seen: bool [slots, V], tokens of the prompt; None until some request has penalties.
+      counts: int32 [slots, V], how often each token was generated; None likewise.
+    """
+
+    last: jax.Array
+    seen: jax.Array | None = None
+    counts: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """What a step knows of its sequences beside the batch, see `batch.make_slots`."""
+
+    slot: jax.Array
+    emits: jax.Array
+    prompt_len: jax.Array
+    sampling: SamplingRows | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """tokens: int32 [S]; logprobs: of them, or None; prompt_logprobs: of T targets, or None."""
+
+    tokens: jax.Array
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: TokenLogprobs | None
+
+
+@partial(jax.jit, static_argnames=("config", "spec"), donate_argnames=("cache", "state"))
+def step(
+    tree: Any,
+    cache: Any,
+    state: State,
+    tokens: jax.Array | None,
+    targets: jax.Array | None,
+    batch: Batch,
+    rows: Rows,
+    *,
+    config: ModelConfig,
+    spec: StepSpec,
+) -> tuple[StepOutput, Any, State, Batch | None]:
+    """Runs the model on a batch and picks the next token of each sequence.
+
+    Args:
+      tree: the model's weights. cache: its paged cache; donated. state: donated.
+      tokens: int32 [T]; None for decode, which takes each sequence's newest token.
+      targets: int32 [T], the tokens that follow; only for logprobs of the prompt.
+    Returns:
+      (output, cache, state, batch of the next decode step, or None after prefill).
+    """
+    if not spec.prefill:
+        tokens = state.last.at[rows.slot].get(mode="clip")
+    hidden, cache = functional.run(config, tree, tokens, batch, cache)
+    prompt_logprobs = None
+    if spec.prompt_logprobs:
+        logits = functional.logits(config, tree, hidden, batch)
+        prompt_logprobs = sampler.token_logprobs(logits, targets, MAX_LOGPROBS)
+    if spec.prefill:
+        hidden = hidden[jnp.maximum(batch.query_start_loc[1:] - 1, 0)]
+    logits = functional.logits(config, tree, hidden, batch)
+
+    if spec.penalties and spec.prefill:
+        state = _count_prompt(state, tokens, batch, rows)
+    picked = _pick(logits, state, batch, rows, spec)
+    logprobs = sampler.token_logprobs(logits, picked, MAX_LOGPROBS) if spec.logprobs else None
+
+    emitting = jnp.where(rows.emits, rows.slot, state.last.shape[0])
+    state = replace(state, last=state.last.at[emitting].set(picked, mode="drop"))
+    if spec.penalties:
+        counts = state.counts.at[emitting, picked].add(1, mode="drop")
+        state = replace(state, counts=counts)
+    following = None
+    if not spec.prefill:
+        following = replace(
+            batch,
+            positions=batch.positions + 1,
+            seq_lens=batch.seq_lens + (batch.seq_lens > 0),
+        )
+    return StepOutput(picked, logprobs, prompt_logprobs), cache, state, following
+
+
+def _pick(logits: jax.Array, state: State, batch: Batch, rows: Rows, spec: StepSpec) -> jax.Array:
+    if spec.plain:
+        return sampler.greedy(logits)
+    # The new token stands right after the tokens so far.
+    positions = batch.seq_lens
+    if spec.bias:
+        logits = sampler.add_bias(logits, rows.sampling, positions)
+    if spec.penalties:
+        seen = state.seen.at[rows.slot].get(mode="clip")
+        counts = state.counts.at[rows.slot].get(mode="clip")
+        logits = sampler.penalize(logits, rows.sampling, seen, counts)
+    if spec.greedy:
+        return sampler.greedy(logits)
+    return sampler.sample(logits, rows.sampling, positions)
+
+
+def _count_prompt(state: State, tokens: jax.Array, batch: Batch, rows: Rows) -> State:
+    """Enters a chunk's tokens: those of the prompt as seen, those generated before as counted."""
+    nowhere = state.last.shape[0]
+    starts, ends = batch.query_start_loc[:-1], batch.query_start_loc[1:]
+    fresh = jnp.where(batch.seq_lens == ends - starts, rows.slot, nowhere)
+    seen = state.seen.at[fresh].set(False, mode="drop")
+    counts = state.counts.at[fresh].set(0, mode="drop")
+
+    index = jnp.arange(tokens.shape[0])
+    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), ends.shape[0] - 1)
+    slot = jnp.where(index < ends[-1], rows.slot[row], nowhere)
+    generated = batch.positions >= rows.prompt_len[row]
+    seen = seen.at[jnp.where(generated, nowhere, slot), tokens].set(True, mode="drop")
+    counts = counts.at[jnp.where(generated, slot, nowhere), tokens].add(1, mode="drop")
+    return replace(state, seen=seen, counts=counts)
