@@ -44,7 +44,8 @@ def test_tables_equal_transformers(tables, case, which):
     tolerance = 1e-6 + 4e-7 * positions[:, None]
     for ours, name in ((cos, "cos"), (sin, "sin")):
         theirs = tables[f"{case}/{which}/{name}"]
-        assert ours.shape == theirs.shape and ours.dtype == jnp.float32
+        assert ours.shape == theirs.shape
+        assert ours.dtype == jnp.float32
         assert np.all(np.abs(ours - theirs) <= tolerance)
 
 
