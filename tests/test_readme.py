@@ -1,0 +1,108 @@
+"""Runs what the README tells a newcomer to run.
+
+Every fenced block of Python and every `qjax` command is run as written, with a tiny model standing
+in under the name of the built-in one, and, with --slow, with the real one where it is in the cache.
+The two install commands are what CI runs, and are compared with it instead.
+"""
+
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels.unpack import BLOCKS
+from qjax.checkpoint import builtin
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+INSTALL = "python -m pip install"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in line.split("&&")]
+
+
+QJAX_COMMANDS = [command for command in commands() if command.startswith("qjax ")]
+
+
+@pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
+def default_model(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    golden: Path,
+) -> None:
+    """Has the default model in the cache: a tiny one in a cache of its own, or the real one."""
+    name = builtin.DEFAULT
+    if request.param == "real":
+        if not builtin.cached_path(name).is_file():
+            pytest.skip(f"{name} is not in the cache: run `qjax pull {name}`")
+        return
+    file = golden / "gguf-Q4_1" / "model.gguf"
+    model = builtin.MODELS[name]
+    whole = replace(model.parts[0], nbytes=file.stat().st_size)
+    monkeypatch.setitem(builtin.MODELS, name, replace(model, parts=(whole,)))
+    monkeypatch.setenv("QJAX_CACHE", str(tmp_path))
+    builtin.cached_path(name).parent.mkdir(parents=True)
+    shutil.copy(file, builtin.cached_path(name))
+
+
+@pytest.mark.usefixtures("default_model")
+def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.usefixtures("default_model")
+@pytest.mark.parametrize("command", QJAX_COMMANDS)
+def test_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qjax.cli.main import main
+
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    code: object = None
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    output = capsys.readouterr()
+    assert not code, output.err
+    assert (output.out + output.err).strip()
+
+
+def test_every_command_is_covered() -> None:
+    others = [command for command in commands() if command not in QJAX_COMMANDS]
+    installs = [command for command in others if command.startswith(INSTALL)]
+    assert QJAX_COMMANDS
+    assert installs == [f"{INSTALL} -e .", f"{INSTALL} -e '.[dev]'"]
+    assert [command for command in others if command not in installs] == ["python -m pytest"]
+
+
+def test_weight_types_are_those_that_are_read() -> None:
+    row = re.search(r"^\| Weight types in GGUF \| (.+) \|$", README, re.MULTILINE)
+    assert row
+    assert {name.lower() for name in row.group(1).split(", ")} == set(BLOCKS)
+
+
+def test_ci_runs_the_test_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert f"{INSTALL} --quiet -e '.[dev]'" in script
+    assert script.rstrip().endswith("python -m pytest")
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
+    assert targets
+    assert all((ROOT / target).exists() for target in targets)
