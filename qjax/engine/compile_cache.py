@@ -1,17 +1,10 @@
 """Compiled programs kept on disk, so that only the first start ever pays for compiling."""
 
-import os
 import platform
 from hashlib import sha256
 from pathlib import Path
 
-
-def cache_folder() -> Path:
-    """Where qjax keeps things between runs: $QJAX_CACHE, else the user's cache folder."""
-    if folder := os.environ.get("QJAX_CACHE"):
-        return Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "qjax"
+from qjax.checkpoint.builtin import cache_folder
 
 
 def enable() -> None:

@@ -1,0 +1,160 @@
+"""How fast a model runs here: prompts of some lengths, decoding at some batch sizes.
+
+Decoding is held against the memory bandwidth measured in the same run, since what limits it is
+reading the weights, once a step, and the cache of each sequence.
+"""
+
+import csv
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+
+import jax
+import numpy as np
+
+from qjax.api import engine_for
+from qjax.engine.engine import Engine
+from qjax.engine.request import Request
+from qjax.engine.sampling_params import SamplingParams
+from qjax.kv_cache import bytes_per_token
+from qjax.params import Params
+
+# Long enough that a decode step is what a conversation would see, short enough to cost nothing.
+DECODE_PROMPT = 8
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One measurement.
+
+    Attributes:
+      test: "pp512" is a prompt of 512 tokens, "tg128" decoding of 128 tokens.
+      batch: sequences at a time.
+      tokens_per_second, sd: over all sequences; mean and standard deviation over the repeats.
+      compile_seconds: spent compiling, before the repeats and not part of them.
+      bandwidth: bytes/s that memory gives, measured beside it; 0 where it is not the limit.
+      bandwidth_share: bytes/s of weights and cache that decoding reads, as a fraction of it.
+    """
+
+    test: str
+    batch: int
+    tokens_per_second: float
+    sd: float
+    compile_seconds: float
+    bandwidth: float = 0.0
+    bandwidth_share: float = 0.0
+
+
+def run(
+    params: Params,
+    *,
+    prompt_lengths: Sequence[int] = (512, 2048),
+    generate: int = 128,
+    batches: Sequence[int] = (1, 8, 32),
+    repeats: int = 5,
+    numerics: str = "fast",
+) -> list[BenchRow]:
+    """Measures a model; token ids are random, and end-of-sequence tokens do not end anything."""
+    rows = []
+    for length in prompt_lengths:
+        rate, sd, compiling = _measure(params, length, 1, 1, repeats, numerics)
+        rows.append(BenchRow(f"pp{length}", 1, rate, sd, compiling))
+    for batch in batches if generate else ():
+        rate, sd, compiling = _measure(
+            params, DECODE_PROMPT, generate + 1, batch, repeats, numerics
+        )
+        bandwidth = memory_bandwidth()
+        context = DECODE_PROMPT + generate / 2
+        cached = context * bytes_per_token(params.config, "bfloat16") * (1 + (numerics == "exact"))
+        step_bytes = weight_bytes(params) + batch * cached
+        share = step_bytes * rate / batch / bandwidth
+        rows.append(BenchRow(f"tg{generate}", batch, rate, sd, compiling, bandwidth, share))
+    return rows
+
+
+def table(rows: Sequence[BenchRow], output: str) -> str:
+    """The measurements as "md", "csv" or "json"."""
+    if output == "json":
+        return json.dumps([asdict(row) for row in rows], indent=2)
+    if output == "csv":
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([field.name for field in fields(BenchRow)])
+        writer.writerows(asdict(row).values() for row in rows)
+        return text.getvalue().rstrip("\n")
+    lines = [
+        "| test | batch | tokens/s | compile s | share of memory bandwidth |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        share = (
+            f"{row.bandwidth_share:.0%} of {row.bandwidth / 1e9:.1f} GB/s" if row.bandwidth else ""
+        )
+        speed = f"{row.tokens_per_second:.1f} ± {row.sd:.1f}"
+        lines.append(
+            f"| {row.test} | {row.batch} | {speed} | {row.compile_seconds:.2f} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def weight_bytes(params: Params) -> int:
+    """Bytes of weights that a decode step reads: all but an embedding that is not the head too."""
+    embedding = params.tree["model"]["embed_tokens"]
+    unread = sum(x.nbytes for x in jax.tree.leaves(embedding)) if "lm_head" in params.tree else 0
+    return params.nbytes - unread
+
+
+def memory_bandwidth(nbytes: int = 1 << 28, repeats: int = 5) -> float:
+    """The most bytes/s that reading `nbytes` of memory has come to, with all cores."""
+    threads = os.cpu_count() or 1
+    parts = np.array_split(np.ones(nbytes // 4, np.float32), threads)
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            list(pool.map(np.dot, parts, parts))  # of what numpy has, this reads fastest
+            best = max(best, nbytes / (time.perf_counter() - start))
+    return best
+
+
+def _measure(
+    params: Params, length: int, max_tokens: int, batch: int, repeats: int, numerics: str
+) -> tuple[float, float, float]:
+    """(mean tokens/s, standard deviation, seconds of compiling)."""
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    random = np.random.default_rng(0)
+    prompts = [
+        tuple(random.integers(0, params.config.vocab_size, length).tolist()) for _ in range(batch)
+    ]
+    engine = engine_for(params, prompts, sampling, numerics=numerics)
+    time_of = _prompt_seconds if max_tokens == 1 else _decode_seconds
+    time_of(engine, prompts, sampling)
+    compiling = engine.runner.compile_seconds
+    tokens = batch * (length if max_tokens == 1 else max_tokens - 1)
+    rates = [tokens / time_of(engine, prompts, sampling) for _ in range(repeats)]
+    sd = statistics.stdev(rates) if len(rates) > 1 else 0.0
+    return statistics.fmean(rates), sd, compiling
+
+
+def _prompt_seconds(engine: Engine, prompts: list, sampling: SamplingParams) -> float:
+    start = time.perf_counter()
+    for prompt in prompts:
+        engine.add(prompt, sampling)
+    while engine.busy:
+        engine.step()
+    return time.perf_counter() - start
+
+
+def _decode_seconds(engine: Engine, prompts: list, sampling: SamplingParams) -> float:
+    requests: list[Request] = [engine.add(prompt, sampling) for prompt in prompts]
+    while not all(request.output_ids for request in requests):
+        engine.step()
+    start = time.perf_counter()
+    while engine.busy:
+        engine.step()
+    return time.perf_counter() - start

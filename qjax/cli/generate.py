@@ -1,0 +1,97 @@
+"""`qjax generate`: answer one prompt, as it is produced."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qjax.cli import options
+
+if TYPE_CHECKING:
+    from qjax.engine.request import GenerationResult
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    model: options.Model = options.DEFAULT_MODEL,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Complete the prompt as it is, without chat template.")
+    ] = False,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")
+    ] = False,
+    numerics: options.NumericsOption = options.Numerics.fast,
+    max_model_len: options.MaxModelLen = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole result as JSON, at the end.")
+    ] = False,
+) -> None:
+    """Generate text from a prompt."""
+    import qjax
+
+    sampling = qjax.SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=stop,
+        ignore_eos=ignore_eos,
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise qjax.RequestError("prompt is empty: give at least one token.")
+    if raw and system:
+        raise qjax.RequestError("--system needs the chat template: leave out --raw.")
+    params = qjax.load(model)
+    asked: Any = text
+    if not raw and params.tokenizer.has_chat_template:
+        first = [{"role": "system", "content": system}] if system else []
+        asked = [*first, {"role": "user", "content": text}]
+    elif system:
+        raise qjax.RequestError(f"--system needs a chat template, and {model} has none.")
+    stream = qjax.generate(
+        params, asked, sampling, numerics=numerics.value, stream=True, max_model_len=max_model_len
+    )
+    try:
+        for piece in stream:
+            if not as_json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+    if as_json:
+        print(json.dumps(asdict(stream.result), ensure_ascii=False))
+    else:
+        print()
+        print(summary(stream.result), file=sys.stderr)
+    if stream.result.finish_reason == "abort":
+        raise typer.Exit(130)
+
+
+def summary(result: "GenerationResult") -> str:
+    """One line of figures."""
+    return (
+        f"[prompt {len(result.prompt_token_ids)} tokens, {result.prompt_tps:.1f} tokens/s; "
+        f"generated {len(result.token_ids)}, {result.generation_tps:.1f} tokens/s; "
+        f"finish: {result.finish_reason}; peak memory {result.peak_memory / 1e6:.0f} MB]"
+    )
+
+
+command = generate

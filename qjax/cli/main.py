@@ -1,0 +1,39 @@
+"""The `qjax` command: subcommands, and how an error looks."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from qjax.cli import bench, chat, doctor, generate, inspect, pull
+from qjax.errors import QjaxError
+
+app = typer.Typer(
+    help="Run quantized language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (generate, chat, pull, inspect, bench, doctor):
+    app.command()(command.command)
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; an error of ours is one line on stderr and exit code 1."""
+    try:
+        app(args)
+    except QjaxError as error:
+        if os.environ.get("QJAX_DEBUG"):
+            raise
+        print(f"qjax: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,54 @@
+"""Options that several subcommands share, and the sampling parameters that they come to."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+DEFAULT_MODEL = "smollm2-135m"
+SAMPLING = "Sampling"
+
+
+class Numerics(StrEnum):
+    fast = "fast"
+    exact = "exact"
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="A built-in name, a GGUF file, a folder, or org/name[:variant]."
+    ),
+]
+NumericsOption = Annotated[
+    Numerics, typer.Option("--numerics", help="Round activations for speed, or compute exactly.")
+]
+System = Annotated[str | None, typer.Option("--system", help="A system message to begin with.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", "-n", help="Most tokens to generate.", min=1)
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option("--max-model-len", help="Most tokens of prompt and output.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 is greedy.", rich_help_panel=SAMPLING)
+]
+TopK = Annotated[int, typer.Option("--top-k", help="0 keeps all.", rich_help_panel=SAMPLING)]
+TopP = Annotated[float, typer.Option("--top-p", help="1 keeps all.", rich_help_panel=SAMPLING)]
+MinP = Annotated[float, typer.Option("--min-p", help="0 keeps all.", rich_help_panel=SAMPLING)]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="1 is none.", rich_help_panel=SAMPLING)
+]
+PresencePenalty = Annotated[
+    float, typer.Option("--presence-penalty", help="0 is none.", rich_help_panel=SAMPLING)
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option("--frequency-penalty", help="0 is none.", rich_help_panel=SAMPLING)
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Makes sampling repeatable.", rich_help_panel=SAMPLING)
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="Text that ends the output; may be repeated."),
+]
