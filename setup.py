@@ -1,12 +1,11 @@
 """Compiles the C++ kernels while the package is built; everything else is in pyproject.toml.
 
-The library is optional: without a C++17 compiler the install goes on, the XLA implementations do
-the work, and `qjax doctor` says what that costs. It is called through XLA's FFI and is no Python
-extension module, so one build serves every Python version: the wheel is tagged by platform only.
+They are optional: without a C++17 compiler the install goes on, the XLA implementations do the
+work, and `qjax doctor` says what that costs. XLA's FFI calls them, they are no Python extension
+modules, so one build serves every Python version: the wheel is tagged by platform only.
 """
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,39 +29,36 @@ def load_builder() -> ModuleType:
 
 
 class BuildKernels(build_ext):
-    """build_ext whose one "extension" is the kernel library, compiled by build.py.
+    """build_ext whose one "extension" is the kernel libraries, compiled by build.py.
 
     An editable install compiles next to the sources, any other into the folder that setuptools
     gathers the package in.
     """
 
-    library: Path | None = None
+    libraries_built: tuple[Path, ...] = ()
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
         folder = (ROOT if in_place else Path(self.build_lib)) / NATIVE
-        folder.mkdir(parents=True, exist_ok=True)
         if not in_place:  # setuptools reuses its folder: an earlier build must not slip in
-            for stale in (*folder.glob("*.so"), *folder.glob("*.dylib")):
+            for stale in folder.glob("*.so"):
                 stale.unlink()
         try:
-            self.library = load_builder().build(folder)
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            reason = f"compiling them failed: {error}"
-        else:
-            reason = "no C++17 compiler was found (CXX, c++, g++ and clang++ were tried)"
-        if self.library is None:
-            print(f"qjax: installing without the C++ kernels: {reason}.", file=sys.stderr)
+            load_builder().build(folder)
+        except (OSError, RuntimeError) as error:
+            print(f"qjax: installed without all C++ kernels: {error}", file=sys.stderr)
+        # An old compiler may know some instruction sets and not others.
+        self.libraries_built = tuple(sorted(folder.glob("*.so")))
 
     def get_outputs(self) -> list[str]:
-        return [] if self.library is None else [str(self.library)]
+        return [str(library) for library in self.libraries_built]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
 
 class PlatformWheel(bdist_wheel):
-    """Names the wheel after the platform when the library is in it, and `any` when it is not."""
+    """A wheel named after the platform when the libraries are in it, and `any` otherwise."""
 
     def get_tag(self) -> tuple[str, str, str]:
         compiled = self.get_finalized_command("build_ext").get_outputs()
