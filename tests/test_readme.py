@@ -8,7 +8,6 @@ The two install commands are what CI runs, and are compared with it instead.
 import re
 import shlex
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from pallas_kernels.unpack import BLOCKS
 from qjax.checkpoint import builtin
+from qjax.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -66,15 +66,10 @@ def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("default_model")
 @pytest.mark.parametrize("command", QJAX_COMMANDS)
-def test_command(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from qjax.cli.main import main
-
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
+def test_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code: object = None
     try:
-        main()
+        main(shlex.split(command)[1:])
     except SystemExit as end:
         code = end.code
     output = capsys.readouterr()
