@@ -10,6 +10,15 @@ from qjax.sampler import SamplingRows
 
 V = 50
 
+# Compiled whole: run piece by piece, every operation of theirs would be compiled by itself.
+greedy = jax.jit(sampler.greedy)
+keep_top_k = jax.jit(sampler.keep_top_k)
+keep_top_p = jax.jit(sampler.keep_top_p)
+keep_min_p = jax.jit(sampler.keep_min_p)
+add_bias = jax.jit(sampler.add_bias)
+penalize = jax.jit(sampler.penalize)
+token_logprobs = jax.jit(sampler.token_logprobs, static_argnums=2)
+
 
 def logits_of(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (rows, V)).astype(np.float32)
@@ -47,19 +56,19 @@ def kept(x: jax.Array) -> list[set[int]]:
 def test_greedy_takes_the_first_of_equals() -> None:
     x = logits_of(3)
     x[1, [7, 20]] = 99
-    assert sampler.greedy(jnp.asarray(x)).tolist() == x.argmax(-1).tolist()
+    assert greedy(jnp.asarray(x)).tolist() == x.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("k", [1, 3, 49, 50, 99])
 def test_top_k_keeps_the_k_largest(k: int) -> None:
     x = logits_of(4)
-    found = kept(sampler.keep_top_k(jnp.asarray(x), jnp.full(4, k)))
+    found = kept(keep_top_k(x, np.full(4, k, np.int32)))
     assert found == [set(np.argsort(-row)[:k]) for row in x]
 
 
 def test_top_k_zero_or_less_keeps_all_and_ties_stay() -> None:
     x = np.array([[3.0, 1.0, 2.0, 2.0, -5.0]] * 3, np.float32)
-    found = kept(sampler.keep_top_k(jnp.asarray(x), jnp.array([0, -1, 2])))
+    found = kept(keep_top_k(jnp.asarray(x), jnp.array([0, -1, 2])))
     assert found == [{0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}, {0, 2, 3}]
 
 
@@ -71,7 +80,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float) -> None:
         order = np.argsort(-row)
         before = np.cumsum(softmax(row)[order]) - softmax(row)[order]
         expected.append(set(order[before < p]))
-    assert kept(sampler.keep_top_p(jnp.asarray(x), jnp.full(6, p))) == expected
+    assert kept(keep_top_p(x, np.full(6, p, np.float32))) == expected
 
 
 def test_min_p_keeps_a_share_of_the_largest() -> None:
@@ -81,7 +90,7 @@ def test_min_p_keeps_a_share_of_the_largest() -> None:
         set(np.flatnonzero(softmax(row) >= share * softmax(row).max() * (1 - 1e-6)))
         for row, share in zip(x, p, strict=True)
     ]
-    assert kept(sampler.keep_min_p(jnp.asarray(x), jnp.asarray(p))) == expected
+    assert kept(keep_min_p(x, p)) == expected
 
 
 def test_filters_follow_each_other() -> None:
@@ -147,7 +156,7 @@ def test_penalties() -> None:
         frequency=np.array([0.25], np.float32),
         repetition=np.array([1.3], np.float32),
     )
-    found = sampler.penalize(jnp.asarray(x[None]), rows, jnp.asarray(seen), jnp.asarray(counts))
+    found = penalize(jnp.asarray(x[None]), rows, jnp.asarray(seen), jnp.asarray(counts))
     np.testing.assert_allclose(found[0], expected, rtol=1e-6, atol=1e-6)
 
 
@@ -163,17 +172,17 @@ def test_bias_and_early_stops() -> None:
         stop_ids=np.array([[5, V], [9, V]], np.int32),
         min_length=np.array([10, 10], np.int32),
     )
-    late = sampler.add_bias(jnp.asarray(x), rows, jnp.array([10, 10]))
+    late = add_bias(jnp.asarray(x), rows, jnp.array([10, 10]))
     assert late[0, 5] == pytest.approx(x[0, 5] + 100)
     assert kept(late)[1] == {8, 9}
-    early = sampler.add_bias(jnp.asarray(x), rows, jnp.array([9, 9]))
+    early = add_bias(jnp.asarray(x), rows, jnp.array([9, 9]))
     assert kept(early) == [set(range(V)) - {5}, {8}]
 
 
 def test_logprobs() -> None:
     x = logits_of(3)
     tokens = np.array([0, 7, 49])
-    found = sampler.token_logprobs(jnp.asarray(x), jnp.asarray(tokens), 4)
+    found = token_logprobs(jnp.asarray(x), jnp.asarray(tokens), 4)
     expected = np.log(np.stack([softmax(row) for row in x]))
     np.testing.assert_allclose(found.chosen, expected[np.arange(3), tokens], rtol=1e-5)
     order = np.argsort(-x, axis=-1)
