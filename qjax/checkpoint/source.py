@@ -49,7 +49,7 @@ def resolve(source: str | os.PathLike[str]) -> Source:
     """
     name = os.fspath(source)
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return _local(path)
     looks_like_path = name.startswith((".", "~", os.sep)) or path.suffix in _SUFFIXES
     if not isinstance(source, str) or looks_like_path:
