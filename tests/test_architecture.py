@@ -65,6 +65,9 @@ MAY_IMPORT = {
 # Single modules that a floor may import from a floor it may not import as a whole.
 ALSO = {
     "base": ["pallas_kernels.unpack", "pallas_kernels.matmul.spec"],
+    "checkpoint": [
+        "qjax.ops"
+    ],  # prepare: each weight gets the layout of this machine as it is read
     "running": ["pallas_kernels.dispatch"],  # which implementation was named, and which ran
     "api": ["pallas_kernels.dispatch"],
 }
@@ -294,7 +297,9 @@ def uses_its_private_names(module: Module) -> Iterator[str]:
     private = [
         node.name
         for node in module.tree.body
-        if isinstance(node, kinds) and re.match(r"_(?!_)", node.name)
+        if isinstance(node, kinds)
+        and re.match(r"_(?!_)", node.name)
+        and not node.decorator_list  # a decorator may register it
     ]
     used = {getattr(node, "id", getattr(node, "attr", None)) for node in module.nodes}
     yield from (f"{name} is never used" for name in private if name not in used)
