@@ -1,0 +1,88 @@
+"""ops.linear and ops.embedding: how a batch and QArrays become a kernel call."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import matmul as kernels
+from qjax import ops
+from qjax.qarray import QArray
+
+RNG = np.random.default_rng(3)
+X = RNG.standard_normal((3, 64)).astype(np.float32)
+A, B = (RNG.standard_normal((16, 64)).astype(np.float32) for _ in range(2))
+
+
+def batch(numerics="exact", tokens=3):
+    """As much of a batch as linear reads."""
+    return SimpleNamespace(
+        numerics=numerics,
+        positions=jnp.zeros(tokens, jnp.int32),
+        query_start_loc=jnp.array([0, 2], jnp.int32),
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every kernel call made."""
+    seen = []
+    run = kernels.matmul
+    monkeypatch.setattr(kernels, "matmul", lambda *a, **kw: seen.append(kw) or run(*a, **kw))
+    return seen
+
+
+def test_one_weight_gives_one_array():
+    bias = np.arange(16, dtype=np.float32)
+    y = ops.linear(X, QArray.from_dense(A), batch=batch(tokens=9), bias=bias)
+    np.testing.assert_allclose(y, X @ A.T + bias, atol=1e-4)
+
+
+def test_several_weights_give_a_tuple_and_a_gate_one_array():
+    weights = (QArray.from_dense(A), QArray.from_dense(B))
+    first, second = ops.linear(X, weights, batch=batch(tokens=9), bias=(None, A[:, 0].copy()))
+    np.testing.assert_allclose(first, X @ A.T, atol=1e-4)
+    np.testing.assert_allclose(second, X @ B.T + A[:, 0], atol=1e-4)
+    gate = ops.linear(X, weights, batch=batch(tokens=9), activation="silu")
+    a = X @ A.T
+    np.testing.assert_allclose(gate, a / (1 + np.exp(-a)) * (X @ B.T), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("numerics", "normed", "plain"),
+    [
+        ("exact", "float32", "float32"),
+        ("bf16", "bfloat16", "bfloat16"),
+        ("int8", "int8", "bfloat16"),
+    ],
+)
+def test_numerics_choose_the_rounding_of_activations(calls, numerics, normed, plain):
+    weight = QArray.from_dense(A)
+    ops.linear(X, weight, batch=batch(numerics), norm=np.ones(64, np.float32))
+    ops.linear(X, weight, batch=batch(numerics))
+    assert [call["activation_dtype"] for call in calls] == [normed, plain]
+
+
+def test_padding_rows_are_told_where_x_has_a_row_a_token(calls):
+    weight = QArray.from_dense(A)
+    ops.linear(X, weight, batch=batch(tokens=3))
+    ops.linear(X, weight, batch=batch(tokens=9))
+    ops.linear(X, weight, batch=batch(tokens=9), rows=jnp.array([1], jnp.int32))
+    first, second, third = (call["num_rows"] for call in calls)
+    assert (int(first[0]), second, int(third[0])) == (2, None, 1)
+
+
+def test_embedding():
+    rows = ops.embedding(QArray.from_dense(A), jnp.array([3, 0], jnp.int32))
+    np.testing.assert_array_equal(rows, A[[3, 0]])
+
+
+def test_prepare_is_undone_exactly():
+    weight = QArray.from_dense(A)
+    ready = ops.prepare(weight)
+    y = ops.linear(X, ready, batch=batch(tokens=9))
+    np.testing.assert_allclose(y, X @ A.T, atol=1e-4)
+    back = ops.unprepare(ready)
+    assert (back.layout, back.shape) == ("canonical", (16, 64))
+    np.testing.assert_array_equal(back.qvalue, weight.qvalue)

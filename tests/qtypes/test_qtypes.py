@@ -1,0 +1,60 @@
+"""The table of numeric types, against ggml's own numbers."""
+
+import numpy as np
+import pytest
+
+from pallas_kernels import unpack
+from qjax.qtypes import BY_GGML_ID, QTYPES
+
+# ggml number, elements and bytes of a block: GGMLQuantizationType, GGML_QUANT_SIZES of gguf 0.19.
+GGML = {
+    "f32": (0, 1, 4),
+    "f16": (1, 1, 2),
+    "q4_0": (2, 32, 18),
+    "q4_1": (3, 32, 20),
+    "q5_0": (6, 32, 22),
+    "q5_1": (7, 32, 24),
+    "q8_0": (8, 32, 34),
+    "q2_k": (10, 256, 84),
+    "q3_k": (11, 256, 110),
+    "q4_k": (12, 256, 144),
+    "q5_k": (13, 256, 176),
+    "q6_k": (14, 256, 210),
+    "iq4_nl": (20, 32, 18),
+    "iq4_xs": (23, 256, 136),
+    "bf16": (30, 1, 2),
+}
+
+
+def test_sizes_and_numbers_are_those_of_ggml():
+    table = {t.name: (t.ggml_id, t.block_elements, t.block_bytes) for t in QTYPES.values()}
+    assert table == GGML
+    assert table.keys() == QTYPES.keys() == unpack.BLOCKS.keys()
+    assert {number: t.name for number, t in BY_GGML_ID.items()} == {
+        number: name for name, (number, _, _) in GGML.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("q4_0", 4.5), ("q4_k", 4.5), ("q6_k", 6.5625), ("bf16", 16)]
+)
+def test_bits_per_weight(name, bits):
+    assert QTYPES[name].bits_per_weight == bits
+
+
+def test_row_bytes():
+    assert QTYPES["q6_k"].row_bytes(1024) == 840
+    with pytest.raises(ValueError, match="q6_k rows hold blocks of 256 elements: 640"):
+        QTYPES["q6_k"].row_bytes(640)
+
+
+def test_decode():
+    """One q8_0 block with scale 0.5 and codes -16 to 15."""
+    codes = np.arange(-16, 16, dtype=np.int8)
+    block = np.concatenate([np.array([0.5], "<f2").view(np.uint8), codes.view(np.uint8)])
+    np.testing.assert_array_equal(QTYPES["q8_0"].decode(block, xp=np), codes / 2)
+
+
+def test_the_table_is_read_only():
+    with pytest.raises(TypeError):
+        QTYPES["mine"] = QTYPES["f32"]
