@@ -1,0 +1,170 @@
+"""The command line, in this process: what it prints where, and how it ends."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qjax
+from qjax.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def model(golden: Path) -> str:
+    return str(golden / "gguf-Q4_1" / "model.gguf")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_info:
+            main(args)
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_generate_streams_text_and_then_figures(run: Run, model: str) -> None:
+    code, out, err = run("generate", "hello", "--model", model, "--max-tokens", "8")
+    params = qjax.load(model)
+    messages = [{"role": "user", "content": "hello"}]
+    assert code == 0
+    assert out == qjax.generate(params, messages, max_tokens=8).text + "\n"
+    assert "tokens/s" in err
+    assert "peak memory" in err
+
+
+def test_raw_and_json(run: Run, model: str) -> None:
+    code, out, _ = run("generate", "hello", "-m", model, "-n", "8", "--raw", "--json")
+    found = json.loads(out)
+    expected = qjax.generate(qjax.load(model), "hello", max_tokens=8)
+    assert code == 0
+    assert tuple(found["token_ids"]) == expected.token_ids
+    assert found["text"] == expected.text
+
+
+def test_stdin(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    code, out, _ = run("generate", "-", "-m", model, "-n", "8", "--raw", "--json")
+    assert code == 0
+    assert json.loads(out)["prompt_token_ids"] == qjax.load(model).tokenizer.encode("hello")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("generate", ""), "prompt is empty"),
+        (("generate", "x", "--top-p", "0"), "top_p must be in (0, 1], got 0."),
+        (("generate", "hello " * 600), "tokens, but the context holds 512"),
+        (("generate", "x", "--raw", "--system", "y"), "--system needs the chat template"),
+    ],
+)
+def test_errors_are_one_message(run: Run, model: str, args: tuple[str, ...], message: str) -> None:
+    code, out, err = run(*args, "--model", model)
+    assert (code, out) == (1, "")
+    assert err.startswith("qjax: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [["generate", "x", "--model"], ["pull"], ["inspect"]])
+def test_unknown_models(run: Run, command: list[str]) -> None:
+    code, _, err = run(*command, "smolm2-135m")
+    assert code == 1
+    assert "smollm2-135m" in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QJAX_DEBUG", "1")
+    with pytest.raises(qjax.QjaxError):
+        main(["pull", "smolm2-135m"])
+
+
+def conversation(monkeypatch: pytest.MonkeyPatch, *lines: Any) -> list[str]:
+    """Types these lines, then Ctrl-D; an exception is raised in place of its line."""
+    remaining = iter([*lines, EOFError()])
+    shown: list[str] = []
+
+    def typed(prompt: str = "") -> str:
+        shown.append(prompt)
+        line = next(remaining)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    return shown
+
+
+def test_chat_keeps_the_conversation(run: Run, model: str, monkeypatch) -> None:
+    conversation(monkeypatch, "hello", "", KeyboardInterrupt(), "more")
+    code, out, _ = run("chat", "-m", model, "-n", "8")
+    params = qjax.load(model)
+    messages = [{"role": "user", "content": "hello"}]
+    first = qjax.generate(params, messages, max_tokens=8).text
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "more"}]
+    second = qjax.generate(params, messages, max_tokens=8).text
+    assert code == 0
+    assert first + "\n" in out
+    assert out.rstrip("\n").endswith(second.rstrip("\n"))
+
+
+def test_ctrl_c_stops_the_reply_and_not_the_program(run: Run, model: str, monkeypatch) -> None:
+    from qjax.api import TextStream
+
+    conversation(monkeypatch, "hello", "again")
+    original = TextStream.__next__
+    calls = []
+
+    def interrupted(self: TextStream) -> str:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(TextStream, "__next__", interrupted)
+    code, _, _ = run("chat", "-m", model, "-n", "8")
+    assert code == 0
+    assert len(calls) > 4
+
+
+def test_doctor(run: Run) -> None:
+    code, out, _ = run("doctor")
+    assert code == 0
+    for word in ("python", "jax", "devices", "kernel", "compiler", "cache"):
+        assert word in out
+
+
+def test_inspect(run: Run, model: str) -> None:
+    code, out, _ = run("inspect", model)
+    assert code == 0
+    assert "llama" in out
+    assert "q4_1" in out
+
+
+@pytest.mark.parametrize("output", ["md", "csv", "json"])
+def test_bench(run: Run, model: str, output: str) -> None:
+    sizes = ("-p", "16", "-n", "4", "-b", "1", "-r", "2")
+    code, out, _ = run("bench", "-m", model, *sizes, "-o", output)
+    assert code == 0
+    if output == "json":
+        rows = json.loads(out)
+        assert [row["test"] for row in rows] == ["pp16", "tg4"]
+        assert all(row["tokens_per_second"] > 0 for row in rows)
+        assert rows[1]["bandwidth_share"] > 0
+    else:
+        assert "pp16" in out
+        assert "tg4" in out
+
+
+def test_pull_prints_the_path(run: Run, model: str) -> None:
+    code, out, _ = run("pull", model)
+    assert (code, out.strip()) == (0, model)
