@@ -129,7 +129,7 @@ def _read_index(index: Path) -> dict[str, Path]:
     with map_file(index, 2) as mapped:
         if len(mapped) > _LARGEST_HEADER:
             raise CheckpointError(f"is larger than {_LARGEST_HEADER} bytes", file=index)
-        content = _parse_json(bytes(mapped), index, "index", 0)
+        content = parse_json(bytes(mapped), index, "index", 0)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -159,7 +159,7 @@ def _stays_inside(file: str) -> bool:
     )
 
 
-def _parse_json(data: bytes, file: Path, field: str, start: int) -> dict[str, Any]:
+def parse_json(data: bytes, file: Path, field: str, start: int) -> dict[str, Any]:
     """Parses a JSON object, strictly: no key twice, no NaN. `start` is where `data` lies."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _read_header(
         raise CheckpointError(
             f"starts with {data[:1]!r}, not '{{'", file=file, field="header", offset=_LENGTH.size
         )
-    header = _parse_json(data, file, "header", _LENGTH.size)
+    header = parse_json(data, file, "header", _LENGTH.size)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(
