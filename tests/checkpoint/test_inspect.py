@@ -1,0 +1,69 @@
+"""Summaries of files whose contents are known from the tools that wrote them."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from qjax.checkpoint.inspect import TypeUse, free_memory, summarize
+from qjax.errors import CheckpointError
+from tests.checkpoint.gguf_bytes import STRING, gguf, pair, tensor
+
+
+def test_gguf(golden):
+    summary = summarize(golden / "gguf-Q4_1")
+    assert summary.architecture == "llama"
+    assert summary.problem is None
+    # Two layers of width 256 with 4 heads, 2 of them for keys and values, of 64; vocabulary of 512.
+    layer = 256 * (256 + 128 + 128 + 256) + 3 * 256 * 512
+    assert summary.types == (
+        TypeUse("q4_1", 15, 2 * layer + 512 * 256, (2 * layer + 512 * 256) // 32 * 20),
+        TypeUse("q6_k", 1, 512 * 256, 512 * 210),
+        TypeUse("f32", 5, 5 * 256, 5 * 1024),
+    )
+    assert summary.parameters == 2 * layer + 2 * 512 * 256 + 5 * 256
+    assert summary.nbytes == sum(use.nbytes for use in summary.types)
+    assert 5 < summary.bits_per_weight < 6
+    assert summary.context_length == 512
+    assert summary.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2
+    known = replace(summary, free_memory=summary.nbytes + 10_000)
+    assert known.tokens_that_fit == 9
+    assert replace(known, free_memory=1000).tokens_that_fit == 0
+    assert replace(known, free_memory=None).tokens_that_fit is None
+
+
+def test_safetensors(golden, tmp_path):
+    summary = summarize(golden / "base-tiny-llama")
+    assert (summary.architecture, summary.problem) == ("llama", None)
+    assert [use.qtype for use in summary.types] == ["bf16"]
+    assert summary.bits_per_weight == 16
+    config = json.loads((golden / "base-tiny-llama" / "config.json").read_text())
+    per_layer = config["num_key_value_heads"] * config["head_dim"]
+    assert summary.kv_bytes_per_token == 2 * config["num_hidden_layers"] * per_layer * 2
+
+    shutil.copy(golden / "base-tiny-llama" / "model.safetensors", tmp_path)
+    assert "no config.json" in str(summarize(tmp_path).problem)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"')
+    with pytest.raises(CheckpointError, match=r"config\.json.*not valid JSON"):
+        summarize(tmp_path)
+
+
+def test_what_cannot_run_is_still_described(tmp_path):
+    path = tmp_path / "m.gguf"
+    pairs = [
+        pair("general.architecture", STRING, "llamarama"),
+        pair("general.license", STRING, "mit"),
+    ]
+    path.write_bytes(gguf(pairs, [tensor("t", [256, 2], 16, 0)], bytes(132)))
+    summary = summarize(path)
+    assert summary.types == (TypeUse("iq2_xxs", 1, 512, 132),)
+    assert (summary.architecture, summary.license) == ("llamarama", "mit")
+    assert "llamarama" in str(summary.problem)
+    assert summary.kv_bytes_per_token is None
+    assert summary.tokens_that_fit is None
+
+
+def test_free_memory_is_plausible():
+    free = free_memory()
+    assert free is None or 1 << 20 < free < 1 << 50
