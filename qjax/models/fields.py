@@ -64,7 +64,7 @@ class Fields:
             return None
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise self.error(name, f"{_shown(value)} is not an integer")
-        if not low <= value <= high:
+        if not low <= int(value) <= high:
             raise self.error(name, f"{_shown(value)} is out of range: from {low} to {high}")
         return int(value)
 
@@ -95,11 +95,13 @@ class Fields:
     def _real(self, name: str, value: Any, low: float, high: float) -> float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise self.error(name, f"{_shown(value)} is not a number")
-        if not math.isfinite(value) or not low < value <= high:
-            raise self.error(
-                name, f"{_shown(value)} is out of range: above {low:g}, up to {high:g}"
-            )
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an int that no float can hold
+            number = math.inf
+        if not low < number <= high:
+            raise self.error(name, f"{_shown(value)} is out of range: above {low:g} to {high:g}")
+        return number
 
 
 def _shown(value: Any) -> str:

@@ -164,6 +164,7 @@ def test_unsupported_names_the_value(fields, named):
         ("rms_norm_eps", math.nan),
         ("rms_norm_eps", -1e-6),
         ("rms_norm_eps", "1e-6"),
+        pytest.param("rms_norm_eps", 10**4000, id="no-float"),
         ("max_position_embeddings", 1 << 40),
         ("rope_theta", math.inf),
         ("rope_theta", 0),
