@@ -160,7 +160,8 @@ def _refuse_quantized(folder: Path, fields: Mapping[str, Any]) -> None:
     if found is None and (folder / "hf_quant_config.json").exists():
         found = {"quant_method": "modelopt"}
     if found is not None:
-        method = found.get("quant_method") if isinstance(found, Mapping) else found
+        method = found.get("quant_method") if isinstance(found, Mapping) else None
+        method = method if isinstance(method, str) else "unnamed"
         raise UnsupportedError(
             f"{folder}: quant_method {method!r:.80} is not supported yet; GGUF "
             f"files are, and safetensors of {', '.join(_PLAIN)}"

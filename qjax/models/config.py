@@ -230,6 +230,8 @@ def _layer_types(
         if not isinstance(given, list | tuple) or len(given) != num_layers:
             raise fields.error("layer_types", f"must be a list of {num_layers} names")
         for kind in given:
+            if not isinstance(kind, str):
+                raise fields.error("layer_types", f"must be a list of {num_layers} names")
             if kind not in (FULL, SLIDING):
                 raise UnsupportedError(
                     f"{fields.file or 'config'}: layer_types {kind!r:.80} is not supported; "

@@ -106,8 +106,8 @@ class Fields:
 
 def _shown(value: Any) -> str:
     """The value as an error message shows it: a hostile file may hold a very long one."""
-    # A huge int cannot even be printed (Python limits the digits of int -> str).
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # Python refuses to print integers of many digits
+        return f"a {type(value).__name__} too long to show"
     return shown if len(shown) <= 80 else shown[:77] + "..."

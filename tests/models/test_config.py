@@ -173,6 +173,8 @@ def test_unsupported_names_the_value(fields, named):
         ("hidden_act", 7),
         ("layer_types", [FULL]),
         ("layer_types", [SLIDING] * 4),
+        pytest.param("layer_types", [10**4000] * 4, id="unprintable-names"),
+        pytest.param("hidden_act", [10**4500], id="unprintable"),
     ],
 )
 def test_hostile_values_name_file_and_field(field, value):
