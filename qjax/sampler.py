@@ -1,10 +1,15 @@
 """From logits to tokens: pure functions of arrays.
 
 The order is vLLM's: biases and penalties on the raw logits, then temperature, min_p, top_k and
-top_p. A token is drawn with the Gumbel-max trick, with noise keyed by the request and the position,
-so that a result does not depend on what else is in the batch.
+top_p. A token is drawn by one uniform number, keyed by the request and the position, so that a
+result does not depend on what else is in the batch.
+
+Nothing sorts the vocabulary, and reductions go block by block, which XLA does at the speed of
+memory on a CPU: for 32 rows of 49,152 logits a plain argmax takes 7 ms, one in two levels 0.5 ms.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -13,6 +18,9 @@ from jax import lax
 
 # vLLM takes temperatures below this as greedy: dividing by them overflows.
 MIN_TEMPERATURE = 1e-5
+
+# So many of the likeliest tokens are found fast; a filter that keeps more has to search.
+CANDIDATES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -62,12 +70,10 @@ class TokenLogprobs:
 
 def greedy(logits: jax.Array) -> jax.Array:
     """[S, V] float32 -> int32 [S], the first of the likeliest tokens."""
-    # Two plain reductions: XLA vectorizes them on a CPU, unlike argmax.
-    vocabulary = logits.shape[-1]
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    first = jnp.min(jnp.where(logits == best, ids, vocabulary), axis=-1)
-    return jnp.minimum(first, vocabulary - 1)
+    blocks = _blocks(logits, 256)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    inside = jnp.argmax(_row_of(blocks, block), axis=-1)
+    return (block * blocks.shape[-1] + inside).astype(jnp.int32)
 
 
 def add_bias(logits: jax.Array, rows: SamplingRows, positions: jax.Array) -> jax.Array:
@@ -96,23 +102,32 @@ def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
     """-inf for all below the k-th largest of each row; k [S], 0 or less keeps all. Ties stay."""
     vocabulary = logits.shape[-1]
     k = jnp.where(top_k <= 0, vocabulary, jnp.minimum(top_k, vocabulary))
-    order = _ordered(logits)
-    threshold = _largest(lambda t: jnp.sum(order >= t[:, None], axis=-1) >= k, logits.shape[0])
-    return jnp.where(order >= threshold[:, None], logits, -jnp.inf)
+    best = _largest_values(logits)
+    rank = jnp.minimum(k, best.shape[-1]) - 1
+    threshold = lax.cond(
+        jnp.all((k <= best.shape[-1]) | (top_k <= 0)),
+        lambda: jnp.take_along_axis(best, rank[:, None], axis=-1)[:, 0],
+        lambda: _search(logits, lambda above: jnp.sum(above, axis=-1) >= k),
+    )
+    return jnp.where((logits >= threshold[:, None]) | (top_k <= 0)[:, None], logits, -jnp.inf)
 
 
 def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     """-inf outside the smallest set of likeliest tokens with probability top_p [S]. Ties stay."""
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    order = _ordered(logits)
-
-    def reached(t):
-        return jnp.sum(jnp.where(order >= t[:, None], probabilities, 0.0), axis=-1) >= top_p
-
-    # The largest threshold whose set holds top_p. Sums that fall short of 1 by rounding give 0.
-    threshold = _largest(reached, logits.shape[0])
-    kept = (order >= threshold[:, None]) | (top_p >= 1.0)[:, None]
-    return jnp.where(kept, logits, -jnp.inf)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - peak)
+    wanted = top_p * jnp.sum(jnp.sum(_blocks(weights, 256), axis=-1), axis=-1)
+    best = _largest_values(logits)
+    reached = jnp.cumsum(jnp.exp(best - peak), axis=-1)
+    rank = jnp.sum(reached < wanted[:, None], axis=-1)
+    keep_all = top_p >= 1
+    threshold = lax.cond(
+        jnp.all((rank < best.shape[-1]) | keep_all),
+        lambda: jnp.take_along_axis(best, rank[:, None], axis=-1, mode="clip")[:, 0],
+        # Where rounding leaves the sum of all short of p, every threshold fails and all stay.
+        lambda: _search(logits, lambda above: jnp.sum(weights * above, axis=-1) >= wanted),
+    )
+    return jnp.where((logits >= threshold[:, None]) | keep_all[:, None], logits, -jnp.inf)
 
 
 def keep_min_p(logits: jax.Array, min_p: jax.Array) -> jax.Array:
@@ -137,11 +152,31 @@ def sample(logits: jax.Array, rows: SamplingRows, positions: jax.Array) -> jax.A
     x = lax.cond(jnp.any(rows.top_k > 0), keep_top_k, lambda x, _: x, x, rows.top_k)
     x = lax.cond(jnp.any(rows.top_p < 1), keep_top_p, lambda x, _: x, x, rows.top_p)
 
-    def noise(key, position):
+    def uniform(key, position):
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
-        return jax.random.gumbel(key, logits.shape[-1:])
+        return jax.random.uniform(key)
 
-    return jnp.where(cold, greedy(logits), greedy(x + jax.vmap(noise)(rows.key, positions)))
+    return jnp.where(cold, greedy(logits), _draw(x, jax.vmap(uniform)(rows.key, positions)))
+
+
+def _draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The token at which the cumulated probabilities of a row pass its number in [0, 1)."""
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    blocks = _blocks(weights, 256)
+    sums = jnp.sum(blocks, axis=-1)
+    reached = jnp.cumsum(sums, axis=-1)
+    goal = uniform * reached[:, -1]
+    block = _first_past(reached, goal, sums > 0)
+    before = jnp.take_along_axis(reached - sums, block[:, None], axis=-1)[:, 0]
+    chosen = _row_of(blocks, block)
+    inside = _first_past(jnp.cumsum(chosen, axis=-1), goal - before, chosen > 0)
+    return (block * blocks.shape[-1] + inside).astype(jnp.int32)
+
+
+def _first_past(reached: jax.Array, goal: jax.Array, possible: jax.Array) -> jax.Array:
+    """Index of the first sum past the goal [S]; at most, as sums are rounded, the last possible."""
+    last = reached.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
+    return jnp.minimum(jnp.sum(reached <= goal[:, None], axis=-1), last)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, k: int) -> TokenLogprobs:
@@ -153,18 +188,45 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, k: int) -> TokenLogprob
     return TokenLogprobs(chosen[:, 0], rank, top_ids, top)
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 that sorts as the float32 x does."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+def _blocks(x: jax.Array, count: int) -> jax.Array:
+    """[S, V] as [S, up to `count`, block]."""
+    return x.reshape(x.shape[0], math.gcd(x.shape[1], count), -1)
 
 
-def _largest(holds, num_rows: int) -> jax.Array:
-    """The largest uint32 t [S] for which a predicate that fails from some t on still holds, bit by
-    bit: 32 passes over the logits, which on a CPU cost far less than sorting them."""
+def _row_of(blocks: jax.Array, block: jax.Array) -> jax.Array:
+    """[S, block]: of each row of [S, count, block] the block that it names."""
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
 
-    def body(i, t):
-        higher = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(holds(higher), higher, t)
 
-    return lax.fori_loop(0, 32, body, jnp.zeros(num_rows, jnp.uint32))
+def _largest_values(logits: jax.Array) -> jax.Array:
+    """The largest values of each row, falling; float32 [S, CANDIDATES or V].
+
+    The c largest values lie in the c blocks with the largest maxima.
+    """
+    vocabulary = logits.shape[-1]
+    blocks = _blocks(logits, vocabulary // 64)
+    if blocks.shape[1] > CANDIDATES:
+        _, index = lax.top_k(jnp.max(blocks, axis=-1), CANDIDATES)
+        blocks = jnp.take_along_axis(blocks, index[:, :, None], axis=1)
+    values = blocks.reshape(logits.shape[0], -1)
+    return lax.top_k(values, min(CANDIDATES, vocabulary))[0]
+
+
+def _search(logits: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest threshold [S] for which `holds`, given the mask of logits from there on.
+
+    Found bit by bit in 32 passes, among the uint32 that sort as the float32 do.
+    """
+    bits = lax.bitcast_convert_type(logits, jnp.uint32)
+    top = jnp.uint32(1 << 31)
+    order = jnp.where(bits & top != 0, ~bits, bits | top)
+
+    def body(i, found):
+        higher = found | (top >> i.astype(jnp.uint32))
+        return jnp.where(holds(order >= higher[:, None]), higher, found)
+
+    found = lax.fori_loop(0, 32, body, jnp.zeros(logits.shape[0], jnp.uint32))
+    bits = jnp.where(found & top != 0, found & ~top, ~found)
+    # What sorts below -inf stands for a negative NaN, which nothing compares with.
+    value = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)

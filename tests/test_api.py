@@ -80,11 +80,11 @@ def test_chunked_prompts_as_whole_ones(params, prompts, continuations) -> None:
 
 
 def test_a_full_cache_delays_and_changes_nothing(params, prompts, continuations) -> None:
-    # 192 tokens fit; the three need 40 + 65 + 152.
-    outputs, engine = run_engine(params, prompts, num_blocks=6)
+    # The prompts take all 7 pages; with their outputs they would take 10.
+    outputs, engine = run_engine(params, prompts, num_blocks=7)
     assert outputs == continuations
     assert engine.scheduler.num_preemptions > 0
-    assert engine.scheduler.blocks.num_free == 6
+    assert engine.scheduler.blocks.num_free == 7
 
 
 def test_more_prompts_than_slots(params, prompts, continuations) -> None:

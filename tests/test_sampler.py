@@ -83,6 +83,26 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float) -> None:
     assert kept(keep_top_p(x, np.full(6, p, np.float32))) == expected
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_large_vocabularies(spread: float) -> None:
+    """A flat and a steep distribution: past 128 kept tokens the filters search."""
+    x = np.random.default_rng(1).normal(0, spread, (3, 16384)).astype(np.float32)
+    order = np.argsort(-x, axis=-1)
+    k = np.array([1, 100, 0], np.int32)
+    found = kept(keep_top_k(x, k))
+    assert found == [set(order[0, :1]), set(order[1, :100]), set(range(16384))]
+    k = np.array([128, 129, 5000], np.int32)
+    assert kept(keep_top_k(x, k)) == [set(order[i, :n]) for i, n in enumerate(k)]
+    p = np.array([0.02, 0.1, 0.5], np.float32)
+    for row, share, found in zip(x, p, kept(keep_top_p(x, p)), strict=True):
+        mass = softmax(row)
+        least = min(mass[list(found)])
+        assert found == set(np.flatnonzero(mass >= least))
+        assert mass[list(found)].sum() >= share * (1 - 1e-5)
+        assert mass[list(found)].sum() - least < share * (1 + 1e-5)
+    assert greedy(x).tolist() == x.argmax(-1).tolist()
+
+
 def test_min_p_keeps_a_share_of_the_largest() -> None:
     x = logits_of(5)
     p = np.array([0.0, 0.01, 0.1, 0.5, 1.0], np.float32)

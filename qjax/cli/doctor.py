@@ -4,7 +4,6 @@ import importlib.util
 import os
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import typer
@@ -15,6 +14,8 @@ LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 
 def doctor() -> None:
     """Show what qjax found on this machine, and what would make it faster."""
+    from importlib import metadata
+
     import qjax
 
     _line("qjax", qjax.__version__)

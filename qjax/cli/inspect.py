@@ -1,0 +1,53 @@
+"""`qjax inspect`: what a model is, and what it takes to run it."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from qjax.checkpoint.inspect import Summary
+
+CONTEXTS = (2048, 8192, 32768, 131072)
+
+
+def inspect(
+    source: Annotated[
+        str, typer.Argument(help="A built-in name, a GGUF file, a folder, or org/name[:variant].")
+    ],
+) -> None:
+    """Show a model's kind, tensors by type, bits per weight and memory plan."""
+    from qjax.checkpoint.inspect import summarize
+
+    typer.echo("\n".join(report(summarize(source))))
+
+
+def report(found: "Summary") -> list[str]:
+    """The lines to print."""
+    lines = [
+        f"source        {found.source.path}",
+        f"architecture  {found.architecture or 'unknown'}",
+        f"license       {found.license or 'unknown'}",
+        f"parameters    {found.parameters:,}, {found.bits_per_weight:.2f} bits each",
+        "",
+        f"{'type':<10}{'tensors':>8}{'elements':>16}{'MB':>10}",
+    ]
+    for use in found.types:
+        mb = use.nbytes / 1e6
+        lines.append(f"{use.qtype:<10}{use.tensors:>8}{use.elements:>16,}{mb:>10.1f}")
+    lines += ["", f"weights       {found.nbytes / 1e6:,.1f} MB in memory, as they are in the file"]
+    if found.kv_bytes_per_token and found.context_length:
+        lines.append(f"cache         {found.kv_bytes_per_token / 1e3:.1f} KB a token, in bfloat16")
+        shorter = [tokens for tokens in CONTEXTS if tokens < found.context_length]
+        for tokens in [*shorter, found.context_length]:
+            mb = tokens * found.kv_bytes_per_token / 1e6
+            lines.append(f"{'':14}{mb:,.0f} MB for {tokens:,} tokens")
+    if found.free_memory is not None:
+        fits = found.tokens_that_fit
+        room = "" if fits is None else f": room for {fits:,} tokens beside the weights"
+        lines.append(f"free memory   {found.free_memory / 1e6:,.0f} MB{room}")
+    if found.problem:
+        lines.append(f"\nqjax cannot run it: {found.problem}")
+    return lines
+
+
+command = inspect
