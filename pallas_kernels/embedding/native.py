@@ -1,9 +1,23 @@
-"""Native CPU kernel of the table look-up: not built."""
+"""Native CPU kernel of the table look-up: decodes the wanted rows of a tiled weight."""
 
 from __future__ import annotations
 
-from typing import Any
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.matmul.native import require_tiles
+from pallas_kernels.matmul.spec import WeightSpec
 
 
-def embedding(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError("native kernels are not built")
+def embedding(ids: jax.Array, table: tuple[WeightSpec, jax.Array]) -> jax.Array:
+    """See `pallas_kernels.embedding.api.embedding`."""
+    spec, tiles = table
+    kind = require_tiles(spec)
+    n, k = spec.shape
+    call = jax.ffi.ffi_call(
+        "qjax_embedding",
+        jax.ShapeDtypeStruct((ids.shape[0], k), jnp.float32),
+        vmap_method="sequential",
+    )
+    return call(ids, tiles, type=np.int32(kind), n=np.int64(n))

@@ -1,17 +1,104 @@
-"""Native CPU kernels of the quantized matrix product: not built."""
+"""Native CPU kernels of the quantized matrix product, as XLA custom calls.
+
+They read weights in the "tile16" layout (native/tile.h): 16 rows side by side, codes and scales as
+the file has them, so that `unprepare` gives back the file's bytes.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-def matmul(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError("native kernels are not built")
+from pallas_kernels import native
+from pallas_kernels.matmul.spec import CANONICAL, WeightSpec
+
+LAYOUT = "tile16"
+MAX_WEIGHTS = 8
+_PRECISION = {"float32": 0, "bfloat16": 1, "int8": 2}
+_ACTIVATION = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
-def prepare(spec: Any, qvalue: Any) -> None:
-    return None
+def require_tiles(spec: WeightSpec) -> int:
+    """ggml's number of the weight's type; refuses a weight that is not tiled for these kernels."""
+    native.require()
+    if spec.layout != LAYOUT:
+        raise NotImplementedError(f"a weight in the {spec.layout!r} layout, not {LAYOUT!r}")
+    return native.TYPE_IDS[spec.qtype]
 
 
-def unprepare(spec: Any, qvalue: Any) -> Any:
-    raise NotImplementedError("native kernels are not built")
+def matmul(
+    x: jax.Array,
+    weights: tuple[tuple[WeightSpec, jax.Array], ...],
+    *,
+    norm: jax.Array | None,
+    norm_eps: float,
+    biases: tuple[jax.Array | None, ...],
+    activation: str | None,
+    residual: jax.Array | None,
+    post_norm: jax.Array | None,
+    activation_dtype: str,
+    num_rows: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """See `pallas_kernels.matmul.api.matmul`."""
+    types = [require_tiles(spec) for spec, _ in weights]
+    if len(weights) > MAX_WEIGHTS:
+        raise NotImplementedError(f"{len(weights)} weights in one call, at most {MAX_WEIGHTS}")
+    rows = x.shape[0]
+    if num_rows is None:
+        num_rows = jnp.full((1,), rows, jnp.int32)
+    outputs = [weights[0]] if activation else weights
+    given = [bias for bias in biases if bias is not None]
+    extra = [array for array in (norm, residual, post_norm) if array is not None]
+    flags = (norm is not None) | (residual is not None) << 1 | (post_norm is not None) << 2
+    call = jax.ffi.ffi_call(
+        "qjax_matmul",
+        [jax.ShapeDtypeStruct((rows, spec.shape[0]), jnp.float32) for spec, _ in outputs],
+        vmap_method="sequential",
+    )
+    return tuple(
+        call(
+            x, num_rows, *(tiles for _, tiles in weights), *given, *extra,
+            types=np.array(types, np.int32),
+            biases=np.int32(sum((b is not None) << i for i, b in enumerate(biases))),
+            flags=np.int32(flags),
+            activation=np.int32(_ACTIVATION[activation]),
+            precision=np.int32(_PRECISION[activation_dtype]),
+            eps=np.float32(norm_eps),
+        )
+    )  # fmt: skip
+
+
+def prepare(spec: WeightSpec, qvalue: np.ndarray) -> tuple[WeightSpec, np.ndarray] | None:
+    """Tiles a canonical weight; None where the native kernels do not run.
+
+    The bytes are 64-byte aligned, so that jax takes them over without a copy.
+    """
+    try:
+        library = native.require()
+    except NotImplementedError:
+        return None
+    kind, (n, k) = native.TYPE_IDS[spec.qtype], spec.shape
+    raw = np.ascontiguousarray(qvalue)
+    tiles = _aligned(library.qjax_tile_bytes(kind, n, k))
+    library.qjax_pack(kind, raw.ctypes.data, n, k, tiles.ctypes.data)
+    tiles = tiles.reshape(-(-n // 16), -1)
+    return WeightSpec(spec.qtype, spec.shape, LAYOUT), tiles
+
+
+def unprepare(spec: WeightSpec, qvalue: Any) -> tuple[WeightSpec, np.ndarray]:
+    """The canonical bytes that `prepare` was given."""
+    kind, (n, k) = require_tiles(spec), spec.shape
+    canonical = WeightSpec(spec.qtype, spec.shape, CANONICAL)
+    raw = np.empty(canonical.canonical_shape, np.uint8)
+    tiles = np.ascontiguousarray(qvalue)
+    native.require().qjax_unpack(kind, tiles.ctypes.data, n, k, raw.ctypes.data)
+    return canonical, raw
+
+
+def _aligned(size: int, alignment: int = 64) -> np.ndarray:
+    buffer = np.empty(size + alignment, np.uint8)
+    start = -buffer.ctypes.data % alignment
+    return buffer[start : start + size]

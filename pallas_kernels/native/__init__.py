@@ -1,0 +1,81 @@
+"""The compiled CPU kernels: which library this processor runs, and its functions.
+
+`build.py` compiles one library for each instruction set. The best one that the processor supports
+is loaded once and its XLA custom calls are registered. `QJAX_CPU_KERNELS` names another one (for
+tests and comparisons); without any library every caller gets the reason and XLA does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import jax
+
+from pallas_kernels.native.build import ISAS, library_name
+from pallas_kernels.platform import cpu_features
+
+ENVIRONMENT_VARIABLE = "QJAX_CPU_KERNELS"
+CALLS = ("qjax_matmul", "qjax_embedding", "qjax_attention")
+
+# Numbers of ggml for the types whose tiles the kernels read.
+TYPE_IDS = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10,
+    "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20, "iq4_xs": 23, "bf16": 30,
+}  # fmt: skip
+
+# What /proc/cpuinfo must list before a library may be loaded.
+_AVX512 = frozenset("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni".split())
+REQUIRED = {
+    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "avx512vnni": _AVX512,
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+    "portable": frozenset[str](),
+}
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets of this processor that have kernels, best first."""
+    features = cpu_features()
+    return [isa for isa in ISAS if REQUIRED[isa] <= features]
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The loaded library and its instruction set; or None and the reason why there is none."""
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE)
+    if wanted and wanted not in supported_isas():
+        known = ", ".join(supported_isas())
+        return None, f"{ENVIRONMENT_VARIABLE}={wanted} does not run on this processor ({known} do)"
+    for isa in [wanted] if wanted else supported_isas():
+        path = Path(__file__).parent / library_name(isa)
+        if not path.exists():
+            continue
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError as error:
+            return None, f"{path.name} cannot be loaded: {error}"
+        for name in CALLS:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(loaded[name]), platform="cpu")
+        loaded.qjax_tile_bytes.restype = ctypes.c_int64
+        loaded.qjax_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        for convert in (loaded.qjax_pack, loaded.qjax_unpack):
+            convert.argtypes = [
+                ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
+            ]  # fmt: skip
+        return loaded, isa
+    return None, "native kernels are not built (a C++17 compiler at install time builds them)"
+
+
+def require() -> ctypes.CDLL:
+    """The library; refuses (NotImplementedError) where there is none or the device is no CPU."""
+    from pallas_kernels.platform import device_kind
+
+    if device_kind() != "cpu":
+        raise NotImplementedError(f"native kernels run on a CPU, not on {device_kind()}")
+    loaded, why = library()
+    if loaded is None:
+        raise NotImplementedError(why)
+    return loaded

@@ -1,0 +1,61 @@
+// What the CPU kernels compute. They are compiled once for each instruction set, as a library of
+// its own; see build.py.
+#pragma once
+#include "tile.h"
+
+namespace qjax {
+
+enum Precision : int { kFloat32 = 0, kInt16 = 1, kInt8 = 2 };  // how activations are rounded
+enum Activation : int { kIdentity = 0, kSilu = 1, kGeluTanh = 2 };
+
+struct Weight {
+  const Traits* traits;
+  const uint8_t* tiles;
+  int64_t n;
+  const float* bias;  // [n] or null
+  float* y;           // [rows, n]
+};
+
+// y_i = x' W_i^T + bias_i with x' = RMSNorm(x) when norm is given; see matmul/api.py.
+struct Matmul {
+  static constexpr int kMaxWeights = 8;
+  const float* x;
+  int64_t rows, k;
+  const float* norm = nullptr;  // [k]
+  float eps = 0;
+  Weight weights[kMaxWeights];
+  int count = 0;
+  Activation activation = kIdentity;  // two weights: y of the first = act(first) * second
+  const float* residual = nullptr;    // [rows, n]
+  const float* post_norm = nullptr;   // [n]
+  Precision precision = kFloat32;
+};
+
+// Attention over a paged cache; see paged_attention/api.py.
+struct Attention {
+  const float *q, *k, *v;  // [T, heads * head_dim]
+  void *k_pages, *v_pages;  // [pages, kv_heads, page_size, head_dim]
+  bool cache_bf16;
+  const int32_t *block_table, *query_start, *seq_lens;
+  int64_t num_seqs, max_blocks, num_pages, page_size;
+  int heads, kv_heads, head_dim, rotary_dim;
+  float scale, soft_cap, eps;  // soft_cap 0: none
+  int64_t window;              // 0: none
+  const float *cos, *sin;      // [T, rotary_dim / 2] or null
+  const float *q_norm, *k_norm;  // [head_dim] or null
+  float* out;                  // [T, heads * head_dim]
+};
+
+struct Embedding {
+  const int32_t* ids;
+  int64_t count, n, k;
+  const Traits* traits;
+  const uint8_t* tiles;
+  float* y;  // [count, k]
+};
+
+void matmul(const Matmul&);
+void attention(const Attention&);
+void embedding(const Embedding&);
+
+}  // namespace qjax

@@ -1,0 +1,259 @@
+// The matrix product around the tiles: prologue, scheduling over threads, epilogue.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+#include "matmul_f32.h"
+#include "pool.h"
+#if defined(__AVX512VNNI__)
+#include "matmul_int.h"
+#endif
+
+namespace qjax {
+
+#if defined(__AVX512VNNI__)
+constexpr bool kRoundsActivations = true;
+constexpr int kTileMax = kTileF32 > kTileInt ? kTileF32 : kTileInt;
+#else
+constexpr bool kRoundsActivations = false;
+constexpr int kTileMax = kTileF32;
+#endif
+
+// Memory that a thread keeps between calls, 64-byte aligned, grown as needed.
+template <int Slot>
+inline uint8_t* scratch(size_t bytes) {
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<uint8_t, Free> memory;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    bytes = (bytes + 65535) / 65536 * 65536;
+    memory.reset(static_cast<uint8_t*>(std::aligned_alloc(64, bytes)));
+    if (!memory) throw std::bad_alloc();
+    size = bytes;
+  }
+  return memory.get();
+}
+
+// RMSNorm of one row: x / sqrt(mean(x^2) + eps) * weight. `out` may be `x`.
+inline void rms_norm(const float* x, const float* weight, float eps, int64_t k, float* out) {
+  v16f squares = {};
+  int64_t c = 0;
+  for (; c + 16 <= k; c += 16) squares += load(x + c) * load(x + c);
+  float total = sum(squares);
+  for (int64_t i = c; i < k; ++i) total += x[i] * x[i];
+  const float factor = 1.0f / std::sqrt(total / float(k) + eps);
+  for (c = 0; c + 16 <= k; c += 16) store(out + c, load(x + c) * factor * load(weight + c));
+  for (; c < k; ++c) out[c] = x[c] * factor * weight[c];
+}
+
+struct MatmulRun {
+  const Matmul& a;
+  int64_t units, padded;  // k rounded up to whole units
+  float* x_f32 = nullptr;  // [rows][padded], normed
+#if defined(__AVX512VNNI__)
+  std::unique_ptr<IntRows> ints;
+#endif
+  std::atomic<int64_t> next{0};
+
+  bool uses_f32(const Weight& w) const { return a.precision == kFloat32 || w.traits->dense(); }
+
+  explicit MatmulRun(const Matmul& a) : a(a), units(units_of(a.k)), padded(32 * units_of(a.k)) {
+    bool f32 = false, rounded = false;
+    for (int i = 0; i < a.count; ++i) (uses_f32(a.weights[i]) ? f32 : rounded) = true;
+    if (f32) x_f32 = reinterpret_cast<float*>(scratch<0>(a.rows * padded * 4));
+#if defined(__AVX512VNNI__)
+    if (rounded) {
+      const int bits = a.precision == kInt16 ? 16 : 8;
+      uint8_t* memory = scratch<1>(a.rows * IntRows::words_per_row(bits, units) * 4);
+      ints = std::make_unique<IntRows>(bits, a.rows, units, reinterpret_cast<int32_t*>(memory));
+    }
+#endif
+  }
+
+  void prologue(int64_t row) {
+    const float* x = a.x + row * a.k;
+    float* y = x_f32 ? x_f32 + row * padded : reinterpret_cast<float*>(scratch<2>(padded * 4));
+    if (a.norm) rms_norm(x, a.norm, a.eps, a.k, y);
+    else std::memcpy(y, x, a.k * 4);
+    std::fill(y + a.k, y + padded, 0.0f);
+#if defined(__AVX512VNNI__)
+    if (ints) ints->put(row, y);
+#endif
+  }
+
+  // The panel `p` of weight `w` against some rows, tile by tile.
+  struct Panel {
+    const Weight& w;
+    const uint8_t* tiles;
+    const float* f32 = nullptr;
+    const uint8_t* codes = nullptr;
+    const float* sb = nullptr;
+  };
+
+  template <int Slot>
+  Panel open_panel(const Weight& w, int64_t p, bool many) {
+    Panel panel{w, w.tiles + p * panel_bytes(*w.traits, a.k)};
+    if (uses_f32(w)) {
+      if (w.traits->type == F32) {
+        panel.f32 = reinterpret_cast<const float*>(panel.tiles);
+      } else {
+        float* f32 = reinterpret_cast<float*>(scratch<Slot>(padded * 64));
+        decode_f32_for(w.traits)(panel.tiles, a.k, f32);
+        panel.f32 = f32;
+      }
+    }
+#if defined(__AVX512VNNI__)
+    else if (many || ints->bits == 8) {
+      const int64_t code_bytes = padded * 16 * ints->bits / 8;
+      uint8_t* codes = scratch<Slot>(code_bytes + units * 2 * 128);
+      panel.codes = codes;
+      panel.sb = reinterpret_cast<float*>(codes + code_bytes);
+      int_kernels_for(w.traits, ints->bits).decode(panel.tiles, a.k, codes,
+                                                   reinterpret_cast<float*>(codes + code_bytes));
+    }
+#endif
+    return panel;
+  }
+
+  int tile_rows() const {
+#if defined(__AVX512VNNI__)
+    if (ints) return kTileInt;
+#endif
+    return kTileF32;
+  }
+
+  void product(const Panel& panel, int64_t row, int rows, float (*out)[16]) {
+    if (panel.f32) return tile_f32_n(rows, x_f32 + row * padded, padded, panel.f32, out);
+#if defined(__AVX512VNNI__)
+    const IntKernels& kernels = int_kernels_for(panel.w.traits, ints->bits);
+    const IntTile x = ints->tile(row / kTileInt, panel.w.traits->groups);
+    if (panel.codes) kernels.decoded[rows - 1](panel.codes, panel.sb, units, x, out);
+    else kernels.fused[rows - 1](panel.tiles, a.k, x, out);
+#endif
+  }
+
+  void epilogue(const Weight& w, int64_t p, int64_t row, int rows, float (*out)[16],
+                const float (*up)[16]) {
+    const int64_t n0 = 16 * p;
+    const int lanes = int(std::min<int64_t>(16, w.n - n0));
+    alignas(64) float buffer[16];
+    // Partial panels go through a buffer, whole ones straight through memory.
+    auto get = [&](const float* source) {
+      if (lanes == 16) return load(source);
+      std::fill(buffer, buffer + 16, 0.0f);
+      std::copy(source, source + lanes, buffer);
+      return load(buffer);
+    };
+    for (int m = 0; m < rows; ++m) {
+      v16f y = load(out[m]);
+      if (w.bias) y += get(w.bias + n0);
+      if (up) {
+        v16f other = load(up[m]);
+        if (a.weights[1].bias) other += get(a.weights[1].bias + n0);
+        y = (a.activation == kSilu ? silu(y) : gelu_tanh(y)) * other;
+      }
+      const int64_t at = (row + m) * w.n + n0;
+      if (a.residual && !a.post_norm) y += get(a.residual + at);
+      if (lanes == 16) {
+        store(w.y + at, y);
+      } else {
+        store(buffer, y);
+        std::copy(buffer, buffer + lanes, w.y + at);
+      }
+    }
+  }
+
+  void panels(int64_t p, const Weight& w, const Weight* up, int64_t row0, int64_t row1) {
+    const int step = tile_rows();
+    const bool many = row1 - row0 > step;
+    const Panel panel = open_panel<3>(w, p, many);
+    alignas(64) float out[kTileMax][16], out_up[kTileMax][16];
+    if (!up) {
+      for (int64_t row = row0; row < row1; row += step) {
+        const int rows = int(std::min<int64_t>(step, row1 - row));
+        product(panel, row, rows, out);
+        epilogue(w, p, row, rows, out, nullptr);
+      }
+      return;
+    }
+    const Panel panel_up = open_panel<4>(*up, p, many);
+    for (int64_t row = row0; row < row1; row += step) {
+      const int rows = int(std::min<int64_t>(step, row1 - row));
+      product(panel, row, rows, out);
+      product(panel_up, row, rows, out_up);
+      epilogue(w, p, row, rows, out, out_up);
+    }
+  }
+
+  void run_all() {
+    const bool gated = a.activation != kIdentity;
+    int64_t starts[Matmul::kMaxWeights + 1] = {0};
+    const int outputs = gated ? 1 : a.count;
+    for (int i = 0; i < outputs; ++i) starts[i + 1] = starts[i] + panels_of(a.weights[i].n);
+    const int64_t total = starts[outputs];
+    // Rows go in blocks that stay in the second-level cache while the panels pass by.
+    const int step = tile_rows();
+    const int64_t row_bytes = padded * (x_f32 ? 4 : a.precision == kInt16 ? 2 : 1);
+    const int64_t block = std::max<int64_t>(step, 400000 / row_bytes / step * step);
+    const int64_t blocks = (a.rows + block - 1) / block;
+    const bool alone = a.rows <= step;  // one tile: cheaper to prepare than to share out
+    if (alone)
+      for (int64_t row = 0; row < a.rows; ++row) prologue(row);
+
+    run([&](const Team& team) {
+      if (!alone) {
+        const int64_t tiles = (a.rows + step - 1) / step;
+        for (int64_t t = team.index; t < tiles; t += team.size)
+          for (int64_t row = t * step; row < std::min(a.rows, (t + 1) * step); ++row) prologue(row);
+        team.barrier();
+      }
+      // Several panels at a time, fewer towards the end.
+      for (;;) {
+        int64_t at = next.load(std::memory_order_relaxed);
+        int64_t take = std::max<int64_t>(1, (total * blocks - at) / (4 * team.size));
+        at = next.fetch_add(take, std::memory_order_relaxed);
+        if (at >= total * blocks) break;
+        for (int64_t item = at; item < std::min(total * blocks, at + take); ++item) {
+          const int64_t b = item / total, p = item % total;
+          int w = 0;
+          while (p >= starts[w + 1]) ++w;
+          panels(p - starts[w], a.weights[w], gated ? &a.weights[1] : nullptr, b * block,
+                 std::min(a.rows, (b + 1) * block));
+        }
+      }
+      if (!a.post_norm) return;
+      team.barrier();
+      const Weight& w = a.weights[0];
+      for (int64_t row = team.index; row < a.rows; row += team.size) {
+        float* y = w.y + row * w.n;
+        rms_norm(y, a.post_norm, a.eps, w.n, y);
+        if (a.residual)
+          for (int64_t c = 0; c < w.n; ++c) y[c] += a.residual[row * w.n + c];
+      }
+    });
+  }
+};
+
+inline void matmul(const Matmul& a) {
+  if (a.rows > 0) MatmulRun(a).run_all();
+}
+
+// Rows of a weight as float32. Decoding one row reads one lane of its panel.
+inline void embedding(const Embedding& a) {
+  const Traits& t = *a.traits;
+  run([&](const Team& team) {
+    float* panel = reinterpret_cast<float*>(scratch<3>(32 * units_of(a.k) * 64));
+    for (int64_t i = team.index; i < a.count; i += team.size) {
+      const int64_t id = std::min<int64_t>(std::max<int64_t>(a.ids[i], 0), a.n - 1);
+      decode_f32_for(&t)(a.tiles + id / 16 * panel_bytes(t, a.k), a.k, panel);
+      for (int64_t c = 0; c < a.k; ++c) a.y[i * a.k + c] = panel[16 * c + id % 16];
+    }
+  });
+}
+
+}  // namespace qjax

@@ -1,0 +1,301 @@
+// Integer products on AVX512-VNNI: activations are rounded to 16 or 8 bits with one scale per 32
+// columns, weights stay exact. Per unit of 32 columns and row m of x:
+//   y += s * dx * (sum code * xq - zero * sum xq) + b * dx * sum xq
+// The zero point enters as the accumulator's start value, so symmetric types pay nothing for it.
+#pragma once
+#include <immintrin.h>
+
+#include <utility>
+
+#include "scales.h"
+
+namespace qjax {
+
+constexpr int kTileInt = 8;  // rows of x that share one read of the panel
+
+// Rows of x in tiles of kTileInt (the last may be shorter, MR rows), rounded.
+// Inside a tile everything is [..., MR]: one broadcast serves one row.
+struct IntTile {
+  const int32_t* q;     // 16-bit: [units * 16 steps][MR] pairs; 8-bit: [units * 8][MR] quads
+  const float* dx;      // [units][MR]
+  const float* xsum;    // [units * groups][MR] dx * sum xq
+  const int32_t* neg;   // [units * groups][MR] -sum xq
+};
+
+struct IntRows {
+  int bits;  // 16 or 8
+  int64_t rows, units;
+  int32_t* q;
+  float *dx, *xsum[2];  // [0]: one group per unit, [1]: two
+  int32_t* neg[2];
+  int64_t q_per_row() const { return units * bits; }  // 32-bit words
+  static int64_t words_per_row(int bits, int64_t units) { return units * (bits + 1 + 3 + 3); }
+
+  IntRows(int bits, int64_t rows, int64_t units, int32_t* memory)
+      : bits(bits), rows(rows), units(units), q(memory) {
+    auto take = [&](int64_t n) { return memory += n; };
+    dx = reinterpret_cast<float*>(take(rows * q_per_row()));
+    xsum[0] = reinterpret_cast<float*>(take(rows * units));
+    xsum[1] = reinterpret_cast<float*>(take(rows * units));
+    neg[0] = take(rows * units * 2);
+    neg[1] = take(rows * units);
+  }
+  int tile_rows(int64_t tile) const {
+    int64_t left = rows - tile * kTileInt;
+    return left < kTileInt ? int(left) : kTileInt;
+  }
+  IntTile tile(int64_t index, int groups) const {
+    const int64_t row = index * kTileInt;
+    return {q + row * q_per_row(), dx + row * units, xsum[groups - 1] + row * units * groups,
+            neg[groups - 1] + row * units * groups};
+  }
+  // Rounds row `row`, given as float32 padded with zeros to 32 * units.
+  void put(int64_t row, const float* x) const {
+    const int64_t t = row / kTileInt, first = t * kTileInt;
+    const int mr = tile_rows(t), m = int(row - first);
+    int32_t* q_out = q + first * q_per_row() + m;
+    // Columns 0 2 4 6 1 3 5 7 of each 8: the pairs of steps t = 0..3.
+    const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 30, 28, 26, 24, 23, 21, 19, 17, 22, 20,
+                                           18, 16, 15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4,
+                                           2, 0);
+    const float top = bits == 16 ? 32767.0f : 127.0f;
+    for (int64_t u = 0; u < units; ++u) {
+      const __m512 a = _mm512_loadu_ps(x + 32 * u), b = _mm512_loadu_ps(x + 32 * u + 16);
+      const float amax = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+      const float scale = amax / top, inverse = amax > 0 ? top / amax : 0.0f;
+      const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(inverse)));
+      const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, _mm512_set1_ps(inverse)));
+      const int32_t sa = _mm512_reduce_add_epi32(qa), sb = _mm512_reduce_add_epi32(qb);
+      const int64_t row_u = first * units + u * mr + m, row_g = first * units * 2 + 2 * u * mr + m;
+      dx[row_u] = scale;
+      xsum[0][row_u] = scale * float(sa + sb);
+      neg[0][row_u] = -(sa + sb);
+      xsum[1][row_g] = scale * float(sa);
+      xsum[1][row_g + mr] = scale * float(sb);
+      neg[1][row_g] = -sa;
+      neg[1][row_g + mr] = -sb;
+      if (bits == 16) {
+        alignas(64) int32_t words[16];
+        const __m512i packed = _mm512_inserti64x4(
+            _mm512_castsi256_si512(_mm512_cvtepi32_epi16(qa)), _mm512_cvtepi32_epi16(qb), 1);
+        _mm512_store_si512(words, _mm512_permutexvar_epi16(order, packed));
+        for (int i = 0; i < 16; ++i) q_out[(16 * u + i) * mr] = words[i];
+      } else {
+        alignas(32) int32_t words[8];
+        _mm_store_si128((__m128i*)words, _mm512_cvtepi32_epi8(qa));
+        _mm_store_si128((__m128i*)(words + 4), _mm512_cvtepi32_epi8(qb));
+        for (int i = 0; i < 8; ++i) q_out[(8 * u + i) * mr] = words[i];
+      }
+    }
+  }
+};
+
+QJAX_INLINE constexpr int log2_of(int z) { return z <= 1 ? 0 : 1 + log2_of(z / 2); }
+
+// ---- decoding one unit in registers --------------------------------------------------------
+
+template <int T>
+struct Codes {
+  static constexpr const Traits& t = kTraits[T];
+  // 16-bit codes of Q8_0 are signed and IQ4 looks up signed values: no zero point is left.
+  static constexpr int zero16 = t.base == 8 || t.lookup ? 0 : t.zero;
+
+  // The 32 codes of step S as 16-bit integers.
+  template <int S>
+  static QJAX_INLINE __m512i step(const uint8_t* unit) {
+    auto vector = [&](int i) { return _mm512_loadu_si512(unit + 64 * i); };
+    if constexpr (t.base == 8) {
+      const __m512i v = vector(2 * (S / 4) + (S & 1));
+      return _mm512_srai_epi16(S % 4 < 2 ? _mm512_slli_epi16(v, 8) : v, 8);
+    }
+    constexpr int shift = t.base == 4 ? 4 * (S % 4) : 2 * (S % 8);
+    __m512i v = _mm512_srli_epi16(vector(t.base == 4 ? S / 4 : S / 8), shift);
+    const __m512i mask = _mm512_set1_epi16((1 << t.base) - 1);
+    if constexpr (t.high == 0) {
+      if constexpr (shift + t.base < 16) v = _mm512_and_si512(v, mask);
+    } else {
+      constexpr int at = t.high == 1 ? S : 2 * (S % 8);
+      __m512i h = vector(t.base + (t.high == 1 ? 0 : S / 8));
+      if constexpr (at > t.base) h = _mm512_srli_epi16(h, at - t.base);
+      if constexpr (at < t.base) h = _mm512_slli_epi16(h, t.base - at);
+      const __m512i high_mask = _mm512_set1_epi16(((1 << t.high) - 1) << t.base);
+      // (v & mask) | (h & high_mask), the masks being disjoint
+      v = _mm512_or_si512(_mm512_and_si512(v, mask), _mm512_and_si512(h, high_mask));
+    }
+    if constexpr (t.lookup) {
+      alignas(64) static constexpr int16_t table[32] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                        1,    13,   25,  38,  53,  69,  89,  113};
+      v = _mm512_permutexvar_epi16(v, _mm512_load_si512(table));
+    }
+    return v;
+  }
+
+  // Columns 4i..4i+3 as unsigned bytes.
+  template <int I>
+  static QJAX_INLINE __m512i quad(const uint8_t* unit) {
+    auto vector = [&](int i) { return _mm512_loadu_si512(unit + 64 * i); };
+    if constexpr (t.base == 8) return _mm512_xor_si512(vector(I), _mm512_set1_epi8(-128));
+    constexpr int j = I / 2, half = I % 2;
+    // Bytes 0 and 1 of a word come from steps 4j + half and 4j + 2 + half: two fields of a word
+    // that lie `2 * width` bits apart are spread to bytes, at bit `to`.
+    auto spread = [](__m512i word, int width, int to) {
+      const int mask = (1 << width) - 1;
+      const __m512i even = _mm512_and_si512(word, _mm512_set1_epi16(mask));
+      const __m512i odd = _mm512_and_si512(word, _mm512_set1_epi16(mask << (2 * width)));
+      return _mm512_or_si512(_mm512_slli_epi16(even, to), _mm512_slli_epi16(odd, to + 8 - 2 * width));
+    };
+    __m512i v;
+    if constexpr (t.base == 4)
+      v = _mm512_and_si512(_mm512_srli_epi16(vector(j), 4 * half), _mm512_set1_epi8(15));
+    else
+      v = spread(_mm512_srli_epi16(vector(j / 2), 2 * (4 * (j % 2) + half)), 2, 0);
+    if constexpr (t.high == 1)
+      v = _mm512_or_si512(v, spread(_mm512_srli_epi16(vector(t.base), 4 * j + half), 1, t.base));
+    if constexpr (t.high == 2)
+      v = _mm512_or_si512(
+          v, spread(_mm512_srli_epi16(vector(t.base + j / 2), 2 * (4 * (j % 2) + half)), 2, t.base));
+    if constexpr (t.lookup) {
+      const __m128i table = _mm_loadu_si128((const __m128i*)kIQ4Codes);
+      v = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v);
+    }
+    return v;
+  }
+};
+
+// ---- products ------------------------------------------------------------------------------
+
+template <int... I, class F>
+QJAX_INLINE void unroll(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+QJAX_INLINE void unroll(F&& f) {
+  unroll(std::make_integer_sequence<int, N>{}, static_cast<F&&>(f));
+}
+
+// One group of columns: the integer sums of MR rows enter the float32 totals.
+template <int Zero, bool HasMin, int MR, class Product>
+QJAX_INLINE void group_product(const IntTile& x, int64_t unit, int64_t group, __m512 s, __m512 b,
+                               __m512 (&total)[MR], Product&& product) {
+  __m512i acc[MR];
+  for (int m = 0; m < MR; ++m)
+    acc[m] = Zero == 0 ? _mm512_setzero_si512()
+                       : _mm512_slli_epi32(_mm512_set1_epi32(x.neg[group * MR + m]), log2_of(Zero));
+  product(acc);
+  for (int m = 0; m < MR; ++m) {
+    const __m512 scale = _mm512_mul_ps(s, _mm512_set1_ps(x.dx[unit * MR + m]));
+    total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[m]), scale, total[m]);
+    if (HasMin) total[m] = _mm512_fmadd_ps(b, _mm512_set1_ps(x.xsum[group * MR + m]), total[m]);
+  }
+}
+
+// Few rows: codes go from memory through registers into the product (16-bit activations only;
+// 8-bit ones are for many rows).
+template <int T, int MR>
+void tile_fused(const uint8_t* panel, int64_t k, const IntTile& x, float (*out)[16]) {
+  constexpr const Traits& t = kTraits[T];
+  constexpr int steps = 16 / t.groups;
+  const int64_t units = units_of(k);
+  const uint8_t* scales = panel + code_bytes_of(t, k);
+  __m512 total[MR];
+  for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
+  for (int64_t u = 0; u < units; ++u) {
+    const uint8_t* unit = panel + u * t.code_bytes();
+    const int32_t* q = x.q + u * 16 * MR;
+    unroll<t.groups>([&](auto g) {
+      const GroupScale gs = group_scale(t, scales, u, g);
+      group_product<Codes<T>::zero16, t.has_min(), MR>(
+          x, u, u * t.groups + g, (__m512)gs.s, (__m512)gs.b, total, [&](__m512i(&acc)[MR]) {
+            unroll<steps>([&](auto i) {
+              constexpr int S = decltype(g)::value * steps + decltype(i)::value;
+              const __m512i w = Codes<T>::template step<S>(unit);
+              for (int m = 0; m < MR; ++m)
+                acc[m] = _mm512_dpwssd_epi32(acc[m], w, _mm512_set1_epi32(q[S * MR + m]));
+            });
+          });
+    });
+  }
+  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out[m], total[m]);
+}
+
+// Many rows: the panel is decoded once into `w` (codes) and `sb` (float32 s, b per group).
+template <int T, int Bits>
+void decode_int(const uint8_t* panel, int64_t k, uint8_t* w, float* sb) {
+  constexpr const Traits& t = kTraits[T];
+  const int64_t units = units_of(k);
+  const uint8_t* scales = panel + code_bytes_of(t, k);
+  for (int64_t u = 0; u < units; ++u) {
+    const uint8_t* unit = panel + u * t.code_bytes();
+    unroll<Bits>([&](auto i) {
+      if constexpr (Bits == 16) _mm512_store_si512(w, Codes<T>::template step<i>(unit));
+      else _mm512_store_si512(w, Codes<T>::template quad<i>(unit));
+      w += 64;
+    });
+    for (int g = 0; g < t.groups; ++g, sb += 32) {
+      const GroupScale gs = group_scale(t, scales, u, g);
+      store(sb, gs.s);
+      if (t.has_min()) store(sb + 16, gs.b);
+    }
+  }
+}
+
+template <int Bits, int Groups, int Zero, bool HasMin, int MR>
+void tile_decoded(const uint8_t* w, const float* sb, int64_t units, const IntTile& x,
+                  float (*out)[16]) {
+  constexpr int steps = Bits / Groups;
+  __m512 total[MR];
+  for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
+  const int32_t* q = x.q;
+  for (int64_t u = 0; u < units; ++u)
+    for (int g = 0; g < Groups; ++g, w += 64 * steps, q += steps * MR, sb += 32)
+      group_product<Zero, HasMin, MR>(
+          x, u, u * Groups + g, _mm512_load_ps(sb), _mm512_load_ps(sb + 16), total,
+          [&](__m512i(&acc)[MR]) {
+            unroll<steps>([&](auto i) {
+              const __m512i column = _mm512_load_si512(w + 64 * i);
+              for (int m = 0; m < MR; ++m) {
+                const __m512i xs = _mm512_set1_epi32(q[i * MR + m]);
+                acc[m] = Bits == 16 ? _mm512_dpwssd_epi32(acc[m], column, xs)
+                                    : _mm512_dpbusd_epi32(acc[m], column, xs);
+              }
+            });
+          });
+  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out[m], total[m]);
+}
+
+// ---- tables by type ------------------------------------------------------------------------
+
+using TileFused = void (*)(const uint8_t*, int64_t, const IntTile&, float (*)[16]);
+using DecodeInt = void (*)(const uint8_t*, int64_t, uint8_t*, float*);
+using TileDecoded = void (*)(const uint8_t*, const float*, int64_t, const IntTile&, float (*)[16]);
+
+struct IntKernels {
+  TileFused fused[kTileInt];      // [rows - 1], 16-bit only
+  DecodeInt decode;
+  TileDecoded decoded[kTileInt];  // [rows - 1]
+};
+
+template <int T, int Bits, int... M>
+constexpr IntKernels int_kernels(std::integer_sequence<int, M...>) {
+  constexpr const Traits& t = kTraits[T];
+  IntKernels kernels = {};
+  if constexpr (!t.dense()) {
+    constexpr int zero = Bits == 16 ? Codes<T>::zero16 : t.zero;
+    kernels = {{}, decode_int<T, Bits>, {tile_decoded<Bits, t.groups, zero, t.has_min(), M + 1>...}};
+    if constexpr (Bits == 16) ((kernels.fused[M] = tile_fused<T, M + 1>), ...);
+  }
+  return kernels;
+}
+template <int Bits, int... T>
+const IntKernels& int_kernels_at(int index, std::integer_sequence<int, T...>) {
+  static constexpr IntKernels table[] = {
+      int_kernels<T, Bits>(std::make_integer_sequence<int, kTileInt>{})...};
+  return table[index];
+}
+inline const IntKernels& int_kernels_for(const Traits* t, int bits) {
+  constexpr auto all = std::make_integer_sequence<int, sizeof(kTraits) / sizeof(kTraits[0])>{};
+  return bits == 16 ? int_kernels_at<16>(int(t - kTraits), all)
+                    : int_kernels_at<8>(int(t - kTraits), all);
+}
+
+}  // namespace qjax

@@ -1,0 +1,110 @@
+// The "tile16" weight layout: how a quantized matrix [N, K] lies in memory for the CPU kernels.
+//
+// Rows are cut into panels of 16 (one SIMD lane a row), columns into units of 32. A panel holds
+// the codes of all its units, then the scales of all its units, so both are read as one stream.
+//
+// Codes of one unit. A row owns one 32-bit lane of each 64-byte vector, seen as two 16-bit words.
+// Step S = 4j + t (j, t in 0..3) pairs columns k = 8j + {0,4,1,5}[t] (word 0) and k + 2 (word 1):
+// shifting a vector by a constant and masking gives the 32 codes of one step, and the same
+// nibble plane masked by bytes gives columns 4i..4i+3 in order. One layout so serves 16-bit
+// products (a step) and 8-bit products (four columns).
+//   4-bit plane  4 vectors; step S at bits 4t of vector j
+//   2-bit plane  2 vectors; step S at bits 2(S % 8) of vector S / 8
+//   1-bit plane  1 vector;  step S at bit S
+//   8-bit plane  8 vectors; byte b of vector i is column 4i + b
+// Wider codes add a 1- or 2-bit plane of high bits after the plane of low bits.
+// Dense types (f32, f16, bf16) are [32 columns][16 rows] of their own elements.
+//
+// Scales keep the bits of the file: f16 d (and m) per unit, or for K-quants an f16 header per
+// 8 units and 8-bit multipliers per unit or half unit. A weight is s * (code - zero) + b.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace qjax {
+
+// Numbers are those of ggml, so that a file's own type id can be passed through.
+enum QType : int {
+  F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
+  Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30,
+};
+
+enum Scale : int {
+  kNone,    // dense
+  kD,       // f16 d[16]
+  kDM,      // f16 d[16], m[16]
+  kSuper1,  // header f16 d[16]; per group int8 sc[16]:            s = d * sc
+  kSuper2,  // header f16 d[16], dmin[16]; per unit u8 sc[16], m[16]: s = d * sc, b = -dmin * m
+  kSuper2n, // the same with 4-bit sc | m << 4 in one byte per group
+};
+
+// Everything a kernel must know about a type, as constants.
+struct Traits {
+  QType type;
+  int raw_elems, raw_bytes;  // block of the file
+  int base, high;            // bits of the low plane and of the high plane
+  int groups;                // scales per unit of 32 columns: 1 or 2
+  int zero;                  // code that means 0
+  Scale scale;
+  bool lookup;               // codes index the IQ4 table
+  constexpr int code_bytes() const { return base >= 16 ? 512 * base / 8 : 64 * (base + high); }
+  constexpr int unit_scale_bytes() const {
+    return scale == kD ? 32 : scale == kDM ? 64 : scale == kSuper2 ? 32
+           : scale == kNone ? 0 : 16 * groups;
+  }
+  constexpr int header_bytes() const {  // per 8 units
+    return scale == kSuper1 ? 32 : (scale == kSuper2 || scale == kSuper2n) ? 64 : 0;
+  }
+  constexpr bool has_min() const {
+    return scale == kDM || scale == kSuper2 || scale == kSuper2n;
+  }
+  constexpr bool dense() const { return scale == kNone; }
+};
+
+constexpr Traits kTraits[] = {
+    {F32, 1, 4, 32, 0, 1, 0, kNone, false},
+    {F16, 1, 2, 16, 0, 1, 0, kNone, false},
+    {BF16, 1, 2, 16, 0, 1, 0, kNone, false},
+    {Q4_0, 32, 18, 4, 0, 1, 8, kD, false},
+    {Q4_1, 32, 20, 4, 0, 1, 0, kDM, false},
+    {Q5_0, 32, 22, 4, 1, 1, 16, kD, false},
+    {Q5_1, 32, 24, 4, 1, 1, 0, kDM, false},
+    {Q8_0, 32, 34, 8, 0, 1, 128, kD, false},
+    {Q2_K, 256, 84, 2, 0, 2, 0, kSuper2n, false},
+    {Q3_K, 256, 110, 2, 1, 2, 4, kSuper1, false},
+    {Q4_K, 256, 144, 4, 0, 1, 0, kSuper2, false},
+    {Q5_K, 256, 176, 4, 1, 1, 0, kSuper2, false},
+    {Q6_K, 256, 210, 4, 2, 2, 32, kSuper1, false},
+    {IQ4_NL, 32, 18, 4, 0, 1, 128, kD, true},
+    {IQ4_XS, 256, 136, 4, 0, 1, 128, kSuper1, true},
+};
+
+constexpr const Traits* find_traits(int type) {
+  for (const Traits& t : kTraits)
+    if (t.type == type) return &t;
+  return nullptr;
+}
+
+// Signed values of the 4-bit non-linear types, plus 128 so that they are unsigned codes.
+constexpr uint8_t kIQ4Codes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                   129, 141, 153, 166, 181, 197, 217, 241};
+
+inline int64_t units_of(int64_t k) { return (k + 31) / 32; }
+inline int64_t code_bytes_of(const Traits& t, int64_t k) { return units_of(k) * t.code_bytes(); }
+inline int64_t panel_bytes(const Traits& t, int64_t k) {
+  int64_t units = units_of(k);
+  int64_t bytes = units * (t.code_bytes() + t.unit_scale_bytes()) + units / 8 * t.header_bytes();
+  return (bytes + 63) / 64 * 64;
+}
+inline int64_t panels_of(int64_t n) { return (n + 15) / 16; }
+
+// Where the scales of unit u lie inside the scale stream of a panel.
+inline const uint8_t* header_at(const Traits& t, const uint8_t* scales, int64_t u) {
+  return scales + u / 8 * (t.header_bytes() + 8 * t.unit_scale_bytes());
+}
+inline const uint8_t* unit_scales_at(const Traits& t, const uint8_t* scales, int64_t u) {
+  if (t.header_bytes() == 0) return scales + u * t.unit_scale_bytes();
+  return header_at(t, scales, u) + t.header_bytes() + u % 8 * t.unit_scale_bytes();
+}
+
+}  // namespace qjax

@@ -1,0 +1,104 @@
+"""The one entry to attention: checks the call, then dispatches it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import native, ref, xla
+from pallas_kernels.paged_attention.spec import AttentionSpec
+
+IMPLEMENTATIONS: dispatch.Implementations = (
+    ("native", native.paged_attention),
+    ("xla", xla.paged_attention),
+    ("ref", ref.paged_attention),
+)
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *,
+    spec: AttentionSpec,
+    block_table: jax.Array,
+    query_start_loc: jax.Array,
+    seq_lens: jax.Array,
+    rope: tuple[jax.Array, jax.Array] | None = None,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
+    norm_eps: float = 0.0,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes the keys and values of new tokens into the cache, then attends with their queries.
+
+    Token t of sequence s, query_start_loc[s] <= t < query_start_loc[s + 1], stands at position
+    p = seq_lens[s] - (query_start_loc[s + 1] - t), in slot p % page_size of page
+    block_table[s, p // page_size], and sees the positions up to its own. Prefill, chunked prefill
+    and decode may be mixed in one call. Tokens from query_start_loc[S] on are padding: they write
+    nothing and their outputs are unspecified.
+
+    Args:
+      q: float32 [T, num_heads * head_dim]. k, v: float32 [T, num_kv_heads * head_dim].
+      k_pages, v_pages: float32 or bfloat16 [P, num_kv_heads, page_size, head_dim]. How a page is
+        laid out inside is private to the implementation: a cache belongs to the one that wrote it.
+      block_table: int32 [S, B]. query_start_loc: int32 [S + 1]. seq_lens: int32 [S], new tokens
+        included.
+      rope: (cos, sin), float32 [T, rotary_dim / 2]. The two halves (x1, x2) of the rotary
+        dimensions become (x1 cos - x2 sin, x2 cos + x1 sin) (RoFormer, arXiv 2104.09864, in the
+        half-split order of Hugging Face).
+      q_norm, k_norm: float32 [head_dim], RMSNorm of each head before rope, with `norm_eps`.
+      implementation: "native", "xla" or "ref"; None for the first that takes the call.
+
+    Returns:
+      (float32 [T, num_heads * head_dim], k_pages, v_pages), the pages updated.
+
+    Raises:
+      ValueError: shapes contradict each other.
+      NotImplementedError: no implementation, or not the named one, takes the call.
+    """
+    tokens = q.shape[0]
+    expected = {
+        "q": (q, (tokens, spec.num_heads * spec.head_dim)),
+        "k": (k, (tokens, spec.num_kv_heads * spec.head_dim)),
+        "v": (v, (tokens, spec.num_kv_heads * spec.head_dim)),
+    }
+    if rope is not None:
+        expected |= {"cos": (rope[0], (tokens, spec.rotary_dim // 2))}
+        expected |= {"sin": (rope[1], (tokens, spec.rotary_dim // 2))}
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None:
+            expected[name] = weight, (spec.head_dim,)
+    for name, (array, shape) in expected.items():
+        if array.shape != shape or array.dtype != jnp.float32:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
+    pages = (k_pages.shape[0], spec.num_kv_heads, k_pages.shape[2], spec.head_dim)
+    if k_pages.shape != pages or v_pages.shape != pages:
+        raise ValueError(f"pages are {k_pages.shape} and {v_pages.shape}, expected {pages}")
+    sequences = seq_lens.shape[0]
+    if query_start_loc.shape != (sequences + 1,) or block_table.shape[0] != sequences:
+        raise ValueError(
+            f"{sequences} sequence lengths with query_start_loc {query_start_loc.shape} and "
+            f"block_table {block_table.shape}"
+        )
+    return dispatch.call(
+        "paged_attention",
+        IMPLEMENTATIONS,
+        q,
+        k,
+        v,
+        k_pages,
+        v_pages,
+        spec=spec,
+        block_table=block_table,
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        rope=rope,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        norm_eps=norm_eps,
+        implementation=implementation,
+    )

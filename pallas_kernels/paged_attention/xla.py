@@ -1,0 +1,97 @@
+"""The portable implementation: gathers each sequence's pages and masks what a token may not see.
+
+Queries go one tile of tokens at a time, so that the gathered keys and the scores of a long prompt
+stay small.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.spec import AttentionSpec
+
+_TILE = 64  # tokens whose scores are in memory together
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *,
+    spec: AttentionSpec,
+    block_table: jax.Array,
+    query_start_loc: jax.Array,
+    seq_lens: jax.Array,
+    rope: tuple[jax.Array, jax.Array] | None,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    norm_eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `pallas_kernels.paged_attention.api.paged_attention`."""
+    tokens, page_size = q.shape[0], k_pages.shape[2]
+    q = _turn(q.reshape(tokens, -1, spec.head_dim), rope, q_norm, norm_eps)
+    k = _turn(k.reshape(tokens, -1, spec.head_dim), rope, k_norm, norm_eps)
+    v = v.reshape(tokens, -1, spec.head_dim)
+
+    index = jnp.arange(tokens)
+    ends = query_start_loc[1:]
+    owner = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(seq_lens) - 1)
+    position = seq_lens[owner] - (ends[owner] - index)
+    real = index < ends[-1]
+    page = block_table[owner, jnp.clip(position // page_size, 0, block_table.shape[1] - 1)]
+    page = jnp.where(real, page, k_pages.shape[0])  # out of range: dropped
+    slot = position % page_size
+    k_pages = k_pages.at[page, :, slot].set(k.astype(k_pages.dtype), mode="drop")
+    v_pages = v_pages.at[page, :, slot].set(v.astype(v_pages.dtype), mode="drop")
+
+    keys_at = jnp.arange(block_table.shape[1] * page_size)
+    group = spec.num_heads // spec.num_kv_heads
+
+    def attend(tile: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, owner, position = tile  # [M, Hq, D], [M], [M]
+
+        def gathered(pages: jax.Array) -> jax.Array:
+            rows = pages[block_table[owner]].astype(jnp.float32)  # [M, B, Hkv, page_size, D]
+            return rows.swapaxes(1, 2).reshape(len(q), spec.num_kv_heads, -1, spec.head_dim)
+
+        q = q.reshape(len(q), spec.num_kv_heads, group, spec.head_dim) * spec.scale
+        precision = jax.lax.Precision.HIGHEST
+        scores = jnp.einsum("mhgd,mhkd->mhgk", q, gathered(k_pages), precision=precision)
+        if spec.soft_cap is not None:
+            scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+        visible = keys_at <= position[:, None]
+        if spec.sliding_window is not None:
+            visible &= keys_at > position[:, None] - spec.sliding_window
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1)
+        out = jnp.einsum("mhgk,mhkd->mhgd", weights, gathered(v_pages), precision=precision)
+        return out.reshape(len(q), -1)
+
+    tile = math.gcd(tokens, _TILE) if tokens > _TILE else tokens
+    # Padding looks at position 0 of the last sequence: finite, and thrown away.
+    position = jnp.where(real, position, 0)
+    tiles = [x.reshape(tokens // tile, tile, *x.shape[1:]) for x in (q, owner, position)]
+    out = jax.lax.map(attend, tuple(tiles)).reshape(tokens, -1)
+    return jnp.where(real[:, None], out, 0.0), k_pages, v_pages
+
+
+def _turn(
+    x: jax.Array,
+    rope: tuple[jax.Array, jax.Array] | None,
+    weight: jax.Array | None,
+    eps: float,
+) -> jax.Array:
+    """RMSNorm of each head of [T, H, D], then rope."""
+    if weight is not None:
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * weight
+    if rope is None:
+        return x
+    cos, sin = (table[:, None] for table in rope)
+    half = cos.shape[-1]
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)

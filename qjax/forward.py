@@ -1,0 +1,41 @@
+"""`forward`: logits of whole sequences, for evaluation and for looking inside."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qjax.kv_cache import Batch, init_cache
+from qjax.models import functional
+from qjax.params import Params
+
+_PAGE_SIZE = 32
+
+
+def forward(params: Params, tokens: jax.Array, numerics: str = "exact") -> jax.Array:
+    """Logits after every token. Pure; works under `jax.jit` and `jax.vmap`.
+
+    Args:
+      params: a model.
+      tokens: int [B, T] or [T].
+      numerics: "exact" (activations stay float32), or how they may be rounded: "int16" or "int8".
+
+    Returns:
+      float32 [B, T, V] or [T, V].
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.ndim == 1:
+        return forward(params, tokens[None], numerics)[0]
+    rows, length = tokens.shape
+    pages = -(-length // _PAGE_SIZE)
+    batch = Batch(
+        positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), rows),
+        query_start_loc=jnp.arange(rows + 1, dtype=jnp.int32) * length,
+        seq_lens=jnp.full((rows,), length, jnp.int32),
+        block_table=jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages),
+        numerics=numerics,
+    )
+    cache = init_cache(params.config, rows * pages, _PAGE_SIZE, jnp.float32)
+    hidden, _ = functional.run(params.config, params.tree, tokens.reshape(-1), batch, cache)
+    logits = functional.logits(params.config, params.tree, hidden, batch)
+    return logits.reshape(rows, length, -1)

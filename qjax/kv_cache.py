@@ -1,0 +1,59 @@
+"""The paged key-value cache, and the batch of flattened tokens that one step works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from qjax.models.config import ModelConfig
+
+NUMERICS = ("exact", "int16", "int8")
+
+# For each layer (k_pages, v_pages), both [pages, kv_heads, page_size, head_dim]. What the elements
+# of a page mean is private to the attention kernel that writes them.
+KVCache = tuple[tuple[jax.Array, jax.Array], ...]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "query_start_loc", "seq_lens", "block_table"],
+    meta_fields=["numerics"],
+)
+@dataclass(frozen=True)
+class Batch:
+    """Sequences whose new tokens lie one after the other in [T].
+
+    Attributes:
+      positions: int32 [T], of each token in its sequence.
+      query_start_loc: int32 [S + 1], where the tokens of each sequence start; tokens from
+        query_start_loc[-1] on are padding.
+      seq_lens: int32 [S], length of each sequence with its new tokens.
+      block_table: int32 [S, B], the pages of each sequence in order.
+      numerics: how activations may be rounded before they meet a weight: "exact" not at all,
+        "int16" to 16 bits, "int8" to 8 bits where that costs little and to 16 elsewhere. Static.
+    """
+
+    positions: Any
+    query_start_loc: Any
+    seq_lens: Any
+    block_table: Any
+    numerics: str = field(default="exact")
+
+
+def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) -> KVCache:
+    """An empty cache of `num_pages` pages of `page_size` tokens for every layer."""
+    shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+    return tuple(
+        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
+    )
+
+
+def bytes_per_token(config: ModelConfig, dtype: Any) -> int:
+    """Bytes of cache that one token takes in all layers together."""
+    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return values * jnp.dtype(dtype).itemsize

@@ -1,0 +1,34 @@
+"""Places for weights: what they are multiplied with is decided by `ops`."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """weight (out, in) and, maybe, bias (out,). Layers read them and call `ops.linear`, since one
+    call may take several of them."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
+        self.bias = nnx.Param(jnp.zeros((out_features,))) if bias else None
+
+    @property
+    def w(self):
+        return self.weight.get_value()
+
+    @property
+    def b(self):
+        return None if self.bias is None else self.bias.get_value()
+
+
+class Norm(nnx.Module):
+    """The multiplicative weight of an RMSNorm, which a linear layer or attention applies."""
+
+    def __init__(self, features: int):
+        self.weight = nnx.Param(jnp.zeros((features,)))
+
+    @property
+    def w(self):
+        return self.weight.get_value()

@@ -1,0 +1,144 @@
+"""The decoder that all supported models are: Llama, with what a `ModelConfig` switches on.
+
+Modules and attributes have the names of Hugging Face's, so that the state of the module is a nested
+dict with a checkpoint's own names. Weights are never looked at here: a parameter may be a float
+array or a QArray of any type.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.paged_attention import AttentionSpec
+from qjax import ops
+from qjax.kv_cache import Batch, KVCache
+from qjax.layers.attention import Attention
+from qjax.layers.linear import Linear, Norm
+from qjax.layers.mlp import GatedMLP
+from qjax.layers.rope import RopeConfig, rope_tables
+from qjax.models.config import ModelConfig
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention, then x + feed-forward; with post norms around both where the model has them."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        rope = config.rope_for(config.layer_types[layer])
+        spec = AttentionSpec(
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            rope.rotary_dim,
+            config.query_scale,
+            config.window_for(layer),
+            config.attn_soft_cap,
+        )
+        self.self_attn = Attention(
+            config.hidden_size,
+            spec,
+            rope,
+            bias=config.attention_bias,
+            output_bias=config.attention_output_bias,
+            qk_norm=config.qk_norm,
+            eps=config.rms_norm_eps,
+        )
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            activation=config.hidden_act,
+            bias=config.mlp_bias,
+            eps=config.rms_norm_eps,
+        )
+        self.input_layernorm = Norm(config.hidden_size)
+        self.post_attention_layernorm = Norm(config.hidden_size)
+        self.post_norms = config.post_norms
+        if config.post_norms:
+            self.pre_feedforward_layernorm = Norm(config.hidden_size)
+            self.post_feedforward_layernorm = Norm(config.hidden_size)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        layer_cache: tuple[jax.Array, jax.Array],
+        batch: Batch,
+        tables: dict[RopeConfig, tuple[jax.Array, jax.Array]],
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        # Without post norms, `post_attention_layernorm` is the one before the feed-forward network.
+        if self.post_norms:
+            after_attention, before_mlp, after_mlp = (
+                self.post_attention_layernorm.w,
+                self.pre_feedforward_layernorm.w,
+                self.post_feedforward_layernorm.w,
+            )
+        else:
+            after_attention, before_mlp, after_mlp = None, self.post_attention_layernorm.w, None
+        x, layer_cache = self.self_attn(
+            x, layer_cache, batch, tables, norm=self.input_layernorm.w, post_norm=after_attention
+        )
+        return self.mlp(x, batch, norm=before_mlp, post_norm=after_mlp), layer_cache
+
+
+class Backbone(nnx.Module):
+    """Embedding, layers and the weight of the final norm."""
+
+    def __init__(self, config: ModelConfig):
+        self.embed_tokens = Linear(config.hidden_size, config.vocab_size)
+        self.layers = nnx.List([DecoderLayer(config, i) for i in range(config.num_layers)])
+        self.norm = Norm(config.hidden_size)
+
+
+class Decoder(nnx.Module):
+    """A causal language model."""
+
+    def __init__(self, config: ModelConfig):
+        self.model = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.config = config
+
+    def __call__(
+        self, tokens: jax.Array, batch: Batch, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states of the batch's tokens.
+
+        Args:
+          tokens: int32 [T].
+
+        Returns:
+          float32 [T, E] before the final norm, and the cache with the tokens' keys and values.
+        """
+        x = ops.embedding(self.model.embed_tokens.w, tokens)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.float32(self.config.embedding_scale)
+        tables = {rope: self._rope(rope, batch) for _, rope in self.config.rope}
+        layers = []
+        for layer, layer_cache in zip(self.model.layers, cache, strict=True):
+            x, layer_cache = layer(x, layer_cache, batch, tables)
+            layers.append(layer_cache)
+        return x, tuple(layers)
+
+    def logits(self, hidden: jax.Array, batch: Batch) -> jax.Array:
+        """float32 [R, V] from hidden states [R, E]: final norm, head, soft cap."""
+        tied = self.config.tie_word_embeddings
+        head = self.model.embed_tokens if tied else self.lm_head
+        logits = ops.linear(
+            hidden,
+            head.w,
+            batch=batch,
+            norm=self.model.norm.w,
+            norm_eps=self.config.rms_norm_eps,
+            rows=None if len(hidden) == len(batch.positions) else jnp.int32([len(hidden)]),
+        )
+        cap = self.config.final_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    @staticmethod
+    def _rope(rope: RopeConfig, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        lengths = None
+        if rope.depends_on_length:
+            index = jnp.arange(len(batch.positions))
+            owner = jnp.searchsorted(batch.query_start_loc[1:], index, side="right")
+            lengths = batch.seq_lens[jnp.minimum(owner, len(batch.seq_lens) - 1)]
+        return rope_tables(rope, batch.positions, lengths)

@@ -1,0 +1,51 @@
+"""The seam between Flax modules and plain trees.
+
+A module's structure is made once a config, from shapes alone; a call merges it with a tree of
+weights inside the traced function. Only trees cross the border of `jax.jit`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qjax.kv_cache import Batch, KVCache
+from qjax.models.config import ModelConfig
+from qjax.models.decoder import Decoder
+
+
+@lru_cache
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config)))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, by its Hugging Face name."""
+    flat = nnx.to_flat_state(_abstract(config)[1])
+    return {".".join(map(str, path)): leaf.get_value().shape for path, leaf in flat}
+
+
+def _merge(config: ModelConfig, tree: Any) -> Decoder:
+    return nnx.merge(_abstract(config)[0], nnx.State(_numbered(tree)))
+
+
+def _numbered(tree: Any) -> Any:
+    """The keys "0", "1", ... of the layers as the integers that Flax's lists have."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if k.isdigit() else k: _numbered(v) for k, v in tree.items()}
+
+
+def run(
+    config: ModelConfig, tree: Any, tokens: jax.Array, batch: Batch, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Hidden states float32 [T, E] of tokens int32 [T], and the cache with them entered."""
+    return _merge(config, tree)(tokens, batch, cache)
+
+
+def logits(config: ModelConfig, tree: Any, hidden: jax.Array, batch: Batch) -> jax.Array:
+    """Logits float32 [R, V] of hidden states float32 [R, E]."""
+    return _merge(config, tree).logits(hidden, batch)
