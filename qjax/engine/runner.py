@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from qjax.engine import batch as batches
+from qjax.engine.compile_cache import load_or_compile
 from qjax.engine.scheduler import Plan
-from qjax.engine.step import Rows, State, StepOutput, StepSpec, step
+from qjax.engine.step import Rows, State, StepOutput, StepSpec, step, step_results
 from qjax.errors import RequestError
 from qjax.kv_cache import Batch, init_cache
 from qjax.models.config import ModelConfig
@@ -132,15 +133,19 @@ class Runner:
             (self.tree, self._cache, self._state, *args),
         )
         leaves, structure = jax.tree.flatten(structs)
-        shapes = tuple((x.shape, x.dtype) for x in leaves)
+        shapes = tuple((x.shape, x.dtype.name) for x in leaves)
         key = self.config, spec, structure, shapes, dispatch.named()
 
-        def build() -> Any:
+        def compile_it() -> jax.stages.Compiled:
+            # Tracing holds the interpreter anyway: in turns, the first asked for is first done.
+            with _tracing:
+                lowered = step.lower(*structs, config=self.config, spec=spec)
+            return lowered.compile()
+
+        def build() -> jax.stages.Compiled:
             try:
-                # Tracing holds the interpreter anyway: in turns, the first asked for is first done.
-                with _tracing:
-                    lowered = step.lower(*structs, config=self.config, spec=spec)
-                return lowered.compile()
+                results = step_results(spec, self._cache, self._state, batch=args[2])
+                return load_or_compile(repr(key), (structs, {}), results, compile_it)
             except BaseException:
                 del _programs[key]
                 raise

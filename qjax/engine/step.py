@@ -127,6 +127,17 @@ def step(
     return StepOutput(picked, logprobs, prompt_logprobs), cache, state, following
 
 
+def step_results(spec: StepSpec, cache: Any, state: State, batch: Batch) -> Any:
+    """A pytree with the structure of what `step` returns; its leaves mean nothing."""
+    logprobs = TokenLogprobs(0, 0, 0, 0)
+    output = StepOutput(
+        tokens=0,
+        logprobs=logprobs if spec.logprobs else None,
+        prompt_logprobs=logprobs if spec.prompt_logprobs else None,
+    )
+    return output, cache, state, None if spec.prefill else batch
+
+
 def _pick(logits: jax.Array, state: State, batch: Batch, rows: Rows, spec: StepSpec) -> jax.Array:
     if spec.plain:
         return sampler.greedy(logits)
