@@ -9,7 +9,7 @@ arrays as on traced jax arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -64,40 +64,38 @@ def dequantize(raw: Array, qtype: str, xp: ModuleType = jnp) -> Array:
     return _DECODERS[qtype](blocks, xp).reshape(*raw.shape[:-1], -1)
 
 
-def _f16(pair: Array) -> Array:
-    """uint8 [..., 2 n] -> float32 [..., n]."""
-    return pair.view(np.float16).astype(np.float32)
+# A decoder takes blocks, uint8 [..., bytes], to values, float32 [..., groups, elements of a group].
+# Codes of the larger blocks are joined from runs of bytes shifted by one amount each: XLA makes
+# plain loops of these, several times as fast as shifting everything by an array of shifts.
 
 
-def _planes(codes: Array, shifts: Sequence[int], mask: int) -> Array:
-    """Bit fields of bytes: uint8 [..., n] -> uint8 [..., len(shifts), n], one plane a shift."""
-    return (codes[..., None, :] >> np.array(shifts, np.uint8)[:, None]) & np.uint8(mask)
+def _half(b: Array, at: int) -> Array:
+    """The float16 at byte `at` of every block: float32 [..., 1]."""
+    return b[..., at : at + 2].view(np.float16).astype(np.float32)
 
 
-def _flat(fields: Array, axes: int = 2) -> Array:
-    """Merges the last `axes` axes."""
-    return fields.reshape(*fields.shape[:-axes], -1)
+def _field(b: Array, at: int, size: int, shift: int, bits: int) -> Array:
+    """`bits` bits from bit `shift` on, of `size` bytes from byte `at` on: uint8 [..., size]."""
+    return (b[..., at : at + size] >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
 
 
-def _nibbles(codes: Array) -> Array:
-    """uint8 [..., n] -> uint8 [..., 2 n]: all low nibbles, then all high ones."""
-    return _flat(_planes(codes, (0, 4), 15))
+def _number(codes: Array, zero: int = 0) -> Array:
+    """What unsigned codes stand for: float32."""
+    return codes.astype(np.float32) - np.float32(zero)
 
 
-def _groups(x: Array, size: int) -> Array:
-    return x.reshape(*x.shape[:-1], -1, size)
-
-
-def _signed(codes: Array, offset: int) -> Array:
-    return codes.astype(np.float32) - np.float32(offset)
+def _nibbles(b: Array, at: int) -> Array:
+    """Low nibbles of 16 bytes, then their high ones: uint8 [..., 32]."""
+    both = b[..., None, at : at + 16] >> np.array([[0], [4]], np.uint8)
+    return (both & np.uint8(15)).reshape(*b.shape[:-1], 32)
 
 
 def _f32(b: Array, xp: ModuleType) -> Array:
     return b.view(np.float32)
 
 
-def _half(b: Array, xp: ModuleType) -> Array:
-    return _f16(b)
+def _f16(b: Array, xp: ModuleType) -> Array:
+    return b.view(np.float16).astype(np.float32)
 
 
 def _bf16(b: Array, xp: ModuleType) -> Array:
@@ -105,82 +103,101 @@ def _bf16(b: Array, xp: ModuleType) -> Array:
 
 
 def _q4_0(b: Array, xp: ModuleType) -> Array:
-    return _f16(b[..., :2]) * _signed(_nibbles(b[..., 2:]), 8)
+    return _half(b, 0) * _number(_nibbles(b, 2), 8)
 
 
 def _q4_1(b: Array, xp: ModuleType) -> Array:
-    return _f16(b[..., :2]) * _signed(_nibbles(b[..., 4:]), 0) + _f16(b[..., 2:4])
+    return _half(b, 0) * _number(_nibbles(b, 4)) + _half(b, 2)
 
 
-def _five_bits(high: Array, low: Array) -> Array:
-    """Codes of 32 elements whose top bits are `high` [..., 4] and low nibbles `low` [..., 16]."""
-    top = (high[..., None] >> np.arange(8, dtype=np.uint8)) & np.uint8(1)
-    return _nibbles(low) | (_flat(top) << np.uint8(4))
+def _five_bits(b: Array, top: int, low: int, xp: ModuleType) -> Array:
+    """32 codes: bit e of the four bytes at `top`, over the nibbles of the 16 bytes at `low`."""
+    runs = []
+    for i in range(4):
+        bits = (b[..., top + i : top + i + 1] >> np.arange(8, dtype=np.uint8)) & np.uint8(1)
+        runs.append(_field(b, low + 8 * (i % 2), 8, 4 * (i // 2), 4) | (bits << np.uint8(4)))
+    return xp.concatenate(runs, axis=-1)
 
 
 def _q5_0(b: Array, xp: ModuleType) -> Array:
-    return _f16(b[..., :2]) * _signed(_five_bits(b[..., 2:6], b[..., 6:]), 16)
+    return _half(b, 0) * _number(_five_bits(b, 2, 6, xp), 16)
 
 
 def _q5_1(b: Array, xp: ModuleType) -> Array:
-    codes = _signed(_five_bits(b[..., 4:8], b[..., 8:]), 0)
-    return _f16(b[..., :2]) * codes + _f16(b[..., 2:4])
+    return _half(b, 0) * _number(_five_bits(b, 4, 8, xp)) + _half(b, 2)
 
 
 def _q8_0(b: Array, xp: ModuleType) -> Array:
-    return _f16(b[..., :2]) * b[..., 2:].view(np.int8).astype(np.float32)
+    return _half(b, 0) * b[..., 2:].view(np.int8).astype(np.float32)
+
+
+def _two_bits(b: Array, at: int, group: int) -> Array:
+    """Codes of the group-th 32 elements: 128 elements a 32 bytes, 32 at each shift."""
+    return _field(b, at + 32 * (group // 4), 32, 2 * (group % 4), 2)
 
 
 def _q2_k(b: Array, xp: ModuleType) -> Array:
-    scales, codes = b[..., :16], _groups(b[..., 16:80], 32)
-    scale = _f16(b[..., 80:82]) * _signed(scales & np.uint8(15), 0)
-    minimum = _f16(b[..., 82:84]) * _signed(scales >> np.uint8(4), 0)
-    codes = _groups(_flat(_planes(codes, (0, 2, 4, 6), 3), 3), 16)
-    return _flat(scale[..., None] * _signed(codes, 0) - minimum[..., None])
+    scale = _half(b, 80) * _number(_field(b, 0, 16, 0, 4))
+    minimum = _half(b, 82) * _number(_field(b, 0, 16, 4, 4))
+    codes = _grouped([_two_bits(b, 16, g) for g in range(8)], 16, xp)
+    return scale[..., None] * _number(codes) - minimum[..., None]
 
 
 def _q3_k(b: Array, xp: ModuleType) -> Array:
-    packed = b[..., 96:108]
-    low = _nibbles(packed[..., :8])
-    high = _flat(_planes(packed[..., 8:], (0, 2, 4, 6), 3))
-    scale = _f16(b[..., 108:110]) * _signed(low | (high << np.uint8(4)), 32)
-    codes = _flat(_planes(_groups(b[..., 32:96], 32), (0, 2, 4, 6), 3), 3)
-    third_bit = _flat(_planes(b[..., :32], range(8), 1))
-    codes = _groups(codes | (third_bit << np.uint8(2)), 16)
-    return _flat(scale[..., None] * _signed(codes, 4))
+    low = b[..., None, 96:104] >> np.array([[0], [4]], np.uint8)
+    high = b[..., None, 104:108] >> np.array([[0], [2], [4], [6]], np.uint8)
+    scale = _half(b, 108) * _six_bit_scales(low, high)
+    runs = [_two_bits(b, 32, g) | (_field(b, 0, 32, g, 1) << np.uint8(2)) for g in range(8)]
+    return scale[..., None] * _number(_grouped(runs, 16, xp), 4)
 
 
-def _six_bit_scales(packed: Array, xp: ModuleType) -> tuple[Array, Array]:
-    """Eight scales and eight minima of 6 bits from the 12 bytes that q4_k and q5_k share."""
-    scale, minimum, rest = packed[..., :4], packed[..., 4:8], packed[..., 8:]
-    low, top = np.uint8(63), np.uint8(0x30)
-    scales = [scale & low, (rest & np.uint8(15)) | ((scale >> np.uint8(2)) & top)]
-    minima = [minimum & low, (rest >> np.uint8(4)) | ((minimum >> np.uint8(2)) & top)]
-    return xp.concatenate(scales, axis=-1), xp.concatenate(minima, axis=-1)
+def _six_bit_scales(low: Array, high: Array) -> Array:
+    """Signed 6-bit scales from bytes whose last 4 and last 2 bits count: float32 [..., n]."""
+    low, high = low & np.uint8(15), high & np.uint8(3)
+    flat = (*low.shape[:-2], -1)
+    return _number(low.reshape(flat) | (high.reshape(flat) << np.uint8(4)), 32)
 
 
-def _affine_k(b: Array, codes: Array, xp: ModuleType) -> Array:
-    """d * scale * code - dmin * minimum over eight groups of 32; codes [..., 8, 32]."""
-    scales, minima = _six_bit_scales(b[..., 4:16], xp)
-    scale = _f16(b[..., :2]) * _signed(scales, 0)
-    minimum = _f16(b[..., 2:4]) * _signed(minima, 0)
-    return _flat(scale[..., None] * _signed(codes, 0) - minimum[..., None])
+def _affine(b: Array, codes: Array, xp: ModuleType) -> Array:
+    """d * scale * code - dmin * minimum, with the 6-bit scales that q4_k and q5_k share.
+
+    codes: uint8 [..., 8, 32].
+    """
+
+    def six_bits(at: int, shift: int) -> Array:
+        last = _field(b, 12, 4, shift, 4) | (_field(b, at, 4, 6, 2) << np.uint8(4))
+        return _number(xp.concatenate([_field(b, at, 4, 0, 6), last], axis=-1))
+
+    scale, minimum = _half(b, 0) * six_bits(4, 0), _half(b, 2) * six_bits(8, 4)
+    return scale[..., None] * _number(codes) - minimum[..., None]
 
 
 def _q4_k(b: Array, xp: ModuleType) -> Array:
-    return _affine_k(b, _nibbles(_groups(b[..., 16:], 32)).reshape(*b.shape[:-1], 8, 32), xp)
+    both = b[..., 16:].reshape(*b.shape[:-1], 4, 32)
+    codes = xp.stack([both & np.uint8(15), both >> np.uint8(4)], axis=-2)
+    return _affine(b, codes.reshape(*b.shape[:-1], 8, 32), xp)
 
 
 def _q5_k(b: Array, xp: ModuleType) -> Array:
-    low = _nibbles(_groups(b[..., 48:], 32)).reshape(*b.shape[:-1], 8, 32)
-    return _affine_k(b, low | (_planes(b[..., 16:48], range(8), 1) << np.uint8(4)), xp)
+    low = [_field(b, 48 + 32 * (g // 2), 32, 4 * (g % 2), 4) for g in range(8)]
+    runs = [low[g] | (_field(b, 16, 32, g, 1) << np.uint8(4)) for g in range(8)]
+    return _affine(b, _grouped(runs, 32, xp), xp)
 
 
 def _q6_k(b: Array, xp: ModuleType) -> Array:
-    low = _flat(_nibbles(_groups(b[..., :128], 64)))
-    high = _flat(_planes(_groups(b[..., 128:192], 32), (0, 2, 4, 6), 3), 3)
-    scale = _f16(b[..., 208:210]) * b[..., 192:208].view(np.int8).astype(np.float32)
-    return _flat(scale[..., None] * _signed(_groups(low | (high << np.uint8(4)), 16), 32))
+    runs = []
+    for g in range(8):
+        half, quarter = g // 4, g % 4
+        low = _field(b, 64 * half + 32 * (quarter % 2), 32, 4 * (quarter // 2), 4)
+        runs.append(low | (_two_bits(b, 128, g) << np.uint8(4)))
+    scale = _half(b, 208) * b[..., 192:208].view(np.int8).astype(np.float32)
+    return scale[..., None] * _number(_grouped(runs, 16, xp), 32)
+
+
+def _grouped(runs: list[Array], size: int, xp: ModuleType) -> Array:
+    """Joins runs of codes, in groups of `size` elements that share a scale."""
+    codes = xp.concatenate(runs, axis=-1)
+    return codes.reshape(*codes.shape[:-1], -1, size)
 
 
 def _codebook(codes: Array, xp: ModuleType) -> Array:
@@ -188,19 +205,21 @@ def _codebook(codes: Array, xp: ModuleType) -> Array:
 
 
 def _iq4_nl(b: Array, xp: ModuleType) -> Array:
-    return _f16(b[..., :2]) * _codebook(_nibbles(b[..., 2:]), xp)
+    return _half(b, 0) * _codebook(_nibbles(b, 2), xp)
 
 
 def _iq4_xs(b: Array, xp: ModuleType) -> Array:
-    low = _flat((b[..., 4:8, None] >> np.array([0, 4], np.uint8)) & np.uint8(15))
-    high = _flat((b[..., 2:4, None] >> np.array([0, 2, 4, 6], np.uint8)) & np.uint8(3))
-    scale = _f16(b[..., :2]) * _signed(low | (high << np.uint8(4)), 32)
-    return _flat(scale[..., None] * _codebook(_nibbles(_groups(b[..., 8:], 16)), xp))
+    low = b[..., 4:8, None] >> np.array([0, 4], np.uint8)
+    high = b[..., 2:4, None] >> np.array([0, 2, 4, 6], np.uint8)
+    scale = _half(b, 0) * _six_bit_scales(low, high)
+    both = b[..., 8:].reshape(*b.shape[:-1], 8, 16)
+    codes = xp.concatenate([both & np.uint8(15), both >> np.uint8(4)], axis=-1)
+    return scale[..., None] * _codebook(codes, xp)
 
 
 _DECODERS: dict[str, Callable[[Array, ModuleType], Array]] = {
     "f32": _f32,
-    "f16": _half,
+    "f16": _f16,
     "bf16": _bf16,
     "q4_0": _q4_0,
     "q4_1": _q4_1,
