@@ -19,7 +19,7 @@ IMPLEMENTATIONS: dispatch.Implementations = (
     ("ref", ref.matmul),
 )
 ACTIVATIONS = ("silu", "gelu_tanh")
-ACTIVATION_DTYPES = ("float32", "bfloat16", "int8")
+ACTIVATION_DTYPES = ("float32", "int16", "int8")
 
 Weight = tuple[WeightSpec, jax.Array]
 
@@ -53,9 +53,10 @@ def matmul(
         are then two, gate and up, and the one output is act(gate) * up.
       residual: float32 [T, N], added last; one output only.
       post_norm: float32 [N], RMSNorm of the output before the residual; one output only.
-      activation_dtype: what the (normed) x is rounded to before the product: "float32" not at all;
-        "bfloat16"; "int8" in blocks of 32 along K with scale absmax / 127. Weights are never
-        rounded and sums are float32.
+      activation_dtype: what the (normed) x may be rounded to before the product: "float32" not at
+        all; "int16" or "int8" in blocks of 32 along K with scale absmax / 32767 or absmax / 127. An
+        implementation that gains nothing by rounding leaves x as it is. Weights are never rounded
+        and sums are float32.
       num_rows: int32 [1]. Rows from num_rows[0] on are padding: their outputs are unspecified.
       implementation: "native", "xla" or "ref"; None for the first that takes the call.
 

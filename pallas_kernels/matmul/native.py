@@ -17,7 +17,7 @@ from pallas_kernels.matmul.spec import CANONICAL, WeightSpec
 
 LAYOUT = "tile16"
 MAX_WEIGHTS = 8
-_PRECISION = {"float32": 0, "bfloat16": 1, "int8": 2}
+_PRECISION = {"float32": 0, "int16": 1, "int8": 2}
 _ACTIVATION = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 

@@ -37,10 +37,8 @@ def matmul(
 
     if norm is not None:
         x = rms(x, norm)
-    if activation_dtype == "bfloat16":
-        x = _to_bfloat16(x)
-    elif activation_dtype == "int8":
-        x = _to_int8(x)
+    if activation_dtype != "float32":
+        x = _round(x, {"int16": 32767, "int8": 127}[activation_dtype])
     ys = []
     for (spec, qvalue), bias in zip(weights, biases, strict=True):
         require_canonical(spec)
@@ -58,18 +56,11 @@ def matmul(
     return tuple(ys)
 
 
-def _to_bfloat16(x: jax.Array) -> jax.Array:
-    """Nearest even on the upper 16 bits of the float32."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits = bits + 0x7FFF + ((bits >> 16) & 1)
-    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-
-
-def _to_int8(x: jax.Array) -> jax.Array:
+def _round(x: jax.Array, top: int) -> jax.Array:
     parts = []
     for start in range(0, x.shape[1], 32):
         part = x[:, start : start + 32]
-        scale = jnp.abs(part).max(1, keepdims=True) / 127
+        scale = jnp.abs(part).max(1, keepdims=True) / top
         parts.append(jnp.where(scale > 0, jnp.round(part / scale) * scale, 0))
     return jnp.concatenate(parts, 1)
 

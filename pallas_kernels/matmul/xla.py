@@ -63,12 +63,9 @@ def _round(x: jax.Array, activation_dtype: str) -> jax.Array:
     """float32 [T, K] -> the nearest values that `activation_dtype` can hold, still as float32."""
     if activation_dtype == "float32":
         return x
-    if activation_dtype == "bfloat16":
-        # A cast there and back may be optimized away; this may not.
-        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     rows, k = x.shape
     groups = jnp.pad(x, ((0, 0), (0, -k % 32))).reshape(rows, -1, 32)
-    scale = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / 127
+    scale = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / jnp.iinfo(activation_dtype).max
     codes = jnp.round(groups / jnp.where(scale == 0, 1, scale))
     return (codes * scale).reshape(rows, -1)[:, :k]
 

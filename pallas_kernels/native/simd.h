@@ -82,16 +82,13 @@ QJAX_INLINE float half_to_float(uint16_t h) {
 #if defined(__F16C__)
   return _cvtsh_ss(h);
 #else
-  uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
+  // Subnormals by a product of normal numbers: XLA's threads flush subnormal floats to zero.
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
+  const uint32_t exponent = h & 0x7c00;
+  uint32_t bits = exponent == 0x7c00 ? rest | 0x7f800000 : rest + (112u << 23);
   float magnitude;
-  if ((h & 0x7c00) == 0x7c00) {
-    rest |= 0x7f800000;
-    std::memcpy(&magnitude, &rest, 4);
-  } else {  // scaling by 2^112 moves the exponent's bias and makes subnormals normal
-    std::memcpy(&magnitude, &rest, 4);
-    magnitude *= 5.192296858534828e+33f;
-  }
-  uint32_t bits;
+  std::memcpy(&magnitude, &bits, 4);
+  if (exponent == 0) magnitude = float(h & 0x3ff) * 5.9604644775390625e-08f;  // 2^-24
   std::memcpy(&bits, &magnitude, 4);
   bits |= sign;
   std::memcpy(&magnitude, &bits, 4);

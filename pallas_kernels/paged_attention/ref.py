@@ -45,7 +45,9 @@ def paged_attention(
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest])
 
     out = np.zeros(q.shape, np.float32)
-    heads = {name: x.reshape(len(x), -1, spec.head_dim) for name, x in (("q", q), ("k", k), ("v", v))}
+    heads = {
+        name: x.reshape(len(x), -1, spec.head_dim) for name, x in (("q", q), ("k", k), ("v", v))
+    }
     for s in range(len(lens)):
         tokens = range(starts[s], starts[s + 1])
         first = lens[s] - len(tokens)

@@ -32,7 +32,7 @@ class Numerics:
 # A prompt is bound by arithmetic, where int8 products pay; a decode step by memory, where 16-bit
 # activations cost nothing.
 NUMERICS = {
-    "fast": Numerics("int8", "bf16", jnp.bfloat16),
+    "fast": Numerics("int8", "int16", jnp.bfloat16),
     "exact": Numerics("exact", "exact", jnp.float32),
 }
 

@@ -22,7 +22,7 @@ from qjax.models.config import ModelConfig
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention, then x + feed-forward; with post norms around both where the model has them."""
+    """x + attention, then x + feed-forward, each with a post norm where the model has them."""
 
     def __init__(self, config: ModelConfig, layer: int):
         rope = config.rope_for(config.layer_types[layer])

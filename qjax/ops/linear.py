@@ -78,5 +78,5 @@ def unprepare(w: QArray) -> QArray:
 def _activation_dtype(numerics: str, normed: bool) -> str:
     """The rounding of activations: a normed input is even enough for 8 bits, another one is not."""
     if numerics == "int8":
-        return "int8" if normed else "bfloat16"
-    return {"exact": "float32", "bf16": "bfloat16"}[numerics]
+        return "int8" if normed else "int16"
+    return {"exact": "float32", "int16": "int16"}[numerics]
