@@ -1,0 +1,101 @@
+"""Chat templates: from messages to the prompt text that the model was trained on.
+
+The template is a Jinja program that comes with the checkpoint; `template_sandbox` keeps it from
+doing harm. No request can bring its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qjax.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    import jinja2
+
+_LONGEST_TEMPLATE = 1 << 15  # characters; the longest in use have some 17,000
+_DEEPEST_MESSAGE = 32
+
+
+class ChatTemplate:
+    """A chat template, compiled when first used.
+
+    Args:
+      text: the template.
+      special_tokens: names such as "bos_token" -> text, which the template may use.
+      file: where the template is from, for messages.
+    """
+
+    def __init__(self, text: str, special_tokens: Mapping[str, str], file: str | None = None):
+        self.text = text
+        self._special_tokens = dict(special_tokens)
+        self._file = file
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt for `messages`.
+
+        Raises:
+          RequestError: the messages are not such as the template takes.
+          CheckpointError: the template is faulty, or asks for too much memory or time.
+        """
+        from qjax.checkpoint.template_sandbox import Excess, Refusal, render
+
+        given = _plain(messages)
+        for message in given:
+            if not isinstance(message, dict) or "role" not in message:
+                raise RequestError(
+                    f"a message must be a dict with role and content, got {str(message)[:60]!r}"
+                )
+        variables = {
+            "tools": None,
+            "documents": None,
+            **self._special_tokens,
+            "messages": given,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        template = self._compiled
+        try:
+            return render(template, variables)
+        except Refusal as refusal:
+            raise RequestError(f"the chat template refuses the messages: {refusal}") from None
+        except Excess as excess:
+            self._fail(str(excess))
+        except Exception as error:
+            self._fail(f"fails on these messages: {type(error).__name__}: {str(error)[:200]}")
+
+    @functools.cached_property
+    def _compiled(self) -> jinja2.Template:
+        from qjax.checkpoint.template_sandbox import compile_template
+
+        if len(self.text) > _LONGEST_TEMPLATE:
+            self._fail(
+                f"has {len(self.text):,} characters; at most {_LONGEST_TEMPLATE:,} are allowed"
+            )
+        try:
+            return compile_template(self.text)
+        except Exception as error:
+            line = getattr(error, "lineno", None)
+            place = "" if line is None else f" (line {line})"
+            self._fail(f"does not compile: {type(error).__name__}: {str(error)[:200]}{place}")
+
+    def _fail(self, reason: str) -> NoReturn:
+        raise CheckpointError(reason, file=self._file, field="chat_template") from None
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A copy made of dict, list, str, numbers and None: all that a template gets to see."""
+    if depth > _DEEPEST_MESSAGE:
+        raise RequestError(f"messages are nested more than {_DEEPEST_MESSAGE} deep")
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, depth + 1) for item in value]
+    raise RequestError(
+        f"messages must be made of dict, list, str, numbers and None, not {type(value).__name__}"
+    )
