@@ -35,7 +35,7 @@ from jinja2.visitor import NodeTransformer
 _MOST_NODES = 4000  # of the syntax tree; the largest in use has some 1,200
 _FREE_UNITS = 1 << 20  # characters and items that any render may make
 _UNITS_PER_GIVEN = 16  # and for each one of the messages
-_SECONDS = 0.4  # of processor time
+_SECONDS = 0.25  # of processor time
 _SECONDS_PER_GIVEN = 1e-6
 _MOST_BITS = 1 << 12  # of an integer
 _LONGEST_SEARCH = 1 << 24  # length of a text times that of what is looked for in it

@@ -224,7 +224,7 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
 
 def _decoder_kind(built: tokenizers.Tokenizer, file: Path) -> tuple[dict[int, int] | None, bool]:
     """(id -> byte of the byte tokens, or None for a byte-level vocabulary; strip a first space)."""
-    decoder = json.loads(built.to_str())["decoder"] if built.decoder is not None else {}
+    decoder = {} if built.decoder is None else json.loads(built.decoder.__getstate__())
     steps = decoder.get("decoders", [decoder])
     kinds = {step.get("type") for step in steps}
     if kinds == {"ByteLevel"}:

@@ -13,6 +13,7 @@ tokenizer.json that the same model has on the Hugging Face hub part ways, the la
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -77,15 +78,19 @@ class GGUFVocabulary:
         if not self.tokens:
             self._fail("tokens", "is missing: the file has no vocabulary")
         size = len(self.tokens)
-        self.types = np.asarray(self._metadata.get(_PREFIX + "token_type", np.ones(size, np.int32)))
-        scores = np.asarray(self._metadata.get(_PREFIX + "scores", np.zeros(size, np.float32)))
+        self.types: np.ndarray = self._get("token_type", np.ndarray, np.ones(size, np.int32))
+        scores = self._get("scores", np.ndarray, np.zeros(size, np.float32))
         if not np.isfinite(scores).all():
             self._fail("scores", "holds a value that is not finite")
         # The score of a user-defined piece is never read from the file: converters write anything.
         self.scores = np.where(self.types == _USER_DEFINED, 0.0, scores).astype(np.float64)
-        self.byte_values = {
-            int(i): int(self.tokens[i][3:5], 16) for i in np.flatnonzero(self.types == _BYTE)
-        }
+        self.byte_values: dict[int, int] = {}
+        for i in np.flatnonzero(self.types == _BYTE).tolist():
+            if not re.fullmatch("<0x[0-9A-Fa-f]{2}>", self.tokens[i]):
+                self._fail(
+                    "tokens", f"{self.tokens[i][:40]!r} is marked as a byte but is not <0x..>"
+                )
+            self.byte_values[i] = int(self.tokens[i][3:5], 16)
         cut = np.isin(self.types, (_UNKNOWN, _CONTROL, _USER_DEFINED))
         self.cut_ids: list[int] = np.flatnonzero(cut).tolist()
         self.architecture = str(metadata.get("general.architecture"))

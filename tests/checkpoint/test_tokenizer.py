@@ -177,6 +177,7 @@ BPE = ["a", "b", "ab", "c"]
         (gguf("llama", None, [], []), "tokens"),
         (gguf("llama", [*SPM, "ab"]), "tokens"),
         (gguf("llama", SPM, scores=[0, 0, 0, 0, 0, np.nan]), "scores"),
+        (gguf("llama", SPM, types=[2, 3, 3, 1, 1, 6]), "tokens"),
         (gguf("llama", SPM, eos_token_id=6), "eos_token_id"),
         (gguf("llama", SPM, eot_token_id=-1), "eot_token_id"),
         (gguf("llama", SPM[:1]), "bos_token_id"),
