@@ -53,8 +53,8 @@ def test_several_weights_give_a_tuple_and_a_gate_one_array():
     ("numerics", "normed", "plain"),
     [
         ("exact", "float32", "float32"),
-        ("bf16", "bfloat16", "bfloat16"),
-        ("int8", "int8", "bfloat16"),
+        ("int16", "int16", "int16"),
+        ("int8", "int8", "int16"),
     ],
 )
 def test_numerics_choose_the_rounding_of_activations(calls, numerics, normed, plain):
