@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,19 @@ class Batch:
     numerics: str = field(default="exact")
 
 
-def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) -> KVCache:
-    """An empty cache of `num_pages` pages of `page_size` tokens for every layer."""
+def init_cache(
+    config: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: Any,
+    zeros: Callable[[tuple[int, ...], Any], Any] = jnp.zeros,
+) -> KVCache:
+    """An empty cache of `num_pages` pages of `page_size` tokens for every layer.
+
+    `zeros` makes its arrays; on the host, `numpy.zeros` starts many times faster.
+    """
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-    return tuple(
-        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
-    )
+    return tuple((zeros(shape, dtype), zeros(shape, dtype)) for _ in range(config.num_layers))
 
 
 def bytes_per_token(config: ModelConfig, dtype: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import dispatch
 from qjax.engine import batch as batches
@@ -82,8 +83,14 @@ class Runner:
         self.table_width = table_width
         self.compile_seconds = 0.0  # time spent waiting for compilers
         self._numerics = NUMERICS[numerics]
-        self._cache = init_cache(config, num_blocks, block_size, self._numerics.cache_dtype)
-        self._state = State(last=jnp.zeros(max_num_seqs, jnp.int32))
+        # Copied, since a donated array must be the device's own.
+        self._cache, self._state = jax.device_put(
+            (
+                init_cache(config, num_blocks, block_size, self._numerics.cache_dtype, np.zeros),
+                State(last=np.zeros(max_num_seqs, np.int32)),
+            ),
+            may_alias=False,
+        )
         self._near: dict[tuple, Future] = {}
         # The batch that the last decode step left on the device, and the plan that it continues.
         self._decoding: tuple[tuple, Batch, Rows] | None = None
