@@ -53,7 +53,7 @@ def linear(
         [(each.spec, each.qvalue) for each in (w if several else (w,))],
         norm=norm,
         norm_eps=norm_eps,
-        biases=bias if several or bias is None else (bias,),
+        biases=bias if isinstance(bias, tuple) or bias is None else (bias,),
         activation=activation,
         residual=residual,
         post_norm=post_norm,

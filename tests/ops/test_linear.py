@@ -1,26 +1,27 @@
 """ops.linear and ops.embedding: how a batch and QArrays become a kernel call."""
 
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import matmul as kernels
 from qjax import ops
+from qjax.kv_cache import Batch
 from qjax.qarray import QArray
 
 RNG = np.random.default_rng(3)
-X = RNG.standard_normal((3, 64)).astype(np.float32)
+X = jnp.asarray(RNG.standard_normal((3, 64)), jnp.float32)
 A, B = (RNG.standard_normal((16, 64)).astype(np.float32) for _ in range(2))
 
 
 def batch(numerics="exact", tokens=3):
-    """As much of a batch as linear reads."""
-    return SimpleNamespace(
-        numerics=numerics,
+    """One sequence with two tokens; the rest is padding."""
+    return Batch(
         positions=jnp.zeros(tokens, jnp.int32),
         query_start_loc=jnp.array([0, 2], jnp.int32),
+        seq_lens=jnp.array([2], jnp.int32),
+        block_table=jnp.zeros((1, 1), jnp.int32),
+        numerics=numerics,
     )
 
 
@@ -34,18 +35,18 @@ def calls(monkeypatch):
 
 
 def test_one_weight_gives_one_array():
-    bias = np.arange(16, dtype=np.float32)
+    bias = jnp.arange(16, dtype=jnp.float32)
     y = ops.linear(X, QArray.from_dense(A), batch=batch(tokens=9), bias=bias)
     np.testing.assert_allclose(y, X @ A.T + bias, atol=1e-4)
 
 
 def test_several_weights_give_a_tuple_and_a_gate_one_array():
     weights = (QArray.from_dense(A), QArray.from_dense(B))
-    first, second = ops.linear(X, weights, batch=batch(tokens=9), bias=(None, A[:, 0].copy()))
+    first, second = ops.linear(X, weights, batch=batch(tokens=9), bias=(None, jnp.asarray(A[:, 0])))
     np.testing.assert_allclose(first, X @ A.T, atol=1e-4)
     np.testing.assert_allclose(second, X @ B.T + A[:, 0], atol=1e-4)
     gate = ops.linear(X, weights, batch=batch(tokens=9), activation="silu")
-    a = X @ A.T
+    a = np.asarray(X) @ A.T
     np.testing.assert_allclose(gate, a / (1 + np.exp(-a)) * (X @ B.T), atol=1e-3)
 
 
@@ -59,7 +60,7 @@ def test_several_weights_give_a_tuple_and_a_gate_one_array():
 )
 def test_numerics_choose_the_rounding_of_activations(calls, numerics, normed, plain):
     weight = QArray.from_dense(A)
-    ops.linear(X, weight, batch=batch(numerics), norm=np.ones(64, np.float32))
+    ops.linear(X, weight, batch=batch(numerics), norm=jnp.ones(64))
     ops.linear(X, weight, batch=batch(numerics))
     assert [call["activation_dtype"] for call in calls] == [normed, plain]
 

@@ -218,7 +218,7 @@ def test_rows_do_not_depend_on_each_other(implementation, golden_weight):
         pytest.skip("the oracle promises no order of summation")
     raw, _ = golden_weight("q4_1", 40, 512)
     weight = prepared("q4_1", raw, 512)
-    x = numbers(5, 8, 512)
+    x = jnp.asarray(numbers(5, 8, 512))
     (alone,), (beside,) = matmul(x[:1], [weight]), matmul(x, [weight])
     np.testing.assert_array_equal(alone, beside[:1])
 

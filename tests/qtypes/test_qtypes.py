@@ -57,4 +57,4 @@ def test_decode():
 
 def test_the_table_is_read_only():
     with pytest.raises(TypeError):
-        QTYPES["mine"] = QTYPES["f32"]
+        QTYPES["mine"] = QTYPES["f32"]  # pyright: ignore[reportIndexIssue]
