@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -29,10 +30,11 @@ def enable() -> None:
     """Turns on jax's persistent compilation cache, unless the user has set one."""
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    # Machine code of one CPU may not run on another that shares the folder.
-    folder = cache_folder() / "xla" / _digest(_cpu())
+    folder = cache_folder() / "xla" / _version()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            _forget_old(folder.parent)
     except OSError:
         return  # a read-only home costs start-up time and nothing else
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -50,38 +52,47 @@ def load_or_compile(
       arguments: a pytree with the structure of (args, kwargs). results: of what it returns.
       compile_it: compiles the program.
     """
-    folder = _folder()
-    if folder is None:
+    base = jax.config.jax_compilation_cache_dir
+    if not base or jax.default_backend() != "cpu":
         return compile_it()
     from jax.experimental import serialize_executable
 
-    path = folder / _digest(key)
+    path = Path(base) / "steps" / _version() / _digest(key)
     structures = jax.tree.structure(arguments), jax.tree.structure(results)
     # A file that is not there, damaged, or that this version of jax cannot read, is made anew.
     with contextlib.suppress(Exception):
         return serialize_executable.deserialize_and_load(path.read_bytes(), *structures)
+    _found.any = False
     compiled = compile_it()
-    payload, *found = serialize_executable.serialize(compiled)
-    assert tuple(found) == structures, "results do not have the structure that was foretold"
+    if _found.any:
+        # What jax has loaded from its own cache works, but XLA cannot write it out a second time:
+        # the copy would lack its functions.
+        return compiled
+    payload, *made = serialize_executable.serialize(compiled)
+    assert tuple(made) == structures, "results do not have the structure that was foretold"
     # A full or read-only disk costs start-up time and nothing else.
     with contextlib.suppress(OSError):
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            _forget_old(folder.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, payload)
     return compiled
 
 
-def _folder() -> Path | None:
-    """Where the programs of this version of the code, on this machine, are kept."""
-    base = jax.config.jax_compilation_cache_dir
-    local = jax.default_backend() == "cpu" and jax.process_count() == 1
-    return Path(base) / "qjax" / _version() if base and local else None
+# Whether jax found a program in its own cache, on this thread.
+_found = threading.local()
+
+
+def _listen(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _found.any = True
+
+
+jax.monitoring.register_event_listener(_listen)
 
 
 @cache
 def _version() -> str:
-    """Everything that a traced step depends on, beside its arguments."""
+    """Everything that a traced step depends on beside its arguments, this CPU included: machine
+    code made on one may not run on another that shares the folder."""
     root = Path(__file__).parents[2]
     files = [
         (str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns)
@@ -92,7 +103,9 @@ def _version() -> str:
     libraries = [(name, metadata.version(name)) for name in ("jax", "jaxlib", "flax", "numpy")]
     flags = sorted((k, v) for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "QJAX_")))
     settings = sorted((name, str(value)) for name, value in jax.config.values.items())
-    return _digest(repr((files, libraries, flags, settings, _cpu())))
+    # Where programs are kept changes nothing in them.
+    told = [item for item in flags + settings if "cache" not in item[0].lower()]
+    return _digest(repr((files, libraries, told, _cpu())))
 
 
 def _cpu() -> str:
