@@ -85,7 +85,7 @@ CONFIGS = {
 
 
 def fill(model: torch.nn.Module) -> None:
-    """Random parameters that bfloat16 holds exactly, each of a size that keeps activations near 1."""
+    """Random parameters that bfloat16 holds exactly, sized to keep activations near 1."""
     for parameter in model.parameters():
         values = torch.randn(parameter.shape)
         if parameter.ndim == 2:
