@@ -60,9 +60,7 @@ def test_errors_name_field_range_and_value(field: str, value: object, message: s
 
 
 def test_unknown_keywords_get_a_suggestion() -> None:
-    with pytest.raises(
-        RequestError, match="'topp': did you mean top_p"
-    ):
+    with pytest.raises(RequestError, match="'topp': did you mean top_p"):
         SamplingParams.of(topp=0.5)
     with pytest.raises(RequestError, match="known: n, max_tokens"):
         SamplingParams.of(zzz=1)
