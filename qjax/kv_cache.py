@@ -36,7 +36,7 @@ class Batch:
       seq_lens: int32 [S], length of each sequence with its new tokens.
       block_table: int32 [S, B], the pages of each sequence in order.
       numerics: how activations may be rounded before they meet a weight: "exact" not at all,
-        "int16" to 16 bits, "int8" to 8 bits where that costs little and to 16 elsewhere. Static.
+        "int16" or "int8" to so many bits, as `pallas_kernels.matmul` describes. Static.
     """
 
     positions: Any
@@ -44,6 +44,11 @@ class Batch:
     seq_lens: Any
     block_table: Any
     numerics: str = field(default="exact")
+
+    def __post_init__(self) -> None:
+        if self.numerics not in NUMERICS:
+            known = ", ".join(NUMERICS)
+            raise ValueError(f"numerics must be one of {known}, got {self.numerics!r}")
 
 
 def init_cache(

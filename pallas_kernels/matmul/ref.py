@@ -57,12 +57,23 @@ def matmul(
 
 
 def _round(x: jax.Array, top: int) -> jax.Array:
-    parts = []
-    for start in range(0, x.shape[1], 32):
-        part = x[:, start : start + 32]
+    """int16 (top 32767) and int8 (top 127) in blocks of 32; int8 with the two extra blocks."""
+
+    def nearest(part: jax.Array) -> tuple[jax.Array, jax.Array]:
         scale = jnp.abs(part).max(1, keepdims=True) / top
-        parts.append(jnp.where(scale > 0, jnp.round(part / scale) * scale, 0))
-    return jnp.concatenate(parts, 1)
+        return jnp.where(scale > 0, jnp.round(part / scale) * scale, 0), scale
+
+    starts = range(0, x.shape[1], 32)
+    parts = [nearest(x[:, start : start + 32]) for start in starts]
+    rounded = jnp.concatenate([part for part, _ in parts], 1)
+    if top != 127:
+        return rounded
+    rank = jnp.argsort(-jnp.concatenate([scale for _, scale in parts], 1), axis=1)  # stable
+    for block, start in enumerate(starts):
+        part = x[:, start : start + 32] - rounded[:, start : start + 32]
+        chosen = (rank[:, :2] == block).any(1, keepdims=True)
+        rounded = rounded.at[:, start : start + 32].add(jnp.where(chosen, nearest(part)[0], 0))
+    return rounded
 
 
 def decode(raw: jax.Array, qtype: str) -> jax.Array:

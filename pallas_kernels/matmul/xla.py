@@ -17,6 +17,7 @@ from pallas_kernels import unpack
 from pallas_kernels.matmul.spec import WeightSpec, require_canonical
 
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: about the second-level cache of a core
+EXTRA_BLOCKS = 2  # of a row, whose remainder is rounded to int8 too
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -60,14 +61,24 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _round(x: jax.Array, activation_dtype: str) -> jax.Array:
-    """float32 [T, K] -> the nearest values that `activation_dtype` can hold, still as float32."""
+    """float32 [T, K] -> the values that `activation_dtype` stands for (see api), as float32."""
     if activation_dtype == "float32":
         return x
     rows, k = x.shape
-    groups = jnp.pad(x, ((0, 0), (0, -k % 32))).reshape(rows, -1, 32)
-    scale = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / jnp.iinfo(activation_dtype).max
-    codes = jnp.round(groups / jnp.where(scale == 0, 1, scale))
-    return (codes * scale).reshape(rows, -1)[:, :k]
+    blocks = jnp.pad(x, ((0, 0), (0, -k % 32))).reshape(rows, -1, 32)
+    rounded, scale = _round_blocks(blocks, jnp.iinfo(activation_dtype).max)
+    if activation_dtype == "int8":
+        index = jnp.arange(blocks.shape[1])
+        largest = lax.top_k(scale[..., 0], min(EXTRA_BLOCKS, len(index)))[1]
+        again = (index == largest[..., None]).any(1)[..., None]
+        rounded += jnp.where(again, _round_blocks(blocks - rounded, 127)[0], 0)
+    return rounded.reshape(rows, -1)[:, :k]
+
+
+def _round_blocks(blocks: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
+    """[T, B, 32] -> the nearest multiples of each block's scale, absmax / top, and the scales."""
+    scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / top
+    return jnp.round(blocks / jnp.where(scale == 0, 1, scale)) * scale, scale
 
 
 def _product(x: jax.Array, spec: WeightSpec, qvalue: jax.Array) -> jax.Array:

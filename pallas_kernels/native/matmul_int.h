@@ -2,6 +2,10 @@
 // columns, weights stay exact. Per unit of 32 columns and row m of x:
 //   y += s * dx * (sum code * xq - zero * sum xq) + b * dx * sum xq
 // The zero point enters as the accumulator's start value, so symmetric types pay nothing for it.
+//
+// With 8 bits nearly all of the error comes from a few channels that are much larger than the rest
+// of their unit. So what rounding left over of the kExtra units with the largest dx of each row is
+// rounded to 8 bits again and multiplied by the same codes.
 #pragma once
 #include <immintrin.h>
 
@@ -12,6 +16,7 @@
 namespace qjax {
 
 constexpr int kTileInt = 8;  // rows of x that share one read of the panel
+constexpr int kExtra = 2;    // units of a row whose remainder is multiplied too (8-bit only)
 
 // Rows of x in tiles of kTileInt (the last may be shorter, MR rows), rounded.
 // Inside a tile everything is [..., MR]: one broadcast serves one row.
@@ -20,25 +25,31 @@ struct IntTile {
   const float* dx;      // [units][MR]
   const float* xsum;    // [units * groups][MR] dx * sum xq
   const int32_t* neg;   // [units * groups][MR] -sum xq
+  const int32_t* unit;  // [extra][MR] which units the extra ones repeat; they follow in the above
 };
 
 struct IntRows {
-  int bits;  // 16 or 8
-  int64_t rows, units;
-  int32_t* q;
-  float *dx, *xsum[2];  // [0]: one group per unit, [1]: two
-  int32_t* neg[2];
-  int64_t q_per_row() const { return units * bits; }  // 32-bit words
-  static int64_t words_per_row(int bits, int64_t units) { return units * (bits + 1 + 3 + 3); }
+  const int bits;  // 16 or 8
+  const int64_t rows, units, all;  // `all` counts the extra units
+  int32_t *q, *unit, *neg[2];      // neg and xsum: [0] one group per unit, [1] two
+  float *dx, *xsum[2];
+
+  static int64_t extra(int bits, int64_t units) {
+    return bits == 16 ? 0 : units < kExtra ? units : kExtra;
+  }
+  static int64_t words_per_row(int bits, int64_t units) {
+    return (units + extra(bits, units)) * (bits + 1 + 3 + 3 + 1);
+  }
 
   IntRows(int bits, int64_t rows, int64_t units, int32_t* memory)
-      : bits(bits), rows(rows), units(units), q(memory) {
-    auto take = [&](int64_t n) { return memory += n; };
-    dx = reinterpret_cast<float*>(take(rows * q_per_row()));
-    xsum[0] = reinterpret_cast<float*>(take(rows * units));
-    xsum[1] = reinterpret_cast<float*>(take(rows * units));
-    neg[0] = take(rows * units * 2);
-    neg[1] = take(rows * units);
+      : bits(bits), rows(rows), units(units), all(units + extra(bits, units)), q(memory) {
+    auto take = [&](int64_t n) { return memory += n * rows * all; };
+    dx = reinterpret_cast<float*>(take(bits));
+    xsum[0] = reinterpret_cast<float*>(take(1));
+    xsum[1] = reinterpret_cast<float*>(take(1));
+    neg[0] = take(2);
+    neg[1] = take(1);
+    unit = take(2);
   }
   int tile_rows(int64_t tile) const {
     int64_t left = rows - tile * kTileInt;
@@ -46,46 +57,72 @@ struct IntRows {
   }
   IntTile tile(int64_t index, int groups) const {
     const int64_t row = index * kTileInt;
-    return {q + row * q_per_row(), dx + row * units, xsum[groups - 1] + row * units * groups,
-            neg[groups - 1] + row * units * groups};
+    return {q + row * all * bits, dx + row * all, xsum[groups - 1] + row * all * groups,
+            neg[groups - 1] + row * all * groups, unit + row * all};
   }
+
   // Rounds row `row`, given as float32 padded with zeros to 32 * units.
   void put(int64_t row, const float* x) const {
-    const int64_t t = row / kTileInt, first = t * kTileInt;
-    const int mr = tile_rows(t), m = int(row - first);
-    int32_t* q_out = q + first * q_per_row() + m;
-    // Columns 0 2 4 6 1 3 5 7 of each 8: the pairs of steps t = 0..3.
-    const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 30, 28, 26, 24, 23, 21, 19, 17, 22, 20,
-                                           18, 16, 15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4,
-                                           2, 0);
-    const float top = bits == 16 ? 32767.0f : 127.0f;
+    const int64_t first = row / kTileInt * kTileInt;
+    const int mr = tile_rows(row / kTileInt), m = int(row - first);
     for (int64_t u = 0; u < units; ++u) {
       const __m512 a = _mm512_loadu_ps(x + 32 * u), b = _mm512_loadu_ps(x + 32 * u + 16);
-      const float amax = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-      const float scale = amax / top, inverse = amax > 0 ? top / amax : 0.0f;
-      const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(inverse)));
-      const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, _mm512_set1_ps(inverse)));
-      const int32_t sa = _mm512_reduce_add_epi32(qa), sb = _mm512_reduce_add_epi32(qb);
-      const int64_t row_u = first * units + u * mr + m, row_g = first * units * 2 + 2 * u * mr + m;
-      dx[row_u] = scale;
-      xsum[0][row_u] = scale * float(sa + sb);
-      neg[0][row_u] = -(sa + sb);
-      xsum[1][row_g] = scale * float(sa);
-      xsum[1][row_g + mr] = scale * float(sb);
-      neg[1][row_g] = -sa;
-      neg[1][row_g + mr] = -sb;
-      if (bits == 16) {
-        alignas(64) int32_t words[16];
-        const __m512i packed = _mm512_inserti64x4(
-            _mm512_castsi256_si512(_mm512_cvtepi32_epi16(qa)), _mm512_cvtepi32_epi16(qb), 1);
-        _mm512_store_si512(words, _mm512_permutexvar_epi16(order, packed));
-        for (int i = 0; i < 16; ++i) q_out[(16 * u + i) * mr] = words[i];
-      } else {
-        alignas(32) int32_t words[8];
-        _mm_store_si128((__m128i*)words, _mm512_cvtepi32_epi8(qa));
-        _mm_store_si128((__m128i*)(words + 4), _mm512_cvtepi32_epi8(qb));
-        for (int i = 0; i < 8; ++i) q_out[(8 * u + i) * mr] = words[i];
+      put_unit(first, mr, m, u, a, b);
+    }
+    for (int64_t e = units; e < all; ++e) {
+      const float* scales = dx + first * all + m;
+      int64_t best = -1;
+      for (int64_t u = 0; u < units; ++u) {
+        bool taken = false;
+        for (int64_t other = units; other < e; ++other)
+          taken |= unit[first * all + (other - units) * mr + m] == u;
+        if (!taken && (best < 0 || scales[u * mr] > scales[best * mr])) best = u;
       }
+      unit[first * all + (e - units) * mr + m] = int32_t(best);
+      const __m512 scale = _mm512_set1_ps(scales[best * mr]);
+      const __m512 inverse = _mm512_set1_ps(scales[best * mr] > 0 ? 1 / scales[best * mr] : 0.0f);
+      auto remainder = [&](const float* p) {
+        const __m512 v = _mm512_loadu_ps(p);
+        const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)));
+        return _mm512_fnmadd_ps(code, scale, v);
+      };
+      put_unit(first, mr, m, e, remainder(x + 32 * best), remainder(x + 32 * best + 16));
+    }
+  }
+
+ private:
+  void put_unit(int64_t first, int mr, int m, int64_t u, __m512 a, __m512 b) const {
+    const float top = bits == 16 ? 32767.0f : 127.0f;
+    const float amax = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+    const float scale = amax / top, inverse = scale > 0 ? 1 / scale : 0.0f;
+    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(inverse)));
+    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, _mm512_set1_ps(inverse)));
+    const int32_t sa = _mm512_reduce_add_epi32(qa), sb = _mm512_reduce_add_epi32(qb);
+    const int64_t at = first * all + u * mr + m, at2 = first * all * 2 + 2 * u * mr + m;
+    dx[at] = scale;
+    xsum[0][at] = scale * float(sa + sb);
+    neg[0][at] = -(sa + sb);
+    xsum[1][at2] = scale * float(sa);
+    xsum[1][at2 + mr] = scale * float(sb);
+    neg[1][at2] = -sa;
+    neg[1][at2 + mr] = -sb;
+    int32_t* q_out = q + first * all * bits + u * bits * mr + m;
+    if (bits == 16) {
+      // Columns 0 2 4 6 1 3 5 7 of each 8: the pairs of steps t = 0..3.
+      const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 30, 28, 26, 24, 23, 21, 19, 17, 22, 20,
+                                             18, 16, 15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4,
+                                             2, 0);
+      alignas(64) int32_t words[16];
+      const __m512i packed =
+          _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtsepi32_epi16(qa)),
+                             _mm512_cvtsepi32_epi16(qb), 1);
+      _mm512_store_si512(words, _mm512_permutexvar_epi16(order, packed));
+      for (int i = 0; i < 16; ++i) q_out[i * mr] = words[i];
+    } else {
+      alignas(32) int32_t words[8];
+      _mm_store_si128((__m128i*)words, _mm512_cvtsepi32_epi8(qa));
+      _mm_store_si128((__m128i*)(words + 4), _mm512_cvtsepi32_epi8(qb));
+      for (int i = 0; i < 8; ++i) q_out[i * mr] = words[i];
     }
   }
 };
@@ -260,6 +297,29 @@ void tile_decoded(const uint8_t* w, const float* sb, int64_t units, const IntTil
               }
             });
           });
+  // The extra units: each row has its own.
+  const int64_t extra = IntRows::extra(Bits, units);
+  for (int64_t e = 0; e < extra; ++e)
+    for (int g = 0; g < Groups; ++g, q += steps * MR)
+      for (int m = 0; m < MR; ++m) {
+        const int64_t group = (x.unit[e * MR + m] - units) * Groups + g;  // w and sb are at the end
+        __m512i acc = Zero == 0 ? _mm512_setzero_si512()
+                                : _mm512_slli_epi32(
+                                      _mm512_set1_epi32(x.neg[((units + e) * Groups + g) * MR + m]),
+                                      log2_of(Zero));
+        unroll<steps>([&](auto i) {
+          acc = _mm512_dpbusd_epi32(acc, _mm512_load_si512(w + 64 * (group * steps + i)),
+                                    _mm512_set1_epi32(q[i * MR + m]));
+        });
+        const float* scale = sb + 32 * group;
+        const __m512 s = _mm512_mul_ps(_mm512_load_ps(scale),
+                                       _mm512_set1_ps(x.dx[(units + e) * MR + m]));
+        total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), s, total[m]);
+        if (HasMin)
+          total[m] = _mm512_fmadd_ps(_mm512_load_ps(scale + 16),
+                                   _mm512_set1_ps(x.xsum[((units + e) * Groups + g) * MR + m]),
+                                   total[m]);
+      }
   for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out[m], total[m]);
 }
 

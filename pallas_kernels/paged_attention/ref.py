@@ -1,6 +1,6 @@
-"""The oracle: one token after the other, one position after the other, in float32.
+"""The oracle: one token and one head after the other, in numpy float32.
 
-Runs outside jit only (it reads the batch's numbers), and is slow on purpose.
+Runs outside jit only, since it reads the batch's numbers.
 """
 
 from __future__ import annotations
@@ -33,43 +33,39 @@ def paged_attention(
         raise NotImplementedError("the oracle runs outside jit only")
     page_size, group = k_pages.shape[2], spec.num_heads // spec.num_kv_heads
     table, starts, lens = (np.asarray(x) for x in (block_table, query_start_loc, seq_lens))
+    dtype = k_pages.dtype
+    keys_of, values_of = np.array(k_pages), np.array(v_pages)  # copies, to write to
 
-    def turned(row: jax.Array, weight: jax.Array | None, token: int) -> jax.Array:
+    def turned(row: np.ndarray, weight: jax.Array | None, token: int) -> np.ndarray:
         if weight is not None:
-            row = row / jnp.sqrt((row**2).mean() + norm_eps) * weight
+            row = row / np.sqrt((row**2).mean() + norm_eps) * np.asarray(weight)
         if rope is None:
             return row
-        cos, sin = rope[0][token], rope[1][token]
+        cos, sin = (np.asarray(t[token]) for t in rope)
         half = spec.rotary_dim // 2
         x1, x2, rest = row[:half], row[half : 2 * half], row[2 * half :]
-        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest])
+        return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest])
 
     out = np.zeros(q.shape, np.float32)
-    heads = {
-        name: x.reshape(len(x), -1, spec.head_dim) for name, x in (("q", q), ("k", k), ("v", v))
-    }
+    q, k, v = (np.asarray(x).reshape(len(x), -1, spec.head_dim) for x in (q, k, v))
     for s in range(len(lens)):
-        tokens = range(starts[s], starts[s + 1])
-        first = lens[s] - len(tokens)
-        for t in tokens:
-            page, slot = divmod(int(first + t - starts[s]), page_size)
+        for t in range(starts[s], starts[s + 1]):
+            position = int(lens[s] - (starts[s + 1] - t))
+            page, slot = table[s, position // page_size], position % page_size
             for h in range(spec.num_kv_heads):
-                key = turned(heads["k"][t, h], k_norm, t)
-                k_pages = k_pages.at[table[s, page], h, slot].set(key.astype(k_pages.dtype))
-                value = heads["v"][t, h]
-                v_pages = v_pages.at[table[s, page], h, slot].set(value.astype(v_pages.dtype))
-        for t in tokens:
-            position = int(first + t - starts[s])
+                keys_of[page, h, slot] = turned(k[t, h], k_norm, t).astype(dtype)
+                values_of[page, h, slot] = v[t, h].astype(dtype)
             low = 0 if spec.sliding_window is None else max(0, position - spec.sliding_window + 1)
-            seen = [divmod(p, page_size) for p in range(low, position + 1)]
+            seen = np.arange(low, position + 1)
+            pages, slots = table[s, seen // page_size], seen % page_size
             for h in range(spec.num_heads):
-                query = turned(heads["q"][t, h], q_norm, t) * spec.scale
-                keys = jnp.stack([k_pages[table[s, p], h // group, i] for p, i in seen])
-                values = jnp.stack([v_pages[table[s, p], h // group, i] for p, i in seen])
-                scores = keys.astype(jnp.float32) @ query
+                query = turned(q[t, h], q_norm, t) * np.float32(spec.scale)
+                scores = keys_of[pages, h // group, slots].astype(np.float32) @ query
                 if spec.soft_cap is not None:
-                    scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-                weights = jnp.exp(scores - scores.max())
-                row = (weights / weights.sum()) @ values.astype(jnp.float32)
+                    scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
+                weights = np.exp(scores - scores.max())
+                row = (
+                    weights / weights.sum() @ values_of[pages, h // group, slots].astype(np.float32)
+                )
                 out[t, h * spec.head_dim : (h + 1) * spec.head_dim] = row
-    return jnp.asarray(out), k_pages, v_pages
+    return jnp.asarray(out), jnp.asarray(keys_of), jnp.asarray(values_of)

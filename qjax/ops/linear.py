@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from qjax.kv_cache import Batch
 
 
+# Batch.numerics -> what the kernels may round activations to.
+ACTIVATION_DTYPES = {"exact": "float32", "int16": "int16", "int8": "int8"}
+
+
 def linear(
     x: jax.Array,
     w: QArray | tuple[QArray, ...],
@@ -57,7 +61,7 @@ def linear(
         activation=activation,
         residual=residual,
         post_norm=post_norm,
-        activation_dtype=_activation_dtype(batch.numerics, norm is not None),
+        activation_dtype=ACTIVATION_DTYPES[batch.numerics],
         num_rows=rows,
     )
     return outputs if several and activation is None else outputs[0]
@@ -73,10 +77,3 @@ def unprepare(w: QArray) -> QArray:
     """The canonical weight that `prepare` was given."""
     spec, qvalue = kernels.unprepare(w.spec, np.asarray(w.qvalue))
     return w.with_layout(spec.layout, qvalue)
-
-
-def _activation_dtype(numerics: str, normed: bool) -> str:
-    """The rounding of activations: a normed input is even enough for 8 bits, another one is not."""
-    if numerics == "int8":
-        return "int8" if normed else "int16"
-    return {"exact": "float32", "int16": "int16"}[numerics]

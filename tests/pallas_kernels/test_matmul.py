@@ -63,6 +63,11 @@ class Case:
         }
 
 
+def nearest(blocks, top):
+    scale = np.abs(blocks).max(-1, keepdims=True) / top
+    return np.rint(blocks / scale) * scale, scale
+
+
 def oracle(case, decoded):
     x, arrays = case.arguments
 
@@ -73,9 +78,13 @@ def oracle(case, decoded):
     if case.norm:
         x = rms(x, arrays["norm"])
     if case.activation_dtype != "float32":
-        groups = x.reshape(len(x), -1, 32)
-        scale = np.abs(groups).max(-1, keepdims=True) / np.iinfo(case.activation_dtype).max
-        x = (np.rint(groups / scale) * scale).reshape(x.shape)
+        blocks = x.reshape(len(x), -1, 32)
+        rounded, scale = nearest(blocks, np.iinfo(case.activation_dtype).max)
+        if case.activation_dtype == "int8":
+            again = np.argsort(-scale[..., 0], axis=1, kind="stable")[:, :2]
+            for row, chosen in enumerate(again):
+                rounded[row, chosen] += nearest((blocks - rounded)[row, chosen], 127)[0]
+        x = rounded.reshape(x.shape)
     ys = [x @ w.astype(np.float64).T for w in decoded]
     if arrays["biases"]:
         ys = [y if b is None else y + b for y, b in zip(ys, arrays["biases"], strict=True)]

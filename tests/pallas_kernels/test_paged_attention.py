@@ -1,0 +1,174 @@
+"""One set of cases for every implementation of paged attention, against numpy in float64."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention import AttentionSpec, paged_attention
+
+EPS = 1e-6
+PAGE = 16
+# Rounding of cached keys and values (and, in some kernels, of q and of the softmax) to bfloat16.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`chunks`: for each sequence the sizes of the chunks that its tokens arrive in, one a call."""
+
+    chunks: tuple[tuple[int, ...], ...] = ((5, 1, 1), (20, 13, 1))
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 64
+    rotary_dim: int = 64
+    window: int | None = None
+    soft_cap: float | None = None
+    norms: bool = False
+    rope: bool = True
+    padding: int = 0
+
+    @property
+    def spec(self):
+        scale = self.head_dim**-0.5
+        return AttentionSpec(
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.rotary_dim,
+            scale,
+            self.window,
+            self.soft_cap,
+        )
+
+
+CASES = {
+    "mixed": Case(),
+    "one head": Case(heads=1, kv_heads=1),
+    "no rope": Case(rope=False),
+    "padding": Case(padding=7),
+    "window": Case(window=9),
+    "window of a page": Case(window=16, chunks=((70, 1),)),
+    "soft cap": Case(soft_cap=2.0),
+    "norms": Case(norms=True),
+    "partial rotary": Case(rotary_dim=32),
+    "head_dim 80": Case(head_dim=80, rotary_dim=80, chunks=((3, 1),)),
+    "head_dim 96": Case(head_dim=96, rotary_dim=96, chunks=((3, 1),)),
+    "head_dim 128": Case(head_dim=128, rotary_dim=128, chunks=((3, 1),)),
+    "head_dim 256": Case(head_dim=256, rotary_dim=256, heads=4, kv_heads=1, chunks=((3, 1),)),
+    "several blocks of keys": Case(chunks=((300, 1, 1),), heads=2),
+}
+
+
+def turned(x, weight, cos, sin):
+    """RMSNorm of [T, H, D], then half-split rope."""
+    if weight is not None:
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * weight
+    if cos is None:
+        return x
+    half = cos.shape[-1]
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, None], sin[:, None]
+    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
+
+
+def oracle(case, q, k, v, weights, tables):
+    """Attention of one whole sequence: q [T, Hq, D], k and v [T, Hkv, D], all float64."""
+    q, k = turned(q, weights[0], *tables), turned(k, weights[1], *tables)
+    group = case.heads // case.kv_heads
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    scores = np.einsum("qhd,khd->hqk", q, k) * case.spec.scale
+    if case.soft_cap:
+        scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+    distance = np.arange(len(q))[:, None] - np.arange(len(q))
+    visible = (distance >= 0) & (distance < (case.window or len(q)))
+    scores = np.where(visible, scores, -np.inf)
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_equal_whole_sequences(implementation, name, dtype):
+    case = CASES[name]
+    random = np.random.default_rng(0)
+    lengths = [sum(chunks) for chunks in case.chunks]
+    blocks = -(-max(lengths) // PAGE)
+    table = random.permutation(len(lengths) * blocks).reshape(len(lengths), blocks).astype(np.int32)
+    shape = (table.size, case.kv_heads, PAGE, case.head_dim)
+    pages = [jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)]
+
+    def draw(tokens, heads):
+        return random.standard_normal((tokens, heads, case.head_dim)).astype(np.float32)
+
+    sequences = [
+        (draw(n, case.heads), draw(n, case.kv_heads), draw(n, case.kv_heads)) for n in lengths
+    ]
+    weights = [None, None]
+    if case.norms:
+        weights = list(random.standard_normal((2, case.head_dim)).astype(np.float32))
+    angles = random.uniform(0, 6, (max(lengths), case.rotary_dim // 2)).astype(np.float32)
+    tables = (np.cos(angles), np.sin(angles)) if case.rope else (None, None)
+
+    wanted = [
+        oracle(
+            case,
+            *(x.astype(np.float64) for x in sequence),
+            weights,
+            [t if t is None else t[:n].astype(np.float64) for t in tables],
+        )
+        for n, sequence in zip(lengths, sequences, strict=True)
+    ]
+    done = [0] * len(lengths)
+    for step in range(max(map(len, case.chunks))):
+        counts = [chunks[step] if step < len(chunks) else 0 for chunks in case.chunks]
+        spans = [slice(d, d + c) for d, c in zip(done, counts, strict=True)]
+        done = [d + c for d, c in zip(done, counts, strict=True)]
+
+        def flat(arrays, spans=spans):
+            rows = np.concatenate([a[span] for a, span in zip(arrays, spans, strict=True)])
+            rows = rows.reshape(len(rows), -1)
+            return jnp.asarray(np.pad(rows, ((0, case.padding), (0, 0)), constant_values=np.nan))
+
+        q, k, v = (flat([sequence[i] for sequence in sequences]) for i in range(3))
+        rope = tuple(flat([t] * len(lengths)) for t in tables) if case.rope else None
+        out, *pages = paged_attention(
+            q,
+            k,
+            v,
+            *pages,
+            spec=case.spec,
+            block_table=jnp.asarray(table),
+            query_start_loc=jnp.asarray(np.cumsum([0, *counts]), jnp.int32),
+            seq_lens=jnp.asarray(done, jnp.int32),
+            rope=rope,
+            q_norm=weights[0],
+            k_norm=weights[1],
+            norm_eps=EPS,
+        )
+        assert out.shape == q.shape
+        right = np.concatenate([w[span] for w, span in zip(wanted, spans, strict=True)])
+        right = right.reshape(len(right), -1)
+        error = np.linalg.norm(out[: len(right)] - right) / np.linalg.norm(right)
+        assert error <= TOLERANCES[dtype], step
+
+
+def test_bfloat16_pages_are_bfloat16(implementation):
+    """What is attended to is the rounded value, as a cache of half the size holds it."""
+    spec = AttentionSpec(1, 1, 64, 64, 1.0)
+    value = np.random.default_rng(1).standard_normal((1, 64)).astype(np.float32)
+    out, _, v_pages = paged_attention(
+        jnp.ones((1, 64)),
+        jnp.ones((1, 64)),
+        jnp.asarray(value),
+        jnp.zeros((1, 1, PAGE, 64), jnp.bfloat16),
+        jnp.zeros((1, 1, PAGE, 64), jnp.bfloat16),
+        spec=spec,
+        block_table=jnp.zeros((1, 1), jnp.int32),
+        query_start_loc=jnp.asarray([0, 1], jnp.int32),
+        seq_lens=jnp.asarray([1], jnp.int32),
+    )
+    assert v_pages.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, value.astype(ml_dtypes.bfloat16).astype(np.float32))
