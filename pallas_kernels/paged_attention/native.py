@@ -13,6 +13,8 @@ import numpy as np
 from pallas_kernels import native
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
+MAX_PAGE_SIZE = 128  # one block of keys, kBlockKeys of native/attention.h
+
 
 def paged_attention(
     q: jax.Array,
@@ -35,10 +37,10 @@ def paged_attention(
     page_size = k_pages.shape[2]
     if k_pages.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"pages of {k_pages.dtype}, not float32 or bfloat16")
-    if page_size % 16 or spec.head_dim % 16:
-        raise NotImplementedError(
-            f"page size {page_size} and head_dim {spec.head_dim} must be multiples of 16"
-        )
+    if page_size % 16 or page_size > MAX_PAGE_SIZE:
+        raise NotImplementedError(f"page size {page_size}: multiples of 16 to {MAX_PAGE_SIZE}")
+    if spec.head_dim % 16:
+        raise NotImplementedError(f"head_dim {spec.head_dim} is not a multiple of 16")
     optional = [*(rope or ()), *(w for w in (q_norm, k_norm) if w is not None)]
     flags = (rope is not None) | (q_norm is not None) << 1 | (k_norm is not None) << 2
     call = jax.ffi.ffi_call(

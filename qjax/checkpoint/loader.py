@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -251,7 +252,14 @@ def _read_all(opened: _Opened, parts: dict[str, _Part]) -> Iterator[tuple[str, A
         # Shown on a terminal only (disable=None), and only where loading takes its time.
         tqdm(total=len(parts), desc="loading", delay=1.0, leave=False, disable=None) as bar,
     ):
-        leaves = pool.map(partial(_read, opened), parts, parts.values())
+        # Each task in a context of its own: `dispatch.use` holds in the pool's threads too.
+        contexts = [copy_context() for _ in parts]
+        leaves = pool.map(
+            lambda context, *part: context.run(_read, opened, *part),
+            contexts,
+            parts,
+            parts.values(),
+        )
         try:
             for name, leaf in zip(parts, leaves, strict=True):
                 bar.update()
