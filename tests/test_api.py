@@ -205,7 +205,11 @@ def test_penalties_follow_the_tokens(params, generate, prompts) -> None:
     import jax.numpy as jnp
 
     ids, new = prompts[0], 12
-    penalties = {"repetition_penalty": 1.4, "frequency_penalty": 0.6, "presence_penalty": 0.3}
+    penalties: dict[str, Any] = {
+        "repetition_penalty": 1.4,
+        "frequency_penalty": 0.6,
+        "presence_penalty": 0.3,
+    }
     forward = jax.jit(qjax.forward)
     expected: list[int] = []
     for _ in range(new):

@@ -50,7 +50,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def kept(x: jax.Array) -> list[set[int]]:
-    return [set(np.flatnonzero(np.isfinite(row))) for row in np.asarray(x)]
+    return [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in np.asarray(x)]
 
 
 def test_greedy_takes_the_first_of_equals() -> None:

@@ -70,10 +70,17 @@ def _kernels() -> None:
     spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64, scale=1.0, rotary_dim=64)
     x, ids = jnp.zeros((1, 64)), jnp.zeros(1, jnp.int32)
     pages = jnp.zeros((1, 1, 32, 64), jnp.bfloat16)
-    where = {"block_table": ids[None], "query_start_loc": jnp.arange(2), "seq_lens": ids + 1}
     jax.eval_shape(lambda: matmul(x, [weight]))
     jax.eval_shape(lambda: embedding(ids, weight))
-    jax.eval_shape(lambda: paged_attention(x, x, x, pages, pages, spec=spec, **where))
+    jax.eval_shape(
+        lambda: paged_attention(
+            *(x, x, x, pages, pages),
+            spec=spec,
+            block_table=ids[None],
+            query_start_loc=jnp.arange(2, dtype=jnp.int32),
+            seq_lens=ids + 1,
+        )
+    )
     reasons = set()
     for op, (name, refused) in dispatch.chosen().items():
         _line("kernel", f"{op}: {name}")

@@ -6,6 +6,7 @@ Rows and tokens past the real ones are padding: native kernels skip them, and th
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from qjax.engine.request import Request
 from qjax.engine.scheduler import Plan
@@ -29,7 +30,8 @@ def padded_shape(plan: Plan) -> tuple[int, int]:
     """(tokens T, rows S) of the arrays for a plan."""
     rows = len(plan.requests)
     if not plan.prefill:
-        return (bucket(DECODE_ROWS, rows),) * 2
+        size = bucket(DECODE_ROWS, rows)
+        return size, size
     return bucket(PREFILL_TOKENS, sum(plan.counts)), bucket(PREFILL_ROWS, rows)
 
 
@@ -96,7 +98,7 @@ def make_slots(plan: Plan, num_slots: int) -> tuple[np.ndarray, np.ndarray, np.n
     emits = np.zeros(rows, bool)
     prompt_len = np.zeros(rows, np.int32)
     for i, request in enumerate(plan.requests):
-        slot[i] = request.slot
+        slot[i] = num_slots if request.slot is None else request.slot
         emits[i] = not request.wants_prefill
         prompt_len[i] = len(request.prompt_ids)
     return slot, emits, prompt_len
@@ -107,7 +109,7 @@ def make_rows(plan: Plan, spec: StepSpec, vocab_size: int) -> SamplingRows:
     count = padded_shape(plan)[1]
     params = [request.params for request in plan.requests]
 
-    def column(name: str, neutral: float, dtype=np.float32) -> np.ndarray:
+    def column(name: str, neutral: float, dtype: DTypeLike = np.float32) -> np.ndarray:
         values = np.full(count, neutral, dtype)
         values[: len(params)] = [getattr(p, name) for p in params]
         return values
@@ -130,7 +132,10 @@ def make_rows(plan: Plan, spec: StepSpec, vocab_size: int) -> SamplingRows:
 def _biases(requests: Sequence[Request], count: int, vocab_size: int) -> dict[str, np.ndarray]:
     bias = np.zeros((count, vocab_size), np.float32)
     min_length = np.zeros(count, np.int32)
-    stops = [sorted({*r.eos_ids, *r.params.stop_token_ids}) for r in requests]
+    stops = [
+        sorted({*(() if r.params.ignore_eos else r.eos_ids), *r.params.stop_token_ids})
+        for r in requests
+    ]
     stop_ids = np.full((count, max(STOP_IDS, *map(len, stops))), vocab_size, np.int32)
     for i, request in enumerate(requests):
         params = request.params

@@ -25,10 +25,12 @@ from qjax.checkpoint.builtin import cache_folder
 # Each version of the code has a folder of its own; so many of them are kept.
 MAX_VERSIONS = 8
 
+_FOLDER = "jax_compilation_cache_dir"
+
 
 def enable() -> None:
     """Turns on jax's persistent compilation cache, unless the user has set one."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values[_FOLDER]:
         return
     folder = cache_folder() / "xla" / _version()
     try:
@@ -37,7 +39,7 @@ def enable() -> None:
             _forget_old(folder.parent)
     except OSError:
         return  # a read-only home costs start-up time and nothing else
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update(_FOLDER, str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -52,7 +54,7 @@ def load_or_compile(
       arguments: a pytree with the structure of (args, kwargs). results: of what it returns.
       compile_it: compiles the program.
     """
-    base = jax.config.jax_compilation_cache_dir
+    base = jax.config.values[_FOLDER]
     if not base or jax.default_backend() != "cpu":
         return compile_it()
     from jax.experimental import serialize_executable

@@ -179,7 +179,7 @@ class Engine:
         # One that was sent back to wait comes again with tokens whose logprobs are here already.
         for position in range(len(done), min(len(request.prompt_ids), start + len(found.rank) + 1)):
             token = request.prompt_ids[position]
-            k = request.params.prompt_logprobs
+            k = request.params.prompt_logprobs or 0
             done.append(self._entry(found, position - start - 1, token, k))
 
     def _entry(self, found: TokenLogprobs, row: int, token: int, k: int) -> dict[int, Logprob]:

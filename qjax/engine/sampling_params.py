@@ -60,8 +60,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: str | Sequence[str] | None = ()
-    stop_token_ids: Sequence[int] | None = ()
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -75,6 +75,7 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
         stop = self.stop
+        # None stands for none of them, as in vLLM.
         put("stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
         for text in self.stop:
             if not isinstance(text, str) or not text:

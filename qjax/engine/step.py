@@ -17,7 +17,7 @@ from qjax.engine.sampling_params import MAX_LOGPROBS
 from qjax.kv_cache import Batch
 from qjax.models import functional
 from qjax.models.config import ModelConfig
-from qjax.sampler import SamplingRows, TokenLogprobs
+from qjax.sampler import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class State:
       counts: int32 [slots, V], how often each token was generated; None likewise.
     """
 
-    last: jax.Array
-    seen: jax.Array | None = None
-    counts: jax.Array | None = None
+    last: Any
+    seen: Any = None
+    counts: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +58,10 @@ class State:
 class Rows:
     """What a step knows of its sequences beside the batch, see `batch.make_slots`."""
 
-    slot: jax.Array
-    emits: jax.Array
-    prompt_len: jax.Array
-    sampling: SamplingRows | None
+    slot: Any
+    emits: Any
+    prompt_len: Any
+    sampling: Any
 
 
 @jax.tree_util.register_dataclass
@@ -69,9 +69,9 @@ class Rows:
 class StepOutput:
     """tokens: int32 [S]; logprobs: of them, or None; prompt_logprobs: of T targets, or None."""
 
-    tokens: jax.Array
-    logprobs: TokenLogprobs | None
-    prompt_logprobs: TokenLogprobs | None
+    tokens: Any
+    logprobs: Any
+    prompt_logprobs: Any
 
 
 @partial(jax.jit, static_argnames=("config", "spec"), donate_argnames=("cache", "state"))
@@ -79,8 +79,8 @@ def step(
     tree: Any,
     cache: Any,
     state: State,
-    tokens: jax.Array | None,
-    targets: jax.Array | None,
+    tokens: Any,
+    targets: Any,
     batch: Batch,
     rows: Rows,
     *,
