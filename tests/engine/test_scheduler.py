@@ -115,7 +115,7 @@ def test_random_traffic_ends_and_loses_no_page(seed: int) -> None:
     requests = [request_of(rng.randint(1, 20), rng.randint(1, 10)) for _ in range(12)]
     for request in requests:
         scheduler.add(request)
-    pending: Plan | None = None
+    pending: tuple[Plan, list[bool]] | None = None
     for _ in range(2000):
         plan = scheduler.schedule(may_preempt=pending is None)
         if plan is not None:
@@ -123,14 +123,13 @@ def test_random_traffic_ends_and_loses_no_page(seed: int) -> None:
             assert len(held) == len(set(held))
             for request in plan.requests:
                 assert len(request.blocks) * 4 >= request.num_computed
-        emits = plan and [not request.wants_prefill for request in plan.requests]
         if pending is not None:
             for request, emit in zip(pending[0].requests, pending[1], strict=True):
                 if emit and request.finish_reason is None:
                     request.receive(1, 0.0)
                     if request.finish_reason is not None:
                         scheduler.release(request)
-        pending = plan and (plan, emits)
+        pending = plan and (plan, [not request.wants_prefill for request in plan.requests])
         if plan is None and not scheduler.running and not scheduler.waiting:
             break
     assert [len(r.output_ids) for r in requests] == [r.max_tokens for r in requests]
