@@ -56,12 +56,12 @@ template <class E, int MR>
 QJAX_INLINE void score_keys(const typename E::Storage* k, int64_t page_size, int pairs,
                             const typename E::Scalar* q, float* scores, int64_t stride) {
   v16f acc[MR];
-  for (int m = 0; m < MR; ++m) acc[m] = v16f{};
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] = v16f{};
   for (int d = 0; d < pairs; ++d) {
     const auto keys = E::load(k + d * page_size * E::pair);
-    for (int m = 0; m < MR; ++m) E::fma(acc[m], keys, q[m * pairs + d]);
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) E::fma(acc[m], keys, q[m * pairs + d]);
   }
-  for (int m = 0; m < MR; ++m) store(scores + m * stride, acc[m]);
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) store(scores + m * stride, acc[m]);
 }
 
 // out[m][16 channels] += p[m] . v over the keys of one page.
@@ -69,12 +69,12 @@ template <class E, int MR>
 QJAX_INLINE void add_values(const typename E::Storage* v, int64_t head_dim, int64_t pairs,
                             const typename E::Scalar* p, int64_t p_stride, float* out) {
   v16f acc[MR];
-  for (int m = 0; m < MR; ++m) acc[m] = load(out + m * head_dim);
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] = load(out + m * head_dim);
   for (int64_t i = 0; i < pairs; ++i) {
     const auto values = E::load(v + i * head_dim * E::pair);
-    for (int m = 0; m < MR; ++m) E::fma(acc[m], values, p[m * p_stride + i]);
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) E::fma(acc[m], values, p[m * p_stride + i]);
   }
-  for (int m = 0; m < MR; ++m) store(out + m * head_dim, acc[m]);
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) store(out + m * head_dim, acc[m]);
 }
 
 // Calls f(constant MR) for the rows of [0, rows) in chunks of at most kChunk.
@@ -84,7 +84,7 @@ QJAX_INLINE void row_chunks(int rows, F&& f) {
   for (; row + MR <= rows; row += MR) f(std::integral_constant<int, MR>{}, row);
   if constexpr (MR > 1) {
     if (row < rows)
-      row_chunks<MR - 1>(rows - row, [&](auto mr, int r) { f(mr, row + r); });
+      row_chunks<MR - 1>(rows - row, [&](auto mr, int r) QJAX_INLINED { f(mr, row + r); });
   }
 }
 
@@ -188,7 +188,7 @@ struct AttentionRun {
       for (int64_t i = 0; i < pages; ++i) {
         const Storage* k = page(a.k_pages, page_of(item.seq, pg + i), item.head);
         for (int64_t c = 0; c < a.page_size; c += 16)
-          row_chunks(rows, [&](auto mr, int r) {
+          row_chunks(rows, [&](auto mr, int r) QJAX_INLINED {
             score_keys<E, mr>(k + c * E::pair, a.page_size, pairs, q + r * pairs,
                               scores + r * kBlockKeys + i * a.page_size + c, kBlockKeys);
           });
@@ -199,7 +199,7 @@ struct AttentionRun {
       for (int64_t i = 0; i < pages; ++i) {
         const Storage* v = page(a.v_pages, page_of(item.seq, pg + i), item.head);
         for (int64_t c = 0; c < d; c += 16)
-          row_chunks(rows, [&](auto mr, int r) {
+          row_chunks(rows, [&](auto mr, int r) QJAX_INLINED {
             add_values<E, mr>(v + c * E::pair, d, a.page_size / E::pair,
                               p + r * kBlockKeys / E::pair + i * a.page_size / E::pair,
                               kBlockKeys / E::pair, out + r * d + c);

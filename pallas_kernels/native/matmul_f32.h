@@ -90,12 +90,12 @@ inline DecodeF32 decode_f32_for(const Traits* t) {
 template <int MR>
 void tile_f32(const float* x, int64_t k, const float* w, float (*out)[16]) {
   v16f acc[MR];
-  for (int m = 0; m < MR; ++m) acc[m] = v16f{};
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] = v16f{};
   for (int64_t c = 0; c < k; ++c) {
     const v16f column = load(w + 16 * c);
-    for (int m = 0; m < MR; ++m) acc[m] += column * x[m * k + c];
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] += column * x[m * k + c];
   }
-  for (int m = 0; m < MR; ++m) store(out[m], acc[m]);
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) store(out[m], acc[m]);
 }
 template <int MR = kTileF32>
 inline void tile_f32_n(int rows, const float* x, int64_t k, const float* w, float (*out)[16]) {

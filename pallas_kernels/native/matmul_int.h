@@ -215,11 +215,11 @@ template <int Zero, bool HasMin, int MR, class Product>
 QJAX_INLINE void group_product(const IntTile& x, int64_t unit, int64_t group, __m512 s, __m512 b,
                                __m512 (&total)[MR], Product&& product) {
   __m512i acc[MR];
-  for (int m = 0; m < MR; ++m)
+  QJAX_UNROLL for (int m = 0; m < MR; ++m)
     acc[m] = Zero == 0 ? _mm512_setzero_si512()
                        : _mm512_slli_epi32(_mm512_set1_epi32(x.neg[group * MR + m]), log2_of(Zero));
   product(acc);
-  for (int m = 0; m < MR; ++m) {
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) {
     const __m512 scale = _mm512_mul_ps(s, _mm512_set1_ps(x.dx[unit * MR + m]));
     total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[m]), scale, total[m]);
     if (HasMin) total[m] = _mm512_fmadd_ps(b, _mm512_set1_ps(x.xsum[group * MR + m]), total[m]);
@@ -235,24 +235,24 @@ void tile_fused(const uint8_t* panel, int64_t k, const IntTile& x, float (*out)[
   const int64_t units = units_of(k);
   const uint8_t* scales = panel + code_bytes_of(t, k);
   __m512 total[MR];
-  for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
   for (int64_t u = 0; u < units; ++u) {
     const uint8_t* unit = panel + u * t.code_bytes();
     const int32_t* q = x.q + u * 16 * MR;
-    unroll<t.groups>([&](auto g) {
+    unroll<t.groups>([&](auto g) QJAX_INLINED {
       const GroupScale gs = group_scale(t, scales, u, g);
       group_product<Codes<T>::zero16, t.has_min(), MR>(
-          x, u, u * t.groups + g, (__m512)gs.s, (__m512)gs.b, total, [&](__m512i(&acc)[MR]) {
-            unroll<steps>([&](auto i) {
+          x, u, u * t.groups + g, (__m512)gs.s, (__m512)gs.b, total, [&](__m512i(&acc)[MR]) QJAX_INLINED {
+            unroll<steps>([&](auto i) QJAX_INLINED {
               constexpr int S = decltype(g)::value * steps + decltype(i)::value;
               const __m512i w = Codes<T>::template step<S>(unit);
-              for (int m = 0; m < MR; ++m)
+              QJAX_UNROLL for (int m = 0; m < MR; ++m)
                 acc[m] = _mm512_dpwssd_epi32(acc[m], w, _mm512_set1_epi32(q[S * MR + m]));
             });
           });
     });
   }
-  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out[m], total[m]);
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out[m], total[m]);
 }
 
 // Many rows: the panel is decoded once into `w` (codes) and `sb` (float32 s, b per group).
@@ -263,7 +263,7 @@ void decode_int(const uint8_t* panel, int64_t k, uint8_t* w, float* sb) {
   const uint8_t* scales = panel + code_bytes_of(t, k);
   for (int64_t u = 0; u < units; ++u) {
     const uint8_t* unit = panel + u * t.code_bytes();
-    unroll<Bits>([&](auto i) {
+    unroll<Bits>([&](auto i) QJAX_INLINED {
       if constexpr (Bits == 16) _mm512_store_si512(w, Codes<T>::template step<i>(unit));
       else _mm512_store_si512(w, Codes<T>::template quad<i>(unit));
       w += 64;
@@ -281,16 +281,16 @@ void tile_decoded(const uint8_t* w, const float* sb, int64_t units, const IntTil
                   float (*out)[16]) {
   constexpr int steps = Bits / Groups;
   __m512 total[MR];
-  for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
   const int32_t* q = x.q;
   for (int64_t u = 0; u < units; ++u)
     for (int g = 0; g < Groups; ++g, w += 64 * steps, q += steps * MR, sb += 32)
       group_product<Zero, HasMin, MR>(
           x, u, u * Groups + g, _mm512_load_ps(sb), _mm512_load_ps(sb + 16), total,
-          [&](__m512i(&acc)[MR]) {
-            unroll<steps>([&](auto i) {
+          [&](__m512i(&acc)[MR]) QJAX_INLINED {
+            unroll<steps>([&](auto i) QJAX_INLINED {
               const __m512i column = _mm512_load_si512(w + 64 * i);
-              for (int m = 0; m < MR; ++m) {
+              QJAX_UNROLL for (int m = 0; m < MR; ++m) {
                 const __m512i xs = _mm512_set1_epi32(q[i * MR + m]);
                 acc[m] = Bits == 16 ? _mm512_dpwssd_epi32(acc[m], column, xs)
                                     : _mm512_dpbusd_epi32(acc[m], column, xs);
@@ -301,13 +301,13 @@ void tile_decoded(const uint8_t* w, const float* sb, int64_t units, const IntTil
   const int64_t extra = IntRows::extra(Bits, units);
   for (int64_t e = 0; e < extra; ++e)
     for (int g = 0; g < Groups; ++g, q += steps * MR)
-      for (int m = 0; m < MR; ++m) {
+      QJAX_UNROLL for (int m = 0; m < MR; ++m) {
         const int64_t group = (x.unit[e * MR + m] - units) * Groups + g;  // w and sb are at the end
         __m512i acc = Zero == 0 ? _mm512_setzero_si512()
                                 : _mm512_slli_epi32(
                                       _mm512_set1_epi32(x.neg[((units + e) * Groups + g) * MR + m]),
                                       log2_of(Zero));
-        unroll<steps>([&](auto i) {
+        unroll<steps>([&](auto i) QJAX_INLINED {
           acc = _mm512_dpbusd_epi32(acc, _mm512_load_si512(w + 64 * (group * steps + i)),
                                     _mm512_set1_epi32(q[i * MR + m]));
         });
@@ -320,7 +320,7 @@ void tile_decoded(const uint8_t* w, const float* sb, int64_t units, const IntTil
                                    _mm512_set1_ps(x.xsum[((units + e) * Groups + g) * MR + m]),
                                    total[m]);
       }
-  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out[m], total[m]);
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out[m], total[m]);
 }
 
 // ---- tables by type ------------------------------------------------------------------------

@@ -14,6 +14,9 @@ typedef int32_t v16i __attribute__((vector_size(64), aligned(64)));
 typedef float v16f_u __attribute__((vector_size(64), aligned(4)));
 
 #define QJAX_INLINE inline __attribute__((always_inline))
+#define QJAX_INLINED __attribute__((always_inline))  // of a lambda, before its body
+// In front of a loop with a constant count, whose array must live in registers.
+#define QJAX_UNROLL _Pragma("GCC unroll 16")
 
 QJAX_INLINE v16f load(const float* p) { return *reinterpret_cast<const v16f_u*>(p); }
 QJAX_INLINE void store(float* p, v16f v) { *reinterpret_cast<v16f_u*>(p) = v; }
@@ -116,14 +119,22 @@ QJAX_INLINE v16f bf16_16(const uint8_t* p) {
   return as_float(bits);
 }
 QJAX_INLINE v16f bytes16(const uint8_t* p) {  // unsigned
+#if defined(__AVX512F__)
+  return (v16f)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
   v16f r;
   for (int i = 0; i < 16; ++i) r[i] = float(p[i]);
   return r;
+#endif
 }
 QJAX_INLINE v16f signed_bytes16(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (v16f)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
   v16f r;
   for (int i = 0; i < 16; ++i) r[i] = float(int8_t(p[i]));
   return r;
+#endif
 }
 QJAX_INLINE uint16_t to_bf16(float x) {  // round to nearest even
   uint32_t bits;
