@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +13,20 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from qjax.engine.compile_cache import load_or_compile
 
+SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    before = (
-        jax.config.jax_compilation_cache_dir,
-        jax.config.jax_persistent_cache_min_compile_time_secs,
-    )
+    before = [jax.config.values[name] for name in SETTINGS]
     set_cache(str(tmp_path), 0.0)
     yield tmp_path
     set_cache(*before)
 
 
-def set_cache(folder: str | None, seconds: float) -> None:
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+def set_cache(*values: Any) -> None:
+    for name, value in zip(SETTINGS, values, strict=True):
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 

@@ -17,11 +17,13 @@ def test_defaults_are_greedy_and_256_tokens() -> None:
 
 
 def test_values_are_normalized() -> None:
-    params = SamplingParams(stop="END", stop_token_ids=[np.int64(3)], top_p=1, logit_bias={4: -1})
+    params = SamplingParams.of(
+        stop="END", stop_token_ids=[np.int64(3)], top_p=1, logit_bias={4: -1}
+    )
     assert params.stop == ("END",)
     assert params.stop_token_ids == (3,)
     assert params.logit_bias == {4: -1.0}
-    assert SamplingParams(stop=None, stop_token_ids=None).stop == ()
+    assert SamplingParams.of(stop=None, stop_token_ids=None).stop == ()
 
 
 @pytest.mark.parametrize(
