@@ -134,5 +134,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (QjaxError, RuntimeError) as error:
+    except (QjaxError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
