@@ -6,6 +6,8 @@ the file has them, so that `unprepare` gives back the file's bytes.
 
 from __future__ import annotations
 
+import mmap
+import threading
 from typing import Any
 
 import jax
@@ -74,7 +76,7 @@ def matmul(
 def prepare(spec: WeightSpec, qvalue: np.ndarray) -> tuple[WeightSpec, np.ndarray] | None:
     """Tiles a canonical weight; None where the native kernels do not run.
 
-    The bytes are 64-byte aligned, so that jax takes them over without a copy.
+    The bytes are in memory of their own, which jax takes over without a copy.
     """
     try:
         library = native.require()
@@ -82,7 +84,7 @@ def prepare(spec: WeightSpec, qvalue: np.ndarray) -> tuple[WeightSpec, np.ndarra
         return None
     kind, (n, k) = native.TYPE_IDS[spec.qtype], spec.shape
     raw = np.ascontiguousarray(qvalue)
-    tiles = _aligned(library.qjax_tile_bytes(kind, n, k))
+    tiles = _arena.take(library.qjax_tile_bytes(kind, n, k))
     library.qjax_pack(kind, raw.ctypes.data, n, k, tiles.ctypes.data)
     tiles = tiles.reshape(-(-n // 16), -1)
     return WeightSpec(spec.qtype, spec.shape, LAYOUT), tiles
@@ -98,7 +100,37 @@ def unprepare(spec: WeightSpec, qvalue: Any) -> tuple[WeightSpec, np.ndarray]:
     return canonical, raw
 
 
-def _aligned(size: int, alignment: int = 64) -> np.ndarray:
-    buffer = np.empty(size + alignment, np.uint8)
-    start = -buffer.ctypes.data % alignment
-    return buffer[start : start + size]
+class _Arena:
+    """Memory for tiles, cut from large blocks that the system may back by huge pages.
+
+    Tiles are small and read once a step from end to end: with pages of 4 KiB the processor would
+    spend its time on looking up addresses. A block lives as long as one of its tiles does.
+    """
+
+    BLOCK, ALIGNMENT = 1 << 25, 64
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._block = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> np.ndarray:
+        """uint8 [size] at a multiple of 64 bytes, which lets jax take it over without a copy."""
+        step = -(-size // self.ALIGNMENT) * self.ALIGNMENT
+        with self._lock:
+            if step > self._block.size:
+                self._block = _huge(max(step, self.BLOCK))
+            taken, self._block = self._block[:size], self._block[step:]
+        return taken
+
+
+def _huge(size: int, page: int = 1 << 21) -> np.ndarray:
+    """Zeroed memory that starts at a huge page. What is not written to takes no memory."""
+    memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    block = np.frombuffer(memory, np.uint8)
+    start = -block.ctypes.data % page
+    return block[start : start + size]
+
+
+_arena = _Arena()

@@ -16,6 +16,7 @@
 namespace qjax {
 
 constexpr int kTileInt = 8;  // rows of x that share one read of the panel
+constexpr int kAhead = 4096;  // bytes to prefetch ahead of the unit that is being decoded
 constexpr int kExtra = 2;    // units of a row whose remainder is multiplied too (8-bit only)
 
 // Rows of x in tiles of kTileInt (the last may be shorter, MR rows), rounded.
@@ -238,6 +239,13 @@ void tile_fused(const uint8_t* panel, int64_t k, const IntTile& x, float (*out)[
   QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
   for (int64_t u = 0; u < units; ++u) {
     const uint8_t* unit = panel + u * t.code_bytes();
+    // The next panels follow in memory, so running ahead is right across the end of this one too.
+    for (int line = 0; line < t.code_bytes(); line += 64)
+      _mm_prefetch((const char*)(unit + kAhead + line), _MM_HINT_T0);
+    if (t.unit_scale_bytes()) {
+      const uint8_t* own = unit_scales_at(t, scales, u);
+      _mm_prefetch((const char*)(own + kAhead / 4), _MM_HINT_T0);
+    }
     const int32_t* q = x.q + u * 16 * MR;
     unroll<t.groups>([&](auto g) QJAX_INLINED {
       const GroupScale gs = group_scale(t, scales, u, g);
