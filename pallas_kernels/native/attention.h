@@ -100,7 +100,6 @@ struct AttentionRun {
     int head;                   // KV head
   };
   std::vector<Item> items;
-  std::atomic<size_t> next{0};
 
   explicit AttentionRun(const Attention& a)
       : a(a), group(a.heads / a.kv_heads), pairs(a.head_dim / E::pair) {
@@ -260,14 +259,16 @@ struct AttentionRun {
   }
 
   void run_all() {
-    run([&](const Team& team) {
-      for (int64_t s = 0; s < a.num_seqs; ++s)
-        for (int64_t t = a.query_start[s]; t < a.query_start[s + 1]; ++t)
-          if (t % team.size == team.index) write(s, t);
-      team.barrier();
-      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();)
-        attend(items[i]);
-    });
+    const int64_t tokens = a.query_start[a.num_seqs];
+    std::vector<int32_t> owner(tokens);
+    for (int64_t s = 0; s < a.num_seqs; ++s)
+      std::fill(&owner[0] + a.query_start[s], &owner[0] + a.query_start[s + 1], int32_t(s));
+    // Few tokens are written faster than a thread is told to help.
+    if (tokens <= 4)
+      for (int64_t t = 0; t < tokens; ++t) write(owner[t], t);
+    else
+      parallel_for(tokens, [&](int64_t t) { write(owner[t], t); });
+    parallel_for(int64_t(items.size()), [&](int64_t i) { attend(items[i]); });
   }
 };
 

@@ -58,7 +58,6 @@ struct MatmulRun {
 #if defined(__AVX512VNNI__)
   std::unique_ptr<IntRows> ints;
 #endif
-  std::atomic<int64_t> next{0};
 
   bool uses_f32(const Weight& w) const { return a.precision == kFloat32 || w.traits->dense(); }
 
@@ -201,35 +200,21 @@ struct MatmulRun {
     const int64_t row_bytes = padded * (x_f32 ? 4 : a.precision == kInt16 ? 2 : 1);
     const int64_t block = std::max<int64_t>(step, 400000 / row_bytes / step * step);
     const int64_t blocks = (a.rows + block - 1) / block;
-    const bool alone = a.rows <= step;  // one tile: cheaper to prepare than to share out
-    if (alone)
-      for (int64_t row = 0; row < a.rows; ++row) prologue(row);
-
-    run([&](const Team& team) {
-      if (!alone) {
-        const int64_t tiles = (a.rows + step - 1) / step;
-        for (int64_t t = team.index; t < tiles; t += team.size)
-          for (int64_t row = t * step; row < std::min(a.rows, (t + 1) * step); ++row) prologue(row);
-        team.barrier();
-      }
-      // Several panels at a time, fewer towards the end.
-      for (;;) {
-        int64_t at = next.load(std::memory_order_relaxed);
-        int64_t take = std::max<int64_t>(1, (total * blocks - at) / (4 * team.size));
-        at = next.fetch_add(take, std::memory_order_relaxed);
-        if (at >= total * blocks) break;
-        for (int64_t item = at; item < std::min(total * blocks, at + take); ++item) {
-          const int64_t b = item / total, p = item % total;
-          int w = 0;
-          while (p >= starts[w + 1]) ++w;
-          panels(p - starts[w], a.weights[w], gated ? &a.weights[1] : nullptr, b * block,
-                 std::min(a.rows, (b + 1) * block));
-        }
-      }
-      if (!a.post_norm) return;
-      team.barrier();
-      const Weight& w = a.weights[0];
-      for (int64_t row = team.index; row < a.rows; row += team.size) {
+    const int64_t tiles = (a.rows + step - 1) / step;
+    parallel_for(tiles, [&](int64_t t) {
+      for (int64_t row = t * step; row < std::min(a.rows, (t + 1) * step); ++row) prologue(row);
+    });
+    parallel_for(total * blocks, [&](int64_t item) {
+      const int64_t b = item / total, p = item % total;
+      int w = 0;
+      while (p >= starts[w + 1]) ++w;
+      panels(p - starts[w], a.weights[w], gated ? &a.weights[1] : nullptr, b * block,
+             std::min(a.rows, (b + 1) * block));
+    });
+    if (!a.post_norm) return;
+    const Weight& w = a.weights[0];
+    parallel_for(tiles, [&](int64_t t) {
+      for (int64_t row = t * step; row < std::min(a.rows, (t + 1) * step); ++row) {
         float* y = w.y + row * w.n;
         rms_norm(y, a.post_norm, a.eps, w.n, y);
         if (a.residual)
@@ -246,13 +231,11 @@ inline void matmul(const Matmul& a) {
 // Rows of a weight as float32. Decoding one row reads one lane of its panel.
 inline void embedding(const Embedding& a) {
   const Traits& t = *a.traits;
-  run([&](const Team& team) {
+  parallel_for(a.count, [&](int64_t i) {
     float* panel = reinterpret_cast<float*>(scratch<3>(32 * units_of(a.k) * 64));
-    for (int64_t i = team.index; i < a.count; i += team.size) {
-      const int64_t id = std::min<int64_t>(std::max<int64_t>(a.ids[i], 0), a.n - 1);
-      decode_f32_for(&t)(a.tiles + id / 16 * panel_bytes(t, a.k), a.k, panel);
-      for (int64_t c = 0; c < a.k; ++c) a.y[i * a.k + c] = panel[16 * c + id % 16];
-    }
+    const int64_t id = std::min<int64_t>(std::max<int64_t>(a.ids[i], 0), a.n - 1);
+    decode_f32_for(&t)(a.tiles + id / 16 * panel_bytes(t, a.k), a.k, panel);
+    for (int64_t c = 0; c < a.k; ++c) a.y[i * a.k + c] = panel[16 * c + id % 16];
   });
 }
 

@@ -13,7 +13,7 @@ constexpr int kTileF32 = 4;
 // Codes of unit `u` as bytes [32 columns][16 rows].
 QJAX_INLINE void unit_codes(const Traits& t, const uint8_t* panel, int64_t u,
                             uint8_t codes[32][16]) {
-  const uint8_t* unit = panel + u * t.code_bytes();
+  const uint8_t* unit = panel + unit_offset(t, u);
   if (t.base == 8) {
     for (int i = 0; i < 8; ++i)
       for (int r = 0; r < 16; ++r)
@@ -60,12 +60,11 @@ void decode_f32(const uint8_t* panel, int64_t k, float* w) {
                         : t.type == F16 ? half16(p) : bf16_16(p));
     }
   } else {
-    const uint8_t* scales = panel + code_bytes_of(t, k);
     uint8_t codes[32][16];
     for (int64_t u = 0; u < units; ++u) {
       unit_codes(t, panel, u, codes);
       for (int g = 0; g < t.groups; ++g) {
-        const GroupScale gs = group_scale(t, scales, u, g);
+        const GroupScale gs = group_scale(t, panel, u, g);
         for (int c = 32 / t.groups * g; c < 32 / t.groups * (g + 1); ++c) {
           v16f value = gs.s * (bytes16(codes[c]) - float(t.zero));
           store(w + 16 * (32 * u + c), t.has_min() ? value + gs.b : value);

@@ -16,7 +16,7 @@
 namespace qjax {
 
 constexpr int kTileInt = 8;  // rows of x that share one read of the panel
-constexpr int kAhead = 4096;  // bytes to prefetch ahead of the unit that is being decoded
+constexpr int kAhead = 4;    // units to fetch ahead of the one that is being decoded
 constexpr int kExtra = 2;    // units of a row whose remainder is multiplied too (8-bit only)
 
 // Rows of x in tiles of kTileInt (the last may be shorter, MR rows), rounded.
@@ -234,21 +234,16 @@ void tile_fused(const uint8_t* panel, int64_t k, const IntTile& x, float (*out)[
   constexpr const Traits& t = kTraits[T];
   constexpr int steps = 16 / t.groups;
   const int64_t units = units_of(k);
-  const uint8_t* scales = panel + code_bytes_of(t, k);
   __m512 total[MR];
   QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
   for (int64_t u = 0; u < units; ++u) {
-    const uint8_t* unit = panel + u * t.code_bytes();
+    const uint8_t* unit = panel + unit_offset(t, u);
     // The next panels follow in memory, so running ahead is right across the end of this one too.
-    for (int line = 0; line < t.code_bytes(); line += 64)
-      _mm_prefetch((const char*)(unit + kAhead + line), _MM_HINT_T0);
-    if (t.unit_scale_bytes()) {
-      const uint8_t* own = unit_scales_at(t, scales, u);
-      _mm_prefetch((const char*)(own + kAhead / 4), _MM_HINT_T0);
-    }
+    for (int line = 0; line < t.unit_bytes(); line += 64)
+      _mm_prefetch((const char*)(unit + kAhead * t.unit_bytes() + line), _MM_HINT_T0);
     const int32_t* q = x.q + u * 16 * MR;
     unroll<t.groups>([&](auto g) QJAX_INLINED {
-      const GroupScale gs = group_scale(t, scales, u, g);
+      const GroupScale gs = group_scale(t, panel, u, g);
       group_product<Codes<T>::zero16, t.has_min(), MR>(
           x, u, u * t.groups + g, (__m512)gs.s, (__m512)gs.b, total, [&](__m512i(&acc)[MR]) QJAX_INLINED {
             unroll<steps>([&](auto i) QJAX_INLINED {
@@ -268,16 +263,15 @@ template <int T, int Bits>
 void decode_int(const uint8_t* panel, int64_t k, uint8_t* w, float* sb) {
   constexpr const Traits& t = kTraits[T];
   const int64_t units = units_of(k);
-  const uint8_t* scales = panel + code_bytes_of(t, k);
   for (int64_t u = 0; u < units; ++u) {
-    const uint8_t* unit = panel + u * t.code_bytes();
+    const uint8_t* unit = panel + unit_offset(t, u);
     unroll<Bits>([&](auto i) QJAX_INLINED {
       if constexpr (Bits == 16) _mm512_store_si512(w, Codes<T>::template step<i>(unit));
       else _mm512_store_si512(w, Codes<T>::template quad<i>(unit));
       w += 64;
     });
     for (int g = 0; g < t.groups; ++g, sb += 32) {
-      const GroupScale gs = group_scale(t, scales, u, g);
+      const GroupScale gs = group_scale(t, panel, u, g);
       store(sb, gs.s);
       if (t.has_min()) store(sb + 16, gs.b);
     }

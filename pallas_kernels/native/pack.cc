@@ -228,9 +228,9 @@ void get_codes(const Traits& t, const uint8_t* unit, int row, uint8_t* codes) {
   if (t.high) get_plane(unit + 64 * t.base, t.high, t.base, row, codes);
 }
 
-void put_scales(const Traits& t, uint8_t* scales, int64_t u, int row, const Unit& x) {
-  uint8_t* own = const_cast<uint8_t*>(unit_scales_at(t, scales, u));
-  uint8_t* head = const_cast<uint8_t*>(header_at(t, scales, u));
+void put_scales(const Traits& t, uint8_t* panel, int64_t u, int row, const Unit& x) {
+  uint8_t* own = panel + unit_offset(t, u) + t.code_bytes();
+  uint8_t* head = panel + header_offset(t, u);
   if (t.scale == kD || t.scale == kDM) {
     store16(own + 2 * row, x.d);
     if (t.scale == kDM) store16(own + 32 + 2 * row, x.m);
@@ -242,9 +242,9 @@ void put_scales(const Traits& t, uint8_t* scales, int64_t u, int row, const Unit
   if (t.scale == kSuper2) own[16 + row] = x.multiplier[2];
   else if (t.groups == 2) own[16 + row] = x.multiplier[1];
 }
-void get_scales(const Traits& t, const uint8_t* scales, int64_t u, int row, Unit& x) {
-  const uint8_t* own = unit_scales_at(t, scales, u);
-  const uint8_t* head = header_at(t, scales, u);
+void get_scales(const Traits& t, const uint8_t* panel, int64_t u, int row, Unit& x) {
+  const uint8_t* own = panel + unit_offset(t, u) + t.code_bytes();
+  const uint8_t* head = panel + header_offset(t, u);
   if (t.scale == kD || t.scale == kDM) {
     x.d = load16(own + 2 * row);
     if (t.scale == kDM) x.m = load16(own + 32 + 2 * row);
@@ -260,7 +260,6 @@ void get_scales(const Traits& t, const uint8_t* scales, int64_t u, int row, Unit
 template <bool kPack>
 void convert_panel(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8_t* panel) {
   const int64_t row_bytes = k / t.raw_elems * t.raw_bytes;
-  uint8_t* scales = panel + code_bytes_of(t, k);
   const int units_per_block = t.raw_elems / 32;
   for (int64_t r = 0; r < rows; ++r) {
     uint8_t* row = raw + r * row_bytes;
@@ -274,15 +273,15 @@ void convert_panel(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8
     }
     for (int64_t u = 0; u < k / 32; ++u) {
       uint8_t* block = row + u / units_per_block * t.raw_bytes;
-      uint8_t* unit = panel + u * t.code_bytes();
+      uint8_t* unit = panel + unit_offset(t, u);
       Unit x;
       if (kPack) {
         read_unit(t, block, int(u % units_per_block), x);
         put_codes(t, unit, int(r), x.codes);
-        put_scales(t, scales, u, int(r), x);
+        put_scales(t, panel, u, int(r), x);
       } else {
         get_codes(t, unit, int(r), x.codes);
-        get_scales(t, scales, u, int(r), x);
+        get_scales(t, panel, u, int(r), x);
         write_unit(t, block, int(u % units_per_block), x);
       }
     }
@@ -294,16 +293,14 @@ int convert(int type, uint8_t* raw, int64_t n, int64_t k, uint8_t* tiles) {
   const Traits* t = find_traits(type);
   if (!t || k % t->raw_elems) return 1;
   const int64_t row_bytes = k / t->raw_elems * t->raw_bytes, bytes = panel_bytes(*t, k);
-  run([&](const Team& team) {
-    for (int64_t p = team.index; p < panels_of(n); p += team.size) {
-      const int64_t rows = n - p * 16 < 16 ? n - p * 16 : 16;
-      if (kPack) {
-        if (rows < 16 || t->dense()) std::memset(tiles + p * bytes, 0, bytes);
-      } else {
-        std::memset(raw + p * 16 * row_bytes, 0, rows * row_bytes);
-      }
-      convert_panel<kPack>(*t, raw + p * 16 * row_bytes, rows, k, tiles + p * bytes);
+  parallel_for(panels_of(n), [&](int64_t p) {
+    const int64_t rows = n - p * 16 < 16 ? n - p * 16 : 16;
+    if (kPack) {
+      if (rows < 16 || t->dense()) std::memset(tiles + p * bytes, 0, bytes);
+    } else {
+      std::memset(raw + p * 16 * row_bytes, 0, rows * row_bytes);
     }
+    convert_panel<kPack>(*t, raw + p * 16 * row_bytes, rows, k, tiles + p * bytes);
   });
   return 0;
 }

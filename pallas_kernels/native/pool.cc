@@ -1,15 +1,12 @@
 #include "pool.h"
 
 #include <pthread.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
 #include <thread>
-#include <vector>
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -25,7 +22,8 @@ inline void pause_cpu() {
 #endif
 }
 
-constexpr int kSpins = 4000;  // about 100 to 200 microseconds
+constexpr int kSpins = 6000;           // some 100 microseconds
+constexpr uint32_t kOpen = 1u << 31;  // workers may join the job
 
 int default_threads() {
   if (const char* text = std::getenv("QJAX_NUM_THREADS")) {
@@ -36,23 +34,26 @@ int default_threads() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
 #endif
-  return std::max(1u, std::thread::hardware_concurrency());
+  return int(std::max(1u, std::thread::hardware_concurrency()));
 }
 
 struct Pool {
-  int size = default_threads();
+  std::atomic<int> size{default_threads()};
   std::mutex busy;  // held by the caller whose job runs
   std::mutex sleep_mutex;
   std::condition_variable wake;
-  std::atomic<uint64_t> generation{0};
-  std::atomic<int> remaining{0};
   std::atomic<int> sleepers{0};
-  std::atomic<int> arrived{0};
-  std::atomic<uint64_t> phase{0};
-  const std::function<void(const Team&)>* job = nullptr;
-  int team_size = 1;
+  std::atomic<uint64_t> generation{0};
+  std::atomic<uint32_t> state{0};  // kOpen and the number of workers inside the job
+  const std::function<void()>* job = nullptr;
   int started = 0;  // worker threads alive
-  bool quit = false;
+
+  bool join() {
+    uint32_t now = state.load(std::memory_order_relaxed);
+    while (now & kOpen)
+      if (state.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) return true;
+    return false;
+  }
 
   void work(int index, uint64_t seen) {
     for (;;) {
@@ -66,20 +67,33 @@ struct Pool {
         }
       }
       seen = generation.load(std::memory_order_acquire);
-      if (index < team_size) {
-        (*job)(Team{index, team_size});
-        remaining.fetch_sub(1, std::memory_order_release);
+      if (index < size.load(std::memory_order_relaxed) && join()) {
+        (*job)();
+        state.fetch_sub(1, std::memory_order_release);
       }
     }
   }
 
-  void start_workers() {
+  void run(const std::function<void()>& function) {
     for (; started < size - 1; ++started)
       std::thread(&Pool::work, this, started + 1, generation.load()).detach();
+    job = &function;
+    state.store(kOpen, std::memory_order_release);
+    generation.fetch_add(1);
+    if (sleepers.load() > 0) {
+      std::lock_guard<std::mutex> lock(sleep_mutex);
+      wake.notify_all();
+    }
+    function();
+    state.fetch_and(~kOpen, std::memory_order_relaxed);
+    for (int i = 0; state.load(std::memory_order_acquire) != 0; ++i) {
+      pause_cpu();
+      if (i > kSpins) std::this_thread::yield();  // a worker lost its core in the middle of an item
+    }
   }
 };
 
-Pool* pool = nullptr;
+std::atomic<Pool*> pool{nullptr};
 std::once_flag once;
 
 Pool& instance() {
@@ -93,47 +107,15 @@ Pool& instance() {
 
 }  // namespace
 
-void Team::barrier() const {
-  if (size == 1) return;
-  Pool& p = *pool;
-  uint64_t phase = p.phase.load(std::memory_order_acquire);
-  if (p.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-    p.arrived.store(0, std::memory_order_relaxed);
-    p.phase.fetch_add(1, std::memory_order_release);
-    return;
-  }
-  for (int i = 0; p.phase.load(std::memory_order_acquire) == phase; ++i) {
-    pause_cpu();
-    if (i > kSpins) std::this_thread::yield();
-  }
-}
-
 int num_threads() { return instance().size; }
 
-void set_num_threads(int n) {
-  Pool& p = instance();
-  std::lock_guard<std::mutex> lock(p.busy);
-  p.size = std::max(1, n);
-}
+void set_num_threads(int n) { instance().size = std::max(1, n); }
 
-void run(const std::function<void(const Team&)>& job) {
+void run(const std::function<void()>& job) {
   Pool& p = instance();
-  if (p.size == 1 || !p.busy.try_lock()) return job(Team{0, 1});
+  if (p.size == 1 || !p.busy.try_lock()) return job();
   std::lock_guard<std::mutex> lock(p.busy, std::adopt_lock);
-  p.start_workers();
-  p.job = &job;
-  p.team_size = p.size;
-  p.remaining.store(p.size - 1, std::memory_order_relaxed);
-  p.generation.fetch_add(1);
-  if (p.sleepers.load() > 0) {
-    std::lock_guard<std::mutex> wake_lock(p.sleep_mutex);
-    p.wake.notify_all();
-  }
-  job(Team{0, p.size});
-  for (int i = 0; p.remaining.load(std::memory_order_acquire) > 0; ++i) {
-    pause_cpu();
-    if (i > kSpins) std::this_thread::yield();
-  }
+  p.run(job);
 }
 
 }  // namespace qjax

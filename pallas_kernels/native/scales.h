@@ -10,9 +10,9 @@ struct GroupScale {
 };
 
 // `t` is a compile-time constant at every call, so the branches vanish.
-QJAX_INLINE GroupScale group_scale(const Traits& t, const uint8_t* scales, int64_t u, int g) {
-  const uint8_t* own = unit_scales_at(t, scales, u);
-  const uint8_t* head = header_at(t, scales, u);
+QJAX_INLINE GroupScale group_scale(const Traits& t, const uint8_t* panel, int64_t u, int g) {
+  const uint8_t* own = panel + unit_offset(t, u) + t.code_bytes();
+  const uint8_t* head = panel + header_offset(t, u);
   switch (t.scale) {
     case kD: return {half16(own), v16f{}};
     case kDM: return {half16(own), half16(own + 32)};

@@ -1,7 +1,8 @@
 // The "tile16" weight layout: how a quantized matrix [N, K] lies in memory for the CPU kernels.
 //
-// Rows are cut into panels of 16 (one SIMD lane a row), columns into units of 32. A panel holds
-// the codes of all its units, then the scales of all its units, so both are read as one stream.
+// Rows are cut into panels of 16 (one SIMD lane a row), columns into units of 32. A unit is its
+// codes followed by its scales: a product reads the whole matrix as one stream, which is what
+// processors fetch ahead best.
 //
 // Codes of one unit. A row owns one 32-bit lane of each 64-byte vector, seen as two 16-bit words.
 // Step S = 4j + t (j, t in 0..3) pairs columns k = 8j + {0,4,1,5}[t] (word 0) and k + 2 (word 1):
@@ -15,8 +16,8 @@
 // Wider codes add a 1- or 2-bit plane of high bits after the plane of low bits.
 // Dense types (f32, f16, bf16) are [32 columns][16 rows] of their own elements.
 //
-// Scales keep the bits of the file: f16 d (and m) per unit, or for K-quants an f16 header per
-// 8 units and 8-bit multipliers per unit or half unit. A weight is s * (code - zero) + b.
+// Scales keep the bits of the file: f16 d (and m) per unit, or for K-quants an f16 header before
+// each 8 units and 8-bit multipliers per unit or half unit. A weight is s * (code - zero) + b.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -55,6 +56,7 @@ struct Traits {
   constexpr int header_bytes() const {  // per 8 units
     return scale == kSuper1 ? 32 : (scale == kSuper2 || scale == kSuper2n) ? 64 : 0;
   }
+  constexpr int unit_bytes() const { return code_bytes() + unit_scale_bytes(); }
   constexpr bool has_min() const {
     return scale == kDM || scale == kSuper2 || scale == kSuper2n;
   }
@@ -90,21 +92,20 @@ constexpr uint8_t kIQ4Codes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
                                    129, 141, 153, 166, 181, 197, 217, 241};
 
 inline int64_t units_of(int64_t k) { return (k + 31) / 32; }
-inline int64_t code_bytes_of(const Traits& t, int64_t k) { return units_of(k) * t.code_bytes(); }
 inline int64_t panel_bytes(const Traits& t, int64_t k) {
   int64_t units = units_of(k);
-  int64_t bytes = units * (t.code_bytes() + t.unit_scale_bytes()) + units / 8 * t.header_bytes();
+  int64_t bytes = units * t.unit_bytes() + units / 8 * t.header_bytes();
   return (bytes + 63) / 64 * 64;
 }
 inline int64_t panels_of(int64_t n) { return (n + 15) / 16; }
 
-// Where the scales of unit u lie inside the scale stream of a panel.
-inline const uint8_t* header_at(const Traits& t, const uint8_t* scales, int64_t u) {
-  return scales + u / 8 * (t.header_bytes() + 8 * t.unit_scale_bytes());
+// Where the parts of unit u lie inside a panel.
+constexpr int64_t header_offset(const Traits& t, int64_t u) {
+  return u / 8 * (t.header_bytes() + 8 * t.unit_bytes());
 }
-inline const uint8_t* unit_scales_at(const Traits& t, const uint8_t* scales, int64_t u) {
-  if (t.header_bytes() == 0) return scales + u * t.unit_scale_bytes();
-  return header_at(t, scales, u) + t.header_bytes() + u % 8 * t.unit_scale_bytes();
+constexpr int64_t unit_offset(const Traits& t, int64_t u) {
+  if (t.header_bytes() == 0) return u * t.unit_bytes();
+  return header_offset(t, u) + t.header_bytes() + u % 8 * t.unit_bytes();
 }
 
 }  // namespace qjax
