@@ -60,7 +60,7 @@ def make_batch(plan: Plan, width: int, numerics: str) -> Batch:
     block_table = np.zeros((rows, width), np.int32)
     start = 0
     for i, (request, count) in enumerate(zip(plan.requests, plan.counts, strict=True)):
-        end = request.num_computed
+        end = request.num_computed - (plan.steps - 1)
         positions[start : start + count] = np.arange(end - count, end)
         query_start_loc[i] = start
         seq_lens[i] = end

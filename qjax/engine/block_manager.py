@@ -22,9 +22,13 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def missing(self, blocks: list[int], num_tokens: int) -> int:
+        """How many more pages `num_tokens` take."""
+        return max(0, self.blocks_for(num_tokens) - len(blocks))
+
     def grow(self, blocks: list[int], num_tokens: int) -> bool:
         """Extends `blocks` to hold `num_tokens`; False, and no change, if too few are free."""
-        missing = self.blocks_for(num_tokens) - len(blocks)
+        missing = self.missing(blocks, num_tokens)
         if missing > len(self._free):
             return False
         blocks.extend(self._free.pop() for _ in range(missing))

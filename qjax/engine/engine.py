@@ -163,14 +163,16 @@ class Engine:
                 self._add_prompt_logprobs(request, prompt_logprobs, sent.ends[0] - plan.counts[0])
             if not sent.emits[row]:
                 continue
-            token = int(tokens[row])
-            if request.params.logprobs is not None:
-                entry = self._entry(logprobs, row, token, request.params.logprobs)
-                request.logprobs.append(entry)
-            request.receive(token, now)
             changed.append(request)
-            if request.finish_reason is not None:
-                self.scheduler.release(request)
+            for step in range(plan.steps):
+                token = int(tokens[step, row])
+                if request.params.logprobs is not None:
+                    found = jax.tree.map(lambda x, i=step: x[i], logprobs)
+                    request.logprobs.append(self._entry(found, row, token, request.params.logprobs))
+                request.receive(token, now)
+                if request.finish_reason is not None:
+                    self.scheduler.release(request)
+                    break
         return changed
 
     def _add_prompt_logprobs(self, request: Request, found: TokenLogprobs, start: int) -> None:

@@ -142,10 +142,10 @@ class Request:
     def wants_decode(self) -> bool:
         return not self.wants_prefill and self.num_sampled < self.max_tokens
 
-    def advance(self, count: int) -> None:
-        """`count` more tokens are on their way through the model."""
-        self.num_computed += count
-        self.num_sampled += not self.wants_prefill
+    def advance(self, count: int, steps: int) -> None:
+        """`count` more tokens are on their way through the model, `steps` times over."""
+        self.num_computed += count * steps
+        self.num_sampled += 0 if self.wants_prefill else steps
 
     def restart(self) -> None:
         """Its pages are lost: all that is known goes through the model again."""

@@ -113,10 +113,10 @@ class Runner:
         output, self._cache, self._state, following = program(
             self.tree, self._cache, self._state, *args
         )
-        self._decoding = None if plan.prefill else (_identity(plan), following, args[-1])
+        self._decoding = None if plan.prefill else (_identity(plan), following, args[-2])
         return output
 
-    def _arguments(self, plan: Plan) -> tuple[StepSpec, Any, Any, Batch, Rows]:
+    def _arguments(self, plan: Plan) -> tuple[StepSpec, Any, Any, Batch, Rows, Any]:
         spec = batches.step_spec(plan)
         if spec.penalties and self._state.counts is None:
             shape = self.num_slots, self.config.vocab_size
@@ -124,15 +124,15 @@ class Runner:
                 self._state, seen=jnp.zeros(shape, bool), counts=jnp.zeros(shape, jnp.int32)
             )
         if self._decoding is not None and self._decoding[0] == _identity(plan):
-            return spec, None, None, self._decoding[1], self._decoding[2]
+            return spec, None, None, self._decoding[1], self._decoding[2], np.int32(plan.steps)
         numerics = self._numerics.prefill if plan.prefill else self._numerics.decode
         batch = batches.make_batch(plan, self.table_width, numerics)
         sampling = None if spec.plain else batches.make_rows(plan, spec, self.config.vocab_size)
         rows = Rows(*batches.make_slots(plan, self.num_slots), sampling)
         if not plan.prefill:
-            return spec, None, None, batch, jax.device_put(rows)
+            return spec, None, None, batch, jax.device_put(rows), np.int32(plan.steps)
         tokens, targets = batches.make_tokens(plan)
-        return spec, tokens, targets if spec.prompt_logprobs else None, batch, rows
+        return spec, tokens, targets if spec.prompt_logprobs else None, batch, rows, None
 
     def _program(self, spec: StepSpec, args: list[Any]) -> Future:
         structs = jax.tree.map(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from qjax.engine.block_manager import BlockManager
 from qjax.engine.request import Request
+from qjax.engine.step import DECODE_STEPS
 
 # Logits of whole chunks are large (a row of the vocabulary for each token): such chunks stay small.
 PROMPT_LOGPROBS_CHUNK = 64
@@ -12,11 +13,15 @@ PROMPT_LOGPROBS_CHUNK = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: `counts[i]` tokens of `requests[i]`, either all prefill or all decode (1 each)."""
+    """One step: `counts[i]` tokens of `requests[i]`, either all prefill or all decode.
+
+    Decode takes one token of each request, `steps` times over, each token fed back.
+    """
 
     prefill: bool
     requests: tuple[Request, ...]
     counts: tuple[int, ...]
+    steps: int = 1
 
 
 class Scheduler:
@@ -57,7 +62,7 @@ class Scheduler:
         plan = self._prefill() or self._decode(may_preempt)
         if plan is not None:
             for request, count in zip(plan.requests, plan.counts, strict=True):
-                request.advance(count)
+                request.advance(count, plan.steps)
         return plan
 
     def release(self, request: Request) -> None:
@@ -92,18 +97,24 @@ class Scheduler:
         return Plan(True, tuple(requests), tuple(counts)) if requests else None
 
     def _decode(self, may_preempt: bool) -> Plan | None:
+        wanting = [r for r in self.running if r.wants_decode]
+        # None runs past its max_tokens; and if pages are scarce, one token at a time.
+        steps = min([DECODE_STEPS, *(r.max_tokens - r.num_sampled for r in wanting)])
+        missing = sum(self.blocks.missing(r.blocks, r.num_computed + steps) for r in wanting)
+        if missing > self.blocks.num_free:
+            steps = 1
         requests = []
-        for request in [r for r in self.running if r.wants_decode]:
+        for request in wanting:
             # An earlier turn of this loop may have sent it back to wait.
             while request in self.running:
-                if self.blocks.grow(request.blocks, request.num_computed + 1):
+                if self.blocks.grow(request.blocks, request.num_computed + steps):
                     requests.append(request)
                     break
                 if not may_preempt:
                     return None
                 self._preempt(self.running[-1])
         requests = [request for request in requests if request in self.running]
-        return Plan(False, tuple(requests), (1,) * len(requests)) if requests else None
+        return Plan(False, tuple(requests), (1,) * len(requests), steps) if requests else None
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

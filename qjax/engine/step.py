@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qjax import sampler
 from qjax.engine.sampling_params import MAX_LOGPROBS
@@ -18,6 +19,10 @@ from qjax.kv_cache import Batch
 from qjax.models import functional
 from qjax.models.config import ModelConfig
 from qjax.sampler import TokenLogprobs
+
+# Most tokens of a sequence that one dispatch decodes. The host's work for a dispatch costs a third
+# of a small model's step on a CPU; a sequence that ends is seen up to twice as many tokens late.
+DECODE_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,13 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepOutput:
-    """tokens: int32 [S]; logprobs: of them, or None; prompt_logprobs: of T targets, or None."""
+    """What a step found; the leading axis N is 1 after prefill and DECODE_STEPS after decode.
+
+    Attributes:
+      tokens: int32 [N, S]; of decode only the first `count` rows.
+      logprobs: of the tokens [N, S, ...], or None.
+      prompt_logprobs: of T targets, or None.
+    """
 
     tokens: Any
     logprobs: Any
@@ -83,48 +94,91 @@ def step(
     targets: Any,
     batch: Batch,
     rows: Rows,
+    count: jax.Array | None,
     *,
     config: ModelConfig,
     spec: StepSpec,
 ) -> tuple[StepOutput, Any, State, Batch | None]:
-    """Runs the model on a batch and picks the next token of each sequence.
+    """Runs the model on a batch and picks the next token, or tokens, of each sequence.
 
     Args:
       tree: the model's weights. cache: its paged cache; donated. state: donated.
       tokens: int32 [T]; None for decode, which takes each sequence's newest token.
       targets: int32 [T], the tokens that follow; only for logprobs of the prompt.
+      count: int32 [], how many tokens to decode one after the other, at most DECODE_STEPS; None for
+        prefill.
+
     Returns:
       (output, cache, state, batch of the next decode step, or None after prefill).
     """
     if not spec.prefill:
-        tokens = state.last.at[rows.slot].get(mode="clip")
+        return _decode(tree, cache, state, batch, rows, count, config, spec)
     hidden, cache = functional.run(config, tree, tokens, batch, cache)
     prompt_logprobs = None
     if spec.prompt_logprobs:
         logits = functional.logits(config, tree, hidden, batch)
         prompt_logprobs = sampler.token_logprobs(logits, targets, MAX_LOGPROBS)
-    if spec.prefill:
-        hidden = hidden[jnp.maximum(batch.query_start_loc[1:] - 1, 0)]
+    hidden = hidden[jnp.maximum(batch.query_start_loc[1:] - 1, 0)]
     logits = functional.logits(config, tree, hidden, batch)
-
-    if spec.penalties and spec.prefill:
+    if spec.penalties:
         state = _count_prompt(state, tokens, batch, rows)
+    picked, logprobs, state = _emit(logits, state, batch, rows, spec)
+    first = jax.tree.map(lambda x: x[None], (picked, logprobs))
+    return StepOutput(*first, prompt_logprobs), cache, state, None
+
+
+def _decode(
+    tree: Any,
+    cache: Any,
+    state: State,
+    batch: Batch,
+    rows: Rows,
+    count: jax.Array,
+    config: ModelConfig,
+    spec: StepSpec,
+) -> tuple[StepOutput, Any, State, Batch]:
+    """`count` tokens for each sequence, each fed back: the host has a rest meanwhile."""
+
+    def once(i: jax.Array, carry: Any) -> Any:
+        output, cache, state, batch = carry
+        tokens = state.last.at[rows.slot].get(mode="clip")
+        hidden, cache = functional.run(config, tree, tokens, batch, cache)
+        logits = functional.logits(config, tree, hidden, batch)
+        *found, state = _emit(logits, state, batch, rows, spec)
+        output = jax.tree.map(lambda all_, one: all_.at[i].set(one), output, tuple(found))
+        batch = replace(
+            batch,
+            positions=batch.positions + 1,
+            seq_lens=batch.seq_lens + (batch.seq_lens > 0),
+        )
+        return output, cache, state, batch
+
+    size = len(batch.seq_lens)
+    output = jnp.zeros((DECODE_STEPS, size), jnp.int32), None
+    if spec.logprobs:
+        logits = jax.ShapeDtypeStruct((size, config.vocab_size), jnp.float32)
+        one = jax.eval_shape(sampler.token_logprobs, logits, output[0][0], MAX_LOGPROBS)
+        output = (
+            output[0],
+            jax.tree.map(lambda x: jnp.zeros((DECODE_STEPS, *x.shape), x.dtype), one),
+        )
+    carry = lax.fori_loop(0, count, once, (output, cache, state, batch))
+    output, cache, state, batch = carry
+    return StepOutput(*output, None), cache, state, batch
+
+
+def _emit(
+    logits: jax.Array, state: State, batch: Batch, rows: Rows, spec: StepSpec
+) -> tuple[jax.Array, TokenLogprobs | None, State]:
+    """(new tokens int32 [S], their logprobs if asked, the state with them entered)."""
     picked = _pick(logits, state, batch, rows, spec)
     logprobs = sampler.token_logprobs(logits, picked, MAX_LOGPROBS) if spec.logprobs else None
-
     emitting = jnp.where(rows.emits, rows.slot, state.last.shape[0])
     state = replace(state, last=state.last.at[emitting].set(picked, mode="drop"))
     if spec.penalties:
         counts = state.counts.at[emitting, picked].add(1, mode="drop")
         state = replace(state, counts=counts)
-    following = None
-    if not spec.prefill:
-        following = replace(
-            batch,
-            positions=batch.positions + 1,
-            seq_lens=batch.seq_lens + (batch.seq_lens > 0),
-        )
-    return StepOutput(picked, logprobs, prompt_logprobs), cache, state, following
+    return picked, logprobs, state
 
 
 def step_results(spec: StepSpec, cache: Any, state: State, batch: Batch) -> Any:
