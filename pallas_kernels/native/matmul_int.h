@@ -200,6 +200,12 @@ struct Codes {
   }
 };
 
+// The next panels follow in memory, so running ahead is right across the end of a panel too.
+QJAX_INLINE void fetch_ahead(const Traits& t, const uint8_t* unit) {
+  for (int line = 0; line < t.unit_bytes(); line += 64)
+    _mm_prefetch((const char*)(unit + kAhead * t.unit_bytes() + line), _MM_HINT_T0);
+}
+
 // ---- products ------------------------------------------------------------------------------
 
 template <int... I, class F>
@@ -238,9 +244,7 @@ void tile_fused(const uint8_t* panel, int64_t k, const IntTile& x, float (*out)[
   QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
   for (int64_t u = 0; u < units; ++u) {
     const uint8_t* unit = panel + unit_offset(t, u);
-    // The next panels follow in memory, so running ahead is right across the end of this one too.
-    for (int line = 0; line < t.unit_bytes(); line += 64)
-      _mm_prefetch((const char*)(unit + kAhead * t.unit_bytes() + line), _MM_HINT_T0);
+    fetch_ahead(t, unit);
     const int32_t* q = x.q + u * 16 * MR;
     unroll<t.groups>([&](auto g) QJAX_INLINED {
       const GroupScale gs = group_scale(t, panel, u, g);
@@ -265,6 +269,7 @@ void decode_int(const uint8_t* panel, int64_t k, uint8_t* w, float* sb) {
   const int64_t units = units_of(k);
   for (int64_t u = 0; u < units; ++u) {
     const uint8_t* unit = panel + unit_offset(t, u);
+    fetch_ahead(t, unit);
     unroll<Bits>([&](auto i) QJAX_INLINED {
       if constexpr (Bits == 16) _mm512_store_si512(w, Codes<T>::template step<i>(unit));
       else _mm512_store_si512(w, Codes<T>::template quad<i>(unit));

@@ -30,12 +30,15 @@ class Numerics:
     cache_dtype: Any
 
 
-# A prompt is bound by arithmetic, where int8 products pay; a decode step by memory, where 16-bit
-# activations cost nothing.
+# A prompt is bound by arithmetic, where int8 products pay; decoding few sequences by memory, where
+# 16-bit activations cost nothing; decoding many by arithmetic again. The choice goes by the most
+# sequences that the engine may run, so that a sequence's tokens do not depend on the others.
 NUMERICS = {
     "fast": Numerics("int8", "int16", jnp.bfloat16),
+    "fast, many": Numerics("int8", "int8", jnp.bfloat16),
     "exact": Numerics("exact", "exact", jnp.float32),
 }
+FEW = 8
 
 # Programs outlive the runner: a second `generate` with the same model and sizes compiles nothing.
 _programs: dict[tuple, Future] = {}
@@ -60,7 +63,7 @@ class Runner:
       num_blocks, block_size: of the paged cache.
       max_num_seqs: number of slots.
       table_width: most pages of one sequence.
-      numerics: a key of `NUMERICS`.
+      numerics: "fast" or "exact".
     """
 
     def __init__(
@@ -74,9 +77,10 @@ class Runner:
         table_width: int,
         numerics: str,
     ):
-        if numerics not in NUMERICS:
-            known = " or ".join(repr(name) for name in NUMERICS)
-            raise RequestError(f"numerics must be {known}, got {numerics!r}.")
+        if numerics not in ("fast", "exact"):
+            raise RequestError(f"numerics must be 'fast' or 'exact', got {numerics!r}.")
+        if numerics == "fast" and max_num_seqs > FEW:
+            numerics = "fast, many"
         self.config = config
         self.tree = tree
         self.num_slots = max_num_seqs

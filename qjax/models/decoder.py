@@ -123,8 +123,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array, batch: Batch) -> jax.Array:
         """float32 [R, V] from hidden states [R, E]: final norm, head, soft cap."""
-        # A prompt needs the logits of few rows: 8 bits would gain no time here.
-        if batch.numerics == "int8":
+        # A prompt needs the logits of few of its rows: 8 bits would gain no time there.
+        if batch.numerics == "int8" and len(hidden) < len(batch.positions):
             batch = replace(batch, numerics="int16")
         tied = self.config.tie_word_embeddings
         head = self.model.embed_tokens if tied else self.lm_head
