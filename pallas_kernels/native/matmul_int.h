@@ -17,7 +17,7 @@ namespace qjax {
 
 constexpr int kTileInt = 8;  // rows of x that share one read of the panel
 constexpr int kAhead = 4;    // units to fetch ahead of the one that is being decoded
-constexpr int kExtra = 2;    // units of a row whose remainder is multiplied too (8-bit only)
+constexpr int kExtra = 1;    // units of a row whose remainder is multiplied too (8-bit only)
 
 // Rows of x in tiles of kTileInt (the last may be shorter, MR rows), rounded.
 // Inside a tile everything is [..., MR]: one broadcast serves one row.
@@ -92,13 +92,20 @@ struct IntRows {
   }
 
  private:
+  static QJAX_INLINE __m256i half_sums(__m512i v) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  }
   void put_unit(int64_t first, int mr, int m, int64_t u, __m512 a, __m512 b) const {
     const float top = bits == 16 ? 32767.0f : 127.0f;
     const float amax = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
     const float scale = amax / top, inverse = scale > 0 ? 1 / scale : 0.0f;
     const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(inverse)));
     const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, _mm512_set1_ps(inverse)));
-    const int32_t sa = _mm512_reduce_add_epi32(qa), sb = _mm512_reduce_add_epi32(qb);
+    // Sums of the first and of the second 16 columns.
+    const __m256i pairs = _mm256_hadd_epi32(half_sums(qa), half_sums(qb));  // per 128 bits: a a b b
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    const __m128i both = _mm_hadd_epi32(sums, sums);
+    const int32_t sa = _mm_extract_epi32(both, 0), sb = _mm_extract_epi32(both, 1);
     const int64_t at = first * all + u * mr + m, at2 = first * all * 2 + 2 * u * mr + m;
     dx[at] = scale;
     xsum[0][at] = scale * float(sa + sb);
