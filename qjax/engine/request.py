@@ -142,7 +142,7 @@ class Request:
     def wants_decode(self) -> bool:
         return not self.wants_prefill and self.num_sampled < self.max_tokens
 
-    def advance(self, count: int, steps: int) -> None:
+    def advance(self, count: int, steps: int = 1) -> None:
         """`count` more tokens are on their way through the model, `steps` times over."""
         self.num_computed += count * steps
         self.num_sampled += 0 if self.wants_prefill else steps

@@ -157,7 +157,8 @@ def _decode(
     output = jnp.zeros((DECODE_STEPS, size), jnp.int32), None
     if spec.logprobs:
         logits = jax.ShapeDtypeStruct((size, config.vocab_size), jnp.float32)
-        one = jax.eval_shape(sampler.token_logprobs, logits, output[0][0], MAX_LOGPROBS)
+        find = partial(sampler.token_logprobs, k=MAX_LOGPROBS)
+        one = jax.eval_shape(find, logits, output[0][0])
         output = (
             output[0],
             jax.tree.map(lambda x: jnp.zeros((DECODE_STEPS, *x.shape), x.dtype), one),

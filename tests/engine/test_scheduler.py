@@ -125,10 +125,11 @@ def test_random_traffic_ends_and_loses_no_page(seed: int) -> None:
                 assert len(request.blocks) * 4 >= request.num_computed
         if pending is not None:
             for request, emit in zip(pending[0].requests, pending[1], strict=True):
-                if emit and request.finish_reason is None:
-                    request.receive(1, 0.0)
-                    if request.finish_reason is not None:
-                        scheduler.release(request)
+                for _ in range(pending[0].steps):
+                    if emit and request.finish_reason is None:
+                        request.receive(1, 0.0)
+                        if request.finish_reason is not None:
+                            scheduler.release(request)
         pending = plan and (plan, [not request.wants_prefill for request in plan.requests])
         if plan is None and not scheduler.running and not scheduler.waiting:
             break
