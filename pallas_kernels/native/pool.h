@@ -19,22 +19,36 @@ void set_num_threads(int n);
 // Runs `job` on this thread and on those workers that are free, and returns when all have left it.
 void run(const std::function<void()>& job);
 
-// Calls f(i) for i in [0, count) on all threads; a thread takes several at a time, fewer at last.
+// Calls f(i) for i in [0, count) on all threads. Each starts with a part of its own and goes through
+// it in order, so that memory is read as one stream; whoever is done helps with the other parts.
 template <class F>
 void parallel_for(int64_t count, F&& f) {
-  if (count <= 1 || num_threads() == 1) {
+  const int threads = num_threads();
+  if (count <= 1 || threads == 1) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
   }
-  std::atomic<int64_t> next{0};
-  const int64_t share = 4 * num_threads();
+  constexpr int kMaxParts = 64;
+  struct alignas(64) Part {
+    std::atomic<int64_t> next;
+    int64_t end;
+  } parts[kMaxParts];
+  const int num_parts = threads < kMaxParts ? threads : kMaxParts;
+  for (int p = 0; p < num_parts; ++p) {
+    parts[p].next.store(count * p / num_parts, std::memory_order_relaxed);
+    parts[p].end = count * (p + 1) / num_parts;
+  }
+  std::atomic<int> members{0};
+  const int64_t take = count / num_parts / 16 + 1;
   run([&] {
-    for (;;) {
-      const int64_t left = count - next.load(std::memory_order_relaxed);
-      const int64_t take = left > share ? left / share : 1;
-      const int64_t first = next.fetch_add(take, std::memory_order_relaxed);
-      if (first >= count) return;
-      for (int64_t i = first; i < first + take && i < count; ++i) f(i);
+    const int own = members.fetch_add(1, std::memory_order_relaxed);
+    for (int k = 0; k < num_parts; ++k) {
+      Part& part = parts[(own + k) % num_parts];
+      for (;;) {
+        const int64_t first = part.next.fetch_add(take, std::memory_order_relaxed);
+        if (first >= part.end) break;
+        for (int64_t i = first; i < first + take && i < part.end; ++i) f(i);
+      }
     }
   });
 }
