@@ -122,6 +122,15 @@ struct MatmulRun {
     return panel;
   }
 
+  // While a decoded panel is used, the one after it in memory comes closer, a part with each tile.
+  void fetch_next(const Panel& panel, int64_t row, int64_t rows, int64_t all) const {
+    if (!panel.codes) return;
+    const int64_t bytes = panel_bytes(*panel.w.traits, a.k);
+    const uint8_t* next = panel.tiles + bytes;
+    for (int64_t at = bytes * row / all / 64 * 64; at < bytes * (row + rows) / all; at += 64)
+      __builtin_prefetch(next + at, 0, 2);
+  }
+
   int tile_rows() const {
 #if defined(__AVX512VNNI__)
     if (ints) return kTileInt;
@@ -161,13 +170,22 @@ struct MatmulRun {
       }
       const int64_t at = (row + m) * w.n + n0;
       if (a.residual && !a.post_norm) y += get(a.residual + at);
-      if (lanes == 16) {
+      if (lanes == 16 && !up && streams(w)) {
+        store_past_caches(w.y + at, y);
+      } else if (lanes == 16) {
         store(w.y + at, y);
       } else {
         store(buffer, y);
         std::copy(buffer, buffer + lanes, w.y + at);
       }
     }
+  }
+
+  // Logits of a large vocabulary: rows lie far apart, often at powers of two, where their lines
+  // would drive each other out of the caches before they are whole.
+  bool streams(const Weight& w) const {
+    return a.rows > 1 && w.n >= (1 << 15) && w.n % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(w.y) % 64 == 0;
   }
 
   void panels(int64_t p, const Weight& w, const Weight* up, int64_t row0, int64_t row1) {
@@ -178,9 +196,11 @@ struct MatmulRun {
     if (!up) {
       for (int64_t row = row0; row < row1; row += step) {
         const int rows = int(std::min<int64_t>(step, row1 - row));
+        fetch_next(panel, row - row0, rows, row1 - row0);
         product(panel, row, rows, out);
         epilogue(w, p, row, rows, out, nullptr);
       }
+      if (streams(w)) finish_stores();
       return;
     }
     const Panel panel_up = open_panel<4>(*up, p, many);

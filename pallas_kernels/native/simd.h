@@ -20,6 +20,19 @@ typedef float v16f_u __attribute__((vector_size(64), aligned(4)));
 
 QJAX_INLINE v16f load(const float* p) { return *reinterpret_cast<const v16f_u*>(p); }
 QJAX_INLINE void store(float* p, v16f v) { *reinterpret_cast<v16f_u*>(p) = v; }
+// A whole line to memory without reading it first; p is aligned. Others see it after finish_stores.
+QJAX_INLINE void store_past_caches(float* p, v16f v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#else
+  store(p, v);
+#endif
+}
+QJAX_INLINE void finish_stores() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 QJAX_INLINE v16f splat(float x) { return v16f{} + x; }
 QJAX_INLINE v16i as_int(v16f v) { v16i r; std::memcpy(&r, &v, 64); return r; }
 QJAX_INLINE v16f as_float(v16i v) { v16f r; std::memcpy(&r, &v, 64); return r; }
