@@ -55,8 +55,8 @@ def matmul(
       post_norm: float32 [N], RMSNorm of the output before the residual; one output only.
       activation_dtype: what the (normed) x may be rounded to before the product: "float32" not at
         all; "int16" or "int8" in blocks of 32 along K with scale absmax / 32767 or absmax / 127.
-        With int8, what rounding left over of the block with the largest scale of each row is
-        rounded in the same way and added, since that block holds most of the error. An
+        With int8, what rounding left over of the two blocks with the largest scales of each row is
+        rounded in the same way and added, since these blocks hold most of the error. An
         implementation that gains nothing by rounding leaves x as it is. Weights are never rounded
         and sums are float32.
       num_rows: int32 [1]. Rows from num_rows[0] on are padding: their outputs are unspecified.

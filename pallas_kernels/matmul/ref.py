@@ -57,7 +57,7 @@ def matmul(
 
 
 def _round(x: jax.Array, top: int) -> jax.Array:
-    """int16 (top 32767) and int8 (top 127) in blocks of 32; int8 with the extra block."""
+    """int16 (top 32767) and int8 (top 127) in blocks of 32; int8 with the two extra blocks."""
 
     def nearest(part: jax.Array) -> tuple[jax.Array, jax.Array]:
         scale = jnp.abs(part).max(1, keepdims=True) / top
@@ -71,7 +71,7 @@ def _round(x: jax.Array, top: int) -> jax.Array:
     rank = jnp.argsort(-jnp.concatenate([scale for _, scale in parts], 1), axis=1)  # stable
     for block, start in enumerate(starts):
         part = x[:, start : start + 32] - rounded[:, start : start + 32]
-        chosen = (rank[:, :1] == block).any(1, keepdims=True)
+        chosen = (rank[:, :2] == block).any(1, keepdims=True)
         rounded = rounded.at[:, start : start + 32].add(jnp.where(chosen, nearest(part)[0], 0))
     return rounded
 

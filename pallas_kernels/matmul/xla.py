@@ -17,7 +17,7 @@ from pallas_kernels import unpack
 from pallas_kernels.matmul.spec import WeightSpec, require_canonical
 
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: about the second-level cache of a core
-EXTRA_BLOCKS = 1  # of a row, whose remainder is rounded to int8 too
+EXTRA_BLOCKS = 2  # of a row, whose remainder is rounded to int8 too
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 

@@ -17,7 +17,7 @@ namespace qjax {
 
 constexpr int kTileInt = 8;  // rows of x that share one read of the panel
 constexpr int kAhead = 4;    // units to fetch ahead of the one that is being decoded
-constexpr int kExtra = 1;    // units of a row whose remainder is multiplied too (8-bit only)
+constexpr int kExtra = 2;    // units of a row whose remainder is multiplied too (8-bit only)
 
 // Rows of x in tiles of kTileInt (the last may be shorter, MR rows), rounded.
 // Inside a tile everything is [..., MR]: one broadcast serves one row.
