@@ -1,7 +1,6 @@
 // The matrix product around the tiles: prologue, scheduling over threads, epilogue.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <new>
 

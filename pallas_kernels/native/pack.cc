@@ -1,6 +1,5 @@
 // Raw GGUF rows to the tile16 layout and back. Every bit of the file is kept, so unpacking is exact.
 #include <cstring>
-#include <vector>
 
 #include "pool.h"
 #include "tile.h"
