@@ -2,63 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.matmul.spec import CANONICAL, WeightSpec
+from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec, decode
 from qjax.errors import UnsupportedError
 from qjax.qtypes import QTYPES
 
 AUX_KEYS = frozenset(
-    {"global_scale", "act_scale", "act_pre_scale", "perm", "codebook", "lora_a", "lora_b"}
+    {
+        *("global_scale", "codebook"),  # of the weight
+        *("perm", "act_pre_scale", "act_scale", "act_zero_point", "act_global_scale"),  # of inputs
+        *("input_hadamard", "output_hadamard"),
+        *("lora_a", "lora_b"),
+    }
 )
+_STRATEGIES = ("tensor", "token", "group")
 
 
 @dataclass(frozen=True)
 class ActSpec:
-    """How a weight wants its activations quantized.
+    """How a weight wants its activations quantized; `qjax.ops.activations` does it.
 
     Attributes:
-      dtype: name of the numeric type, such as "int8".
+      dtype: name of the numeric type: "int8", "int4", "fp8_e4m3", "fp4_e2m1", "fp6_e2m3" ...
       strategy: what shares one scale: "tensor", "token" or "group".
-      dynamic: whether scales are computed from the activations, or come with the weight.
+      dynamic: whether scales are computed from the activations, or come with the weight (aux
+        "act_scale" and, maybe, "act_zero_point").
+      symmetric: integers without a zero point.
+      group_size: columns of a group, for "group".
+      scale: how a computed scale is made: "float32" (absmax / largest value), "bfloat16" or
+        "float16" (the same, rounded to that), "e8m0" (a power of two, floor as in OCP MX),
+        "e8m0_ceil" (absmax / largest, rounded up to a power of two), or "fp8_e4m3" (nvfp4: relative
+        to aux "act_global_scale").
+      divisor: what absmax is divided by for a computed scale, where it is not the largest value of
+        the type (compressed-tensors divides by 127.5 for int8).
+      upper_bound: of the absolute value that a dynamic scale is made from, or None.
+      outliers: columns in which any value reaches this threshold stay unrounded (LLM.int8), or
+        None.
     """
 
     dtype: str
     strategy: str
     dynamic: bool
+    symmetric: bool = True
+    group_size: int | None = None
+    scale: str = "float32"
+    divisor: float | None = None
+    upper_bound: float | None = None
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
-        if self.strategy not in ("tensor", "token", "group"):
-            raise ValueError(f"ActSpec: strategy {self.strategy!r} is none of tensor, token, group")
+        if self.strategy not in _STRATEGIES:
+            known = ", ".join(_STRATEGIES)
+            raise ValueError(f"ActSpec: strategy {self.strategy!r} is none of {known}")
+        if (self.strategy == "group") != (self.group_size is not None):
+            raise ValueError("ActSpec: group_size belongs to strategy 'group'")
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["qvalue", "scale", "zero_point", "aux"],
-    meta_fields=["qtype", "shape", "act", "layout"],
+    meta_fields=["qtype", "shape", "group", "additive", "act", "layout"],
 )
 @dataclass(frozen=True)
 class QArray:
     """A quantized or plain weight of N outputs and K inputs; a pytree.
 
     Attributes:
-      qvalue: the codes. For block types uint8 [..., N, row_bytes], raw blocks; leading axes are
-        experts.
+      qvalue: uint8 [..., N, row_bytes]: raw blocks, or codes bit-packed along K, the first one in
+        the lowest bits. Leading axes are experts.
       qtype: key of `QTYPES`.
       shape: logical (N, K), without leading axes.
-      scale, zero_point: None for block types, which carry their own.
-      aux: further arrays by reserved key, see `AUX_KEYS`.
+      scale: of codes, [..., ceil(N / rows), ceil(K / columns)] of a float dtype. None for block
+        types, which carry their own.
+      zero_point: None, or like scale, of an integer or float dtype.
+      aux: further arrays by reserved key, see `AUX_KEYS`: global_scale float32 [..., 1, 1]
+        (multiplies scale); codebook float32 [..., 1, entries]; perm int32 [1, K] (input columns are
+        taken in this order first); act_pre_scale [1, K] (multiplies the input); act_scale,
+        act_zero_point, act_global_scale [1, 1]; lora_a [R, K] and lora_b [N, R].
+      group: rows and columns that share a scale; None for block types.
+      additive: a weight is code * scale + zero_point, not (code - zero_point) * scale.
       act: how activations are to be quantized, or None for not at all.
       layout: "canonical", or the tiling private to the kernel whose `prepare` made it.
 
     Raises:
-      ValueError: the fields contradict each other. (Arrays are checked only where they are uint8,
-        since jax also fills pytrees with placeholders.)
+      ValueError: the fields contradict each other. (Arrays are checked only where they are numpy or
+        jax arrays, since jax also fills pytrees with placeholders.)
     """
 
     qvalue: Any
@@ -67,6 +103,8 @@ class QArray:
     scale: Any = None
     zero_point: Any = None
     aux: dict[str, Any] = field(default_factory=dict)
+    group: tuple[int, int] | None = None
+    additive: bool = False
     act: ActSpec | None = None
     layout: str = CANONICAL
 
@@ -75,18 +113,30 @@ class QArray:
             raise ValueError(f"QArray: qtype {self.qtype!r} is none of {', '.join(QTYPES)}")
         if len(self.shape) != 2:
             raise ValueError(f"QArray: shape {self.shape} is not (N, K)")
-        if self.scale is not None or self.zero_point is not None:
+        blocks = QTYPES[self.qtype].is_blocks
+        if blocks and not (self.scale is None and self.zero_point is None and self.group is None):
             raise ValueError(f"QArray: {self.qtype} blocks carry their own scales and zero points")
+        if not blocks and self.group is None:
+            raise ValueError(f"QArray: {self.qtype} codes need a group (rows, columns) of scales")
         if isinstance(self.aux, dict) and not self.aux.keys() <= AUX_KEYS:
             unknown, known = sorted(self.aux.keys() - AUX_KEYS), sorted(AUX_KEYS)
             raise ValueError(f"QArray: aux keys {unknown} are none of {known}")
-        is_raw = getattr(self.qvalue, "dtype", None) == np.uint8
-        expected = WeightSpec(self.qtype, self.shape).canonical_shape
-        if is_raw and self.layout == CANONICAL and self.qvalue.shape[-2:] != expected:
+        if isinstance(self.qvalue, np.ndarray | jax.Array) and self.layout == CANONICAL:
+            self._check_arrays(WeightSpec(self.qtype, self.shape, group=self.group))
+
+    def _check_arrays(self, spec: WeightSpec) -> None:
+        if self.qvalue.dtype == np.uint8 and self.qvalue.shape[-2:] != spec.canonical_shape:
             raise ValueError(
-                f"QArray: {self.qtype} {self.shape} takes bytes of shape {expected}, "
+                f"QArray: {self.qtype} {self.shape} takes bytes of shape {spec.canonical_shape}, "
                 f"got {self.qvalue.shape}"
             )
+        for name in ("scale", "zero_point"):
+            array = getattr(self, name)
+            if isinstance(array, np.ndarray | jax.Array) and array.shape[-2:] != spec.scale_shape:
+                raise ValueError(
+                    f"QArray: {name} of {self.qtype} {self.shape} in groups of {self.group} has "
+                    f"shape {spec.scale_shape}, got {array.shape}"
+                )
 
     @classmethod
     def from_dense(cls, weight: np.ndarray) -> QArray:
@@ -103,17 +153,94 @@ class QArray:
         raw = np.ascontiguousarray(weight).view(np.uint8)
         return cls(raw, names[weight.dtype.name], (weight.shape[-2], weight.shape[-1]))
 
-    @property
-    def spec(self) -> WeightSpec:
-        """The kernels' static description.
+    @staticmethod
+    def stack(weights: Sequence[QArray]) -> QArray:
+        """Host weights that differ in their values alone, as one with a leading axis (experts).
 
         Raises:
-          UnsupportedError: no kernel computes such a weight yet.
+          ValueError: they differ in type, shape or in which arrays they have.
         """
-        if self.aux or self.act is not None:
-            extra = ", ".join([*sorted(self.aux), *(["act"] if self.act else [])])
-            raise UnsupportedError(f"no kernel computes {self.qtype} weights with {extra}")
-        return WeightSpec(self.qtype, self.shape, self.layout)
+        structures = {jax.tree.structure(weight) for weight in weights}
+        if len(structures) != 1:
+            raise ValueError(f"QArray: {len(structures)} kinds of weights cannot be stacked")
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *weights)
+
+    def rows(self, start: int, stop: int) -> QArray:
+        """Outputs start to stop of a canonical weight on the host."""
+        assert self.layout == CANONICAL
+
+        def cut(array: Any) -> Any:
+            """Of scales: their rows, spread where groups do not begin at `start`."""
+            if array is None or array.shape[-2] == 1:
+                return array
+            assert self.group is not None
+            size = self.group[0]
+            if start % size and size > 1:
+                return np.repeat(array, size, axis=-2)[..., start:stop, :]
+            return array[..., start // size : -(-stop // size), :]
+
+        group, scale = self.group, cut(self.scale)
+        if group is not None and group[0] > 1:
+            spread = scale is not None and scale.shape[-2] == stop - start and start % group[0]
+            single = scale is not None and self.scale.shape[-2] == 1
+            group = (1 if spread else stop - start if single else group[0], group[1])
+        aux = {
+            key: value[..., start:stop, :] if key == "lora_b" else value
+            for key, value in self.aux.items()
+        }
+        return replace(
+            self,
+            qvalue=self.qvalue[..., start:stop, :],
+            shape=(stop - start, self.shape[1]),
+            scale=scale,
+            zero_point=cut(self.zero_point),
+            aux=aux,
+            group=group,
+        )
+
+    def take_rows(self, order: np.ndarray) -> QArray:
+        """Outputs in another order, of a canonical weight on the host."""
+        assert self.layout == CANONICAL
+
+        def pick(array: Any, size: int) -> Any:
+            return array if array is None or array.shape[-2] == 1 else array[..., order // size, :]
+
+        size = 1 if self.group is None else self.group[0]
+        several = self.scale is not None and self.scale.shape[-2] > 1
+        return replace(
+            self,
+            qvalue=self.qvalue[..., order, :],
+            shape=(len(order), self.shape[1]),
+            scale=pick(self.scale, size),
+            zero_point=pick(self.zero_point, size),
+            group=(1 if several else len(order), self.group[1]) if self.group else None,
+        )
+
+    @property
+    def spec(self) -> WeightSpec:
+        """The kernels' static description; how inputs are treated is not in it."""
+
+        def dtype(array: Any) -> str | None:
+            return None if array is None else jnp.dtype(array.dtype).name
+
+        return WeightSpec(
+            self.qtype,
+            self.shape,
+            self.layout,
+            self.group,
+            dtype(self.scale),
+            dtype(self.zero_point),
+            "global_scale" in self.aux,
+            self.additive,
+        )
+
+    @property
+    def arrays(self) -> WeightArrays:
+        """What a kernel computes with."""
+        aux = self.aux
+        return WeightArrays(
+            self.qvalue, self.scale, self.zero_point, aux.get("global_scale"), aux.get("codebook")
+        )
 
     @property
     def nbytes(self) -> int:
@@ -127,11 +254,26 @@ class QArray:
         return 8 * self.nbytes / (np.prod(leading, dtype=np.int64) * self.shape[0] * self.shape[1])
 
     def dequantize(self) -> jax.Array:
-        """float32 [..., N, K]. Raises ValueError in a private layout: `ops.unprepare` it first."""
+        """float32 [..., N, K], columns in the order of the stored codes (see aux "perm").
+
+        Raises ValueError in a private layout: `ops.unprepare` it first.
+        """
         if self.layout != CANONICAL:
             raise ValueError(f"QArray: cannot dequantize the private layout {self.layout!r}")
-        return QTYPES[self.qtype].decode(self.qvalue)
+        return decode(self.spec, WeightArrays(*map(_on_device, self.arrays)))
 
-    def with_layout(self, layout: str, qvalue: Any) -> QArray:
-        """The same weight with its codes laid out anew."""
-        return replace(self, layout=layout, qvalue=qvalue)
+    def with_arrays(self, layout: str, arrays: WeightArrays) -> QArray:
+        """The same weight with its arrays laid out anew."""
+        aux = {key: getattr(arrays, key, value) for key, value in self.aux.items()}
+        return replace(
+            self,
+            layout=layout,
+            qvalue=arrays.qvalue,
+            scale=arrays.scale,
+            zero_point=arrays.zero_point,
+            aux=aux,
+        )
+
+
+def _on_device(array: Any) -> Any:
+    return None if array is None else jnp.asarray(array)

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels.matmul import WeightArrays
 from qjax.errors import UnsupportedError
 from qjax.qarray import ActSpec, QArray
 
@@ -75,13 +76,21 @@ def test_spec(q4_1):
     weight, _ = q4_1
     spec = weight.spec
     assert (spec.qtype, spec.shape, spec.layout) == ("q4_1", (4, 32), "canonical")
-    scaled = QArray(weight.qvalue, "q4_1", (4, 32), aux={"act_pre_scale": np.ones(32)})
-    with pytest.raises(UnsupportedError, match="q4_1 weights with act_pre_scale"):
-        _ = scaled.spec
+    codes = QArray(
+        np.zeros((4, 16), np.uint8),
+        "uint4",
+        (4, 32),
+        scale=np.ones((4, 1), ml_dtypes.bfloat16),
+        zero_point=np.zeros((4, 1), np.uint8),
+        group=(1, 32),
+    )
+    spec = codes.spec
+    assert (spec.group, spec.scale, spec.zero_point) == ((1, 32), "bfloat16", "uint8")
+    assert (spec.scale_shape, spec.has_global_scale) == ((4, 1), False)
 
 
 def test_private_layouts_are_not_decoded(q4_1):
-    tiled = q4_1[0].with_layout("tile16", np.zeros((1, 320), np.uint8))
+    tiled = q4_1[0].with_arrays("tile16", WeightArrays(np.zeros((1, 320), np.uint8)))
     with pytest.raises(ValueError, match="private layout 'tile16'"):
         tiled.dequantize()
 
@@ -97,6 +106,7 @@ RAW = np.zeros((4, 20), np.uint8)
         ({"shape": (4, 64)}, r"q4_1 \(4, 64\) takes bytes of shape \(4, 40\), got \(4, 20\)"),
         ({"shape": (4, 33)}, "33 is not a multiple"),
         ({"scale": np.ones((4, 1))}, "carry their own scales"),
+        ({"qtype": "int8", "qvalue": np.zeros((4, 32), np.uint8)}, "int8 codes need a group"),
         ({"aux": {"colour": np.ones(1)}}, r"aux keys \['colour'\] are none of"),
     ],
 )

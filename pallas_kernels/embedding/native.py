@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.matmul.native import require_tiles
-from pallas_kernels.matmul.spec import WeightSpec
+from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 
 
-def embedding(ids: jax.Array, table: tuple[WeightSpec, jax.Array]) -> jax.Array:
+def embedding(ids: jax.Array, table: tuple[WeightSpec, WeightArrays]) -> jax.Array:
     """See `pallas_kernels.embedding.api.embedding`."""
-    spec, tiles = table
+    spec, arrays = table
     kind = require_tiles(spec)
     n, k = spec.shape
     call = jax.ffi.ffi_call(
@@ -20,4 +20,4 @@ def embedding(ids: jax.Array, table: tuple[WeightSpec, jax.Array]) -> jax.Array:
         jax.ShapeDtypeStruct((ids.shape[0], k), jnp.float32),
         vmap_method="sequential",
     )
-    return call(ids, tiles, type=np.int32(kind), n=np.int64(n))
+    return call(ids, arrays.qvalue, type=np.int32(kind), n=np.int64(n))

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.matmul.ref import decode
-from pallas_kernels.matmul.spec import WeightSpec, require_canonical
+from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, require_canonical
 
 
-def embedding(ids: jax.Array, table: tuple[WeightSpec, jax.Array]) -> jax.Array:
+def embedding(ids: jax.Array, table: tuple[WeightSpec, WeightArrays]) -> jax.Array:
     """See `pallas_kernels.embedding.api.embedding`."""
-    spec, qvalue = table
+    spec, arrays = table
     require_canonical(spec)
-    return decode(qvalue, spec.qtype)[jnp.clip(ids, 0, spec.shape[0] - 1)]
+    return decode(spec, arrays)[jnp.clip(ids, 0, spec.shape[0] - 1)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.matmul import native, ref, xla
-from pallas_kernels.matmul.spec import CANONICAL, WeightSpec
+from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.matmul),
@@ -21,7 +21,8 @@ IMPLEMENTATIONS: dispatch.Implementations = (
 ACTIVATIONS = ("silu", "gelu_tanh")
 ACTIVATION_DTYPES = ("float32", "int16", "int8")
 
-Weight = tuple[WeightSpec, jax.Array]
+# A weight of blocks may be given as its uint8 array alone.
+Weight = tuple[WeightSpec, WeightArrays | jax.Array]
 
 
 def matmul(
@@ -44,7 +45,7 @@ def matmul(
 
     Args:
       x: float32 [T, K].
-      weights: (spec, uint8 array) pairs, all with the same K; types and N may differ.
+      weights: (spec, arrays) pairs, all with the same K; types and N may differ.
       norm: float32 [K]. x becomes x * rsqrt(mean(x^2) + norm_eps) * norm first (RMSNorm, arXiv
         1910.07467).
       norm_eps: of `norm` and of `post_norm`.
@@ -69,7 +70,7 @@ def matmul(
       ValueError: the arguments contradict each other or the shapes.
       NotImplementedError: no implementation, or not the named one, takes the call.
     """
-    weights = tuple(weights)
+    weights = tuple((spec, as_arrays(arrays)) for spec, arrays in weights)
     biases = tuple(biases) if biases is not None else (None,) * len(weights)
     _check(x, weights, norm, biases, activation, residual, post_norm, activation_dtype, num_rows)
     return dispatch.call(
@@ -89,30 +90,37 @@ def matmul(
     )
 
 
-def prepare(spec: WeightSpec, qvalue: np.ndarray) -> tuple[WeightSpec, Any]:
+def as_arrays(arrays: WeightArrays | Any) -> WeightArrays:
+    """The arrays of a weight; a single one is its qvalue."""
+    return arrays if isinstance(arrays, WeightArrays) else WeightArrays(arrays)
+
+
+def prepare(spec: WeightSpec, arrays: WeightArrays | np.ndarray) -> tuple[WeightSpec, WeightArrays]:
     """Lays a canonical weight out as the implementation that will run on this machine likes it.
 
     Args:
       spec: of the canonical weight.
-      qvalue: numpy uint8 [N, row_bytes].
+      arrays: numpy arrays of shapes [N, ...]; a single one is the qvalue.
 
     Returns:
-      The new spec and array; the arguments themselves where canonical is best. `unprepare` undoes
+      The new spec and arrays; the arguments themselves where canonical is best. `unprepare` undoes
       it exactly.
     """
+    arrays = as_arrays(arrays)
     if spec.layout != CANONICAL or dispatch.named() not in (None, "native"):
-        return spec, qvalue
-    return native.prepare(spec, qvalue) or (spec, qvalue)
+        return spec, arrays
+    return native.prepare(spec, arrays) or (spec, arrays)
 
 
-def unprepare(spec: WeightSpec, qvalue: Any) -> tuple[WeightSpec, Any]:
+def unprepare(spec: WeightSpec, arrays: WeightArrays | Any) -> tuple[WeightSpec, WeightArrays]:
     """The canonical weight that `prepare` was given."""
-    return (spec, qvalue) if spec.layout == CANONICAL else native.unprepare(spec, qvalue)
+    arrays = as_arrays(arrays)
+    return (spec, arrays) if spec.layout == CANONICAL else native.unprepare(spec, arrays)
 
 
 def _check(
     x: jax.Array,
-    weights: tuple[Weight, ...],
+    weights: tuple[tuple[WeightSpec, WeightArrays], ...],
     norm: jax.Array | None,
     biases: tuple[jax.Array | None, ...],
     activation: str | None,
@@ -130,16 +138,10 @@ def _check(
         raise ValueError(f"x has shape {x.shape}, expected (T, K)")
     rows, k = x.shape
     _check_array("x", x, (rows, k))
-    for spec, qvalue in weights:
+    for spec, arrays in weights:
         if spec.shape[1] != k:
             raise ValueError(f"weight {spec.shape} does not fit x {x.shape}: K differs")
-        if qvalue.dtype != jnp.uint8:
-            raise ValueError(f"{spec.qtype} weight: raw blocks are uint8, got {qvalue.dtype}")
-        if spec.layout == CANONICAL and qvalue.shape != spec.canonical_shape:
-            raise ValueError(
-                f"{spec.qtype} weight {spec.shape}: bytes have shape {qvalue.shape}, "
-                f"expected {spec.canonical_shape}"
-            )
+        check_weight(spec, arrays)
     for (spec, _), bias in zip(weights, biases, strict=True):
         _check_array("bias", bias, spec.shape[:1])
     _check_array("norm", norm, (k,))
@@ -155,6 +157,28 @@ def _check(
     _check_array("post_norm", post_norm, (n,))
     if num_rows is not None and (num_rows.shape != (1,) or num_rows.dtype != jnp.int32):
         raise ValueError(f"num_rows is {num_rows.dtype} {num_rows.shape}, expected int32 (1,)")
+
+
+def check_weight(spec: WeightSpec, arrays: WeightArrays) -> None:
+    """Raises ValueError where the arrays are not those that the spec speaks of."""
+    qvalue = arrays.qvalue
+    if qvalue.dtype != jnp.uint8:
+        raise ValueError(f"{spec.qtype} weight: raw blocks are uint8, got {qvalue.dtype}")
+    if spec.layout != CANONICAL:
+        return
+    if qvalue.shape != spec.canonical_shape:
+        raise ValueError(
+            f"{spec.qtype} weight {spec.shape}: bytes have shape {qvalue.shape}, "
+            f"expected {spec.canonical_shape}"
+        )
+    for name in ("scale", "zero_point"):
+        array, dtype = getattr(arrays, name), getattr(spec, name)
+        found = None if array is None else (jnp.dtype(array.dtype).name, array.shape)
+        expected = None if dtype is None else (dtype, spec.scale_shape)
+        if found != expected:
+            raise ValueError(f"{spec.qtype} weight: {name} is {found}, expected {expected}")
+    if (arrays.global_scale is not None) != spec.has_global_scale:
+        raise ValueError(f"{spec.qtype} weight: the spec and the arrays disagree on a global scale")
 
 
 def _check_array(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:

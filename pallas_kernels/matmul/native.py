@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import mmap
 import threading
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native
-from pallas_kernels.matmul.spec import CANONICAL, WeightSpec
+from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
 LAYOUT = "tile16"
 MAX_WEIGHTS = 8
@@ -33,7 +32,7 @@ def require_tiles(spec: WeightSpec) -> int:
 
 def matmul(
     x: jax.Array,
-    weights: tuple[tuple[WeightSpec, jax.Array], ...],
+    weights: tuple[tuple[WeightSpec, WeightArrays], ...],
     *,
     norm: jax.Array | None,
     norm_eps: float,
@@ -62,7 +61,7 @@ def matmul(
     )
     return tuple(
         call(
-            x, num_rows, *(tiles for _, tiles in weights), *given, *extra,
+            x, num_rows, *(arrays.qvalue for _, arrays in weights), *given, *extra,
             types=np.array(types, np.int32),
             biases=np.int32(sum((b is not None) << i for i, b in enumerate(biases))),
             flags=np.int32(flags),
@@ -73,7 +72,7 @@ def matmul(
     )  # fmt: skip
 
 
-def prepare(spec: WeightSpec, qvalue: np.ndarray) -> tuple[WeightSpec, np.ndarray] | None:
+def prepare(spec: WeightSpec, arrays: WeightArrays) -> tuple[WeightSpec, WeightArrays] | None:
     """Tiles a canonical weight; None where the native kernels do not run.
 
     The bytes are in memory of their own, which jax takes over without a copy.
@@ -82,22 +81,24 @@ def prepare(spec: WeightSpec, qvalue: np.ndarray) -> tuple[WeightSpec, np.ndarra
         library = native.require()
     except NotImplementedError:
         return None
+    if spec.qtype not in native.TYPE_IDS:
+        return None
     kind, (n, k) = native.TYPE_IDS[spec.qtype], spec.shape
-    raw = np.ascontiguousarray(qvalue)
+    raw = np.ascontiguousarray(arrays.qvalue)
     tiles = _arena.take(library.qjax_tile_bytes(kind, n, k))
     library.qjax_pack(kind, raw.ctypes.data, n, k, tiles.ctypes.data)
     tiles = tiles.reshape(-(-n // 16), -1)
-    return WeightSpec(spec.qtype, spec.shape, LAYOUT), tiles
+    return WeightSpec(spec.qtype, spec.shape, LAYOUT), WeightArrays(tiles)
 
 
-def unprepare(spec: WeightSpec, qvalue: Any) -> tuple[WeightSpec, np.ndarray]:
+def unprepare(spec: WeightSpec, arrays: WeightArrays) -> tuple[WeightSpec, WeightArrays]:
     """The canonical bytes that `prepare` was given."""
     kind, (n, k) = require_tiles(spec), spec.shape
     canonical = WeightSpec(spec.qtype, spec.shape, CANONICAL)
     raw = np.empty(canonical.canonical_shape, np.uint8)
-    tiles = np.ascontiguousarray(qvalue)
+    tiles = np.ascontiguousarray(arrays.qvalue)
     native.require().qjax_unpack(kind, tiles.ctypes.data, n, k, raw.ctypes.data)
-    return canonical, raw
+    return canonical, WeightArrays(raw)
 
 
 class _Arena:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.matmul.spec import WeightSpec, require_canonical
+from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, require_canonical
 
 _E32 = np.arange(32)
 _E256 = np.arange(256)
@@ -19,7 +19,7 @@ _IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 
 def matmul(
     x: jax.Array,
-    weights: tuple[tuple[WeightSpec, jax.Array], ...],
+    weights: tuple[tuple[WeightSpec, WeightArrays], ...],
     *,
     norm: jax.Array | None,
     norm_eps: float,
@@ -40,9 +40,9 @@ def matmul(
     if activation_dtype != "float32":
         x = _round(x, {"int16": 32767, "int8": 127}[activation_dtype])
     ys = []
-    for (spec, qvalue), bias in zip(weights, biases, strict=True):
+    for (spec, arrays), bias in zip(weights, biases, strict=True):
         require_canonical(spec)
-        y = jnp.einsum("tk,nk->tn", x, decode(qvalue, spec.qtype), precision="highest")
+        y = jnp.einsum("tk,nk->tn", x, decode(spec, arrays), precision="highest")
         ys.append(y if bias is None else y + bias)
     if activation == "silu":
         ys = [ys[0] / (1 + jnp.exp(-ys[0])) * ys[1]]
@@ -76,7 +76,58 @@ def _round(x: jax.Array, top: int) -> jax.Array:
     return rounded
 
 
-def decode(raw: jax.Array, qtype: str) -> jax.Array:
+def decode(spec: WeightSpec, arrays: WeightArrays) -> jax.Array:
+    """A canonical weight as float32 [N, K]."""
+    if spec.group is None:
+        return decode_blocks(arrays.qvalue, spec.qtype)
+    (n, k), (rows, columns) = spec.shape, spec.group
+    value = _code_values(arrays.qvalue, spec.qtype, k, arrays.codebook)
+    row, column = np.arange(n)[:, None] // rows, np.arange(k)[None] // columns
+    scale = arrays.scale[row, column].astype(jnp.float32)
+    if arrays.global_scale is not None:
+        scale = scale * arrays.global_scale[0, 0]
+    if arrays.zero_point is None:
+        return value * scale
+    zero = arrays.zero_point[row, column].astype(jnp.float32)
+    return value * scale + zero if spec.additive else (value - zero) * scale
+
+
+def _code_values(raw: jax.Array, qtype: str, k: int, codebook: jax.Array | None) -> jax.Array:
+    """Codes of a row follow each other in a stream of bits, lowest first: float32 [N, K]."""
+    name, _, offset = qtype.partition("b")
+    digits = "".join(c for c in name.partition("_")[0] if c.isdigit())
+    bits = int(digits)
+    at = np.arange(k)[:, None] * bits + np.arange(bits)
+    stream = (raw[:, at // 8] >> (at % 8).astype(np.uint8)) & 1
+    code = (stream.astype(jnp.int32) << np.arange(bits)).sum(-1)
+    if qtype.startswith("lookup"):
+        assert codebook is not None
+        return codebook[0][code]
+    if qtype == "int8":
+        code = jnp.where(code > 127, code - 256, code)
+    if qtype.startswith(("int", "uint")):
+        return (code - int(offset or 0)).astype(jnp.float32)
+    exponent_bits, mantissa_bits = (int(c) for c in qtype.partition("_")[2][1::2])
+    table = []
+    for pattern in range(1 << bits):
+        mantissa, rest = pattern % (1 << mantissa_bits), pattern >> mantissa_bits
+        exponent, sign = rest % (1 << exponent_bits), rest >> exponent_bits
+        bias = 2 ** (exponent_bits - 1) - 1
+        fraction = mantissa / 2**mantissa_bits
+        size = (
+            2.0 ** (1 - bias) * fraction
+            if exponent == 0
+            else 2.0 ** (exponent - bias) * (1 + fraction)
+        )
+        if qtype == "fp8_e4m3" and pattern & 127 == 127:
+            size = float("nan")
+        if qtype == "fp8_e5m2" and exponent == 31:
+            size = float("nan") if mantissa else float("inf")
+        table.append(-size if sign else size)
+    return jnp.asarray(np.array(table, np.float32))[code]
+
+
+def decode_blocks(raw: jax.Array, qtype: str) -> jax.Array:
     """uint8 [N, row_bytes] -> float32 [N, K]."""
     size, decode_block = _DECODE[qtype]
     values = decode_block(raw.reshape(len(raw), -1, size).astype(jnp.int32))

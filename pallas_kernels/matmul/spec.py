@@ -3,31 +3,96 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
 
-from pallas_kernels import unpack
+import jax.numpy as jnp
+
+from pallas_kernels import codes, unpack
 
 CANONICAL = "canonical"
 
 
-@dataclass(frozen=True)
-class WeightSpec:
-    """Static description of a weight; together with its uint8 array it is all that a kernel gets.
+class WeightArrays(NamedTuple):
+    """The arrays of a weight; those that its type does not have are None.
 
     Attributes:
-      qtype: key of `unpack.BLOCKS`.
+      qvalue: uint8 [..., N, row_bytes]: blocks (`unpack`) or codes (`codes`).
+      scale, zero_point: [..., groups of rows, groups of columns].
+      global_scale: float32 [..., 1, 1], multiplies the scales.
+      codebook: float32 [..., 1, entries] of a lookup type.
+    """
+
+    qvalue: Any
+    scale: Any = None
+    zero_point: Any = None
+    global_scale: Any = None
+    codebook: Any = None
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Static description of a weight; together with its arrays it is all that a kernel gets.
+
+    Attributes:
+      qtype: key of `unpack.BLOCKS` or of `codes.CODES`.
       shape: logical (N, K): N outputs, K inputs.
-      layout: "canonical" (uint8 [N, row_bytes], rows of raw blocks), or the name of the private
-        tiling of one implementation, which its `prepare` makes and its `unprepare` undoes.
+      layout: "canonical" (uint8 [N, row_bytes], rows of raw blocks or packed codes, with scales as
+        `WeightArrays` says), or the name of the private tiling of one implementation, which its
+        `prepare` makes and its `unprepare` undoes.
+      group: rows and columns that share a scale; None for blocks, which carry theirs.
+      scale, zero_point: names of the dtypes of these arrays, or None.
+      has_global_scale: whether there is one.
+      additive: a weight is code * scale + zero_point, not (code - zero_point) * scale.
     """
 
     qtype: str
     shape: tuple[int, int]
     layout: str = CANONICAL
+    group: tuple[int, int] | None = None
+    scale: str | None = None
+    zero_point: str | None = None
+    has_global_scale: bool = False
+    additive: bool = False
+
+    @property
+    def is_blocks(self) -> bool:
+        """Whether scales lie inside the bytes."""
+        return self.qtype in unpack.BLOCKS
 
     @property
     def canonical_shape(self) -> tuple[int, int]:
         """Shape of the uint8 array in the canonical layout."""
-        return self.shape[0], unpack.row_bytes(self.qtype, self.shape[1])
+        row_bytes = unpack.row_bytes if self.is_blocks else codes.row_bytes
+        return self.shape[0], row_bytes(self.qtype, self.shape[1])
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Shape of scale and zero point in the canonical layout: groups of rows and of columns."""
+        assert self.group is not None
+        (n, k), (rows, columns) = self.shape, self.group
+        return -(-n // rows), -(-k // columns)
+
+
+def decode(spec: WeightSpec, arrays: WeightArrays, xp: ModuleType = jnp) -> Any:
+    """A canonical weight, or some of its rows where each has scales of its own, as float32 [..., N,
+    K].
+    """
+    if spec.is_blocks:
+        return unpack.dequantize(arrays.qvalue, spec.qtype, xp)
+    assert spec.group is not None
+    return codes.dequantize(
+        arrays.qvalue,
+        spec.qtype,
+        (arrays.qvalue.shape[-2], spec.shape[1]),
+        spec.group,
+        arrays.scale,
+        arrays.zero_point,
+        arrays.global_scale,
+        arrays.codebook,
+        spec.additive,
+        xp,
+    )
 
 
 def require_canonical(spec: WeightSpec) -> None:

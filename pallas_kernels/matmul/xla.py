@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import unpack
-from pallas_kernels.matmul.spec import WeightSpec, require_canonical
+from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, decode, require_canonical
 
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: about the second-level cache of a core
 EXTRA_BLOCKS = 2  # of a row, whose remainder is rounded to int8 too
@@ -24,7 +23,7 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, appro
 
 def matmul(
     x: jax.Array,
-    weights: tuple[tuple[WeightSpec, jax.Array], ...],
+    weights: tuple[tuple[WeightSpec, WeightArrays], ...],
     *,
     norm: jax.Array | None,
     norm_eps: float,
@@ -44,7 +43,7 @@ def matmul(
     rows = x.shape[0]
     if rows == 1:
         x = jnp.concatenate([x, jnp.zeros_like(x)])
-    outputs = tuple(_product(x, spec, qvalue)[:rows] for spec, qvalue in weights)
+    outputs = tuple(_product(x, spec, arrays)[:rows] for spec, arrays in weights)
     outputs = tuple(y if b is None else y + b for y, b in zip(outputs, biases, strict=True))
     if activation is not None:
         gate, up = outputs
@@ -81,16 +80,27 @@ def _round_blocks(blocks: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     return jnp.round(blocks / jnp.where(scale == 0, 1, scale)) * scale, scale
 
 
-def _product(x: jax.Array, spec: WeightSpec, qvalue: jax.Array) -> jax.Array:
+def _product(x: jax.Array, spec: WeightSpec, arrays: WeightArrays) -> jax.Array:
     """x [T, K] times the decoded weight [N, K], transposed: float32 [T, N]."""
     n, k = spec.shape
-    block = max(1, BLOCK_ELEMENTS // k)
-    if n <= block:
-        return _dot(x, unpack.dequantize(qvalue, spec.qtype))
+    # Whole groups of rows, so that a block of rows has whole scales.
+    size = 1 if spec.group is None or spec.group[0] >= n else spec.group[0]
+    block = max(1, BLOCK_ELEMENTS // k // size) * size
+    if n <= block or n % size:
+        return _dot(x, decode(spec, arrays))
 
     def rows_from(start: jax.Array) -> jax.Array:
-        raw = lax.dynamic_slice_in_dim(qvalue, start, block)
-        return _dot(x, unpack.dequantize(raw, spec.qtype))
+        def rows(array: jax.Array | None, group: int) -> jax.Array | None:
+            if array is None or array.shape[0] == 1:
+                return array
+            return lax.dynamic_slice_in_dim(array, start // group, block // group)
+
+        part = arrays._replace(
+            qvalue=rows(arrays.qvalue, 1),
+            scale=rows(arrays.scale, size),
+            zero_point=rows(arrays.zero_point, size),
+        )
+        return _dot(x, decode(spec, part))
 
     # The last block is moved back so as to end with the weight; what it repeats is cut off.
     starts = jnp.minimum(jnp.arange(0, n, block), n - block)

@@ -141,6 +141,10 @@ class TensorFiles:
         data = np.frombuffer(self._maps[record.file], dtype, count, record.offset)
         return data.reshape(record.shape)
 
+    def is_plain(self, name: str) -> bool:
+        """Whether `array` can view the tensor."""
+        return self._record(name).qtype in _VIEWS
+
     def release(self, name: str) -> None:
         """Tells the system that the pages of this tensor are not needed now; views of it stay
         valid.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from qjax.models.config import ModelConfig
 
@@ -77,14 +78,31 @@ def is_ignored(name: str, config: ModelConfig) -> bool:
     )
 
 
-def split_fused(name: str, config: ModelConfig) -> list[tuple[str, slice | None]]:
-    """The parameters inside a tensor: (name, its rows), or the tensor itself with None for all."""
-    if ".self_attn.qkv_proj." in name:
-        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        bounds = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
-        return [(name.replace("qkv_proj", part), slice(*rows)) for part, rows in bounds.items()]
-    if ".mlp.gate_up_proj." in name:
-        size = config.intermediate_size
-        bounds = {"gate_proj": (0, size), "up_proj": (size, 2 * size)}
-        return [(name.replace("gate_up_proj", part), slice(*rows)) for part, rows in bounds.items()]
-    return [(name, None)]
+# Modules that some checkpoints store joined: the joined name, and its parts from top to bottom.
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def fused_into(module: str, config: ModelConfig) -> list[str]:
+    """The joined modules that may hold a module."""
+    parent, _, last = module.rpartition(".")
+    return [f"{parent}.{joined}" for joined, parts in _FUSED.items() if last in parts]
+
+
+def rows_of(
+    module: str, fused: str, config: ModelConfig, expected: Mapping[str, tuple[int, ...]]
+) -> tuple[slice, int]:
+    """The rows of a joined module that are one of its parts, and how many it has in all."""
+    parent, _, joined = fused.rpartition(".")
+    sizes = [expected[f"{parent}.{part}.weight"][-2] for part in _FUSED[joined]]
+    index = _FUSED[joined].index(module.rpartition(".")[2])
+    start = sum(sizes[:index])
+    return slice(start, start + sizes[index]), sum(sizes)
+
+
+def expert_modules(module: str, count: int) -> list[str]:
+    """Where experts are stored one by one: "mlp.experts.gate_proj" as "mlp.experts.0.gate_proj"."""
+    parent, _, last = module.rpartition(".")
+    return [f"{parent}.{expert}.{last}" for expert in range(count)]

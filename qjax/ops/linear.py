@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import matmul as kernels
+from pallas_kernels.matmul import WeightArrays
+from qjax.ops import activations
 from qjax.qarray import QArray
 
 if TYPE_CHECKING:
@@ -50,30 +55,96 @@ def linear(
       float32 [T, N]; a tuple of them where w is a tuple and there is no activation.
     """
     several = isinstance(w, tuple)
+    weights = w if isinstance(w, tuple) else (w,)
+    biases = bias if isinstance(bias, tuple) else (bias,) * len(weights)
     if rows is None and x.shape[0] == batch.positions.shape[0]:
         rows = batch.query_start_loc[-1:]
-    outputs = kernels.matmul(
-        x,
-        [(each.spec, each.qvalue) for each in (w if several else (w,))],
-        norm=norm,
-        norm_eps=norm_eps,
-        biases=bias if isinstance(bias, tuple) or bias is None else (bias,),
-        activation=activation,
-        residual=residual,
-        post_norm=post_norm,
-        activation_dtype=ACTIVATION_DTYPES[batch.numerics],
-        num_rows=rows,
+    product = partial(
+        kernels.matmul, activation_dtype=ACTIVATION_DTYPES[batch.numerics], num_rows=rows
     )
+    fused = {
+        "norm_eps": norm_eps,
+        "activation": activation,
+        "residual": residual,
+        "post_norm": post_norm,
+    }
+    if any(map(activations.treats_inputs, weights)) or any(map(_changes_outputs, weights)):
+        if norm is not None:
+            x = activations.rms_norm(x, norm, norm_eps)
+        norm = None
+        if _treated_alike(weights):
+            x = activations.inputs(x, weights[0], rows)
+        else:
+            outputs = [
+                _product_alone(product, x, *each, rows)
+                for each in zip(weights, biases, strict=True)
+            ]
+            outputs = _epilogue(outputs, **fused)
+            return tuple(outputs) if several and activation is None else outputs[0]
+    pairs = [(each.spec, each.arrays) for each in weights]
+    outputs = product(x, pairs, norm=norm, biases=biases, **fused)
     return outputs if several and activation is None else outputs[0]
+
+
+def _changes_outputs(w: QArray) -> bool:
+    return "lora_a" in w.aux or "output_hadamard" in w.aux
+
+
+def _treated_alike(weights: tuple[QArray, ...]) -> bool:
+    """Whether one and the same input serves all of them."""
+    return len({w.act for w in weights}) == 1 and not any(
+        activations.has_own_inputs(w) or _changes_outputs(w) for w in weights
+    )
+
+
+def _product_alone(
+    product: Callable[..., tuple[jax.Array, ...]],
+    x: jax.Array,
+    w: QArray,
+    bias: jax.Array | None,
+    rows: jax.Array | None,
+) -> jax.Array:
+    """x @ w.T with inputs and outputs as this weight wants them: float32 [T, N]."""
+    (y,) = product(activations.inputs(x, w, rows), [(w.spec, w.arrays)])
+    if "lora_a" in w.aux:
+        a, b = (w.aux[key].astype(jnp.float32) for key in ("lora_a", "lora_b"))
+        y += jnp.matmul(jnp.matmul(x, a.T, precision="highest"), b.T, precision="highest")
+    if "output_hadamard" in w.aux:
+        y = activations.hadamard(y, w.aux["output_hadamard"])
+    return y if bias is None else y + bias
+
+
+def _epilogue(
+    outputs: list[jax.Array],
+    *,
+    norm_eps: float,
+    activation: str | None,
+    residual: jax.Array | None,
+    post_norm: jax.Array | None,
+) -> list[jax.Array]:
+    """What the kernels do after the products, where they could not take it in."""
+    if activation is not None:
+        gate, up = outputs
+        act = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        outputs = [act * up]
+    if post_norm is not None:
+        outputs = [activations.rms_norm(outputs[0], post_norm, norm_eps)]
+    if residual is not None:
+        outputs = [residual + outputs[0]]
+    return outputs
 
 
 def prepare(w: QArray) -> QArray:
     """The weight (on the host, canonical) in the layout that this machine's kernels like best."""
-    spec, qvalue = kernels.prepare(w.spec, np.asarray(w.qvalue))
-    return w.with_layout(spec.layout, qvalue)
+    spec, arrays = kernels.prepare(w.spec, WeightArrays(*map(_on_host, w.arrays)))
+    return w.with_arrays(spec.layout, arrays)
 
 
 def unprepare(w: QArray) -> QArray:
     """The canonical weight that `prepare` was given."""
-    spec, qvalue = kernels.unprepare(w.spec, np.asarray(w.qvalue))
-    return w.with_layout(spec.layout, qvalue)
+    spec, arrays = kernels.unprepare(w.spec, WeightArrays(*map(_on_host, w.arrays)))
+    return w.with_arrays(spec.layout, arrays)
+
+
+def _on_host(array: Any) -> np.ndarray | None:
+    return None if array is None else np.asarray(array)

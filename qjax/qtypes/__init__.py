@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
-from typing import Any
 
-from pallas_kernels import unpack
+from pallas_kernels import codes, unpack
 
 
 @dataclass(frozen=True)
 class QType:
-    """A type whose values are stored as blocks of bytes along the last axis, scales included.
+    """A type of stored values.
 
     Attributes:
       name: key in `QTYPES`.
-      ggml_id: number of the type in a GGUF file.
-      block_elements, block_bytes: size of one block.
-      decode: uint8 [..., row_bytes] -> float32 [..., K], for numpy arrays with `xp=numpy`.
+      is_blocks: whether scales lie inside blocks of bytes, or in arrays beside the codes.
+      block_elements, block_bytes: size of one block; of codes, the fewest that end with a byte.
+      ggml_id: number of the type in a GGUF file, or None where it has none.
     """
 
     name: str
-    ggml_id: int
+    is_blocks: bool
     block_elements: int
     block_bytes: int
-    decode: Callable[..., Any]
+    ggml_id: int | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -34,7 +31,7 @@ class QType:
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of `k` elements; ValueError where `k` is not a whole number of blocks."""
-        return unpack.row_bytes(self.name, k)
+        return unpack.row_bytes(self.name, k) if self.is_blocks else codes.row_bytes(self.name, k)
 
 
 _GGML_IDS = {
@@ -55,15 +52,22 @@ _GGML_IDS = {
     "bf16": 30,
 }
 
+
+def _codes() -> dict[str, QType]:
+    entries = {}
+    for name, code in codes.CODES.items():
+        elements = next(n for n in (1, 2, 4, 8) if n * code.bits % 8 == 0)
+        entries[name] = QType(name, False, elements, elements * code.bits // 8)
+    return entries
+
+
 QTYPES: MappingProxyType[str, QType] = MappingProxyType(
-    {
-        name: QType(name, ggml_id, *unpack.BLOCKS[name], partial(unpack.dequantize, qtype=name))
-        for name, ggml_id in _GGML_IDS.items()
-    }
+    {name: QType(name, True, *unpack.BLOCKS[name], ggml_id) for name, ggml_id in _GGML_IDS.items()}
+    | _codes()
 )
 """Every type by its name, in lower case."""
 
 BY_GGML_ID: MappingProxyType[int, QType] = MappingProxyType(
-    {qtype.ggml_id: qtype for qtype in QTYPES.values()}
+    {qtype.ggml_id: qtype for qtype in QTYPES.values() if qtype.ggml_id is not None}
 )
 """Every type that a GGUF file can hold, by its number there."""

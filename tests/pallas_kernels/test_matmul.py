@@ -115,8 +115,8 @@ def error(got, wanted):
 
 
 def prepared(qtype, raw, k):
-    spec, qvalue = prepare(WeightSpec(qtype, (len(raw), k)), raw)
-    return spec, jnp.asarray(qvalue)
+    spec, arrays = prepare(WeightSpec(qtype, (len(raw), k)), raw)
+    return spec, jax.tree.map(jnp.asarray, arrays)
 
 
 def run(cases, golden_weight, num_rows=None):
@@ -129,14 +129,14 @@ def run(cases, golden_weight, num_rows=None):
             for (qtype, _), (raw, _) in zip(case.weights, weights, strict=True)
         ]
         statics.append(([spec for spec, _ in ready], case.static))
-        inputs.append((*case.arguments, [qvalue for _, qvalue in ready]))
+        inputs.append((*case.arguments, [arrays for _, arrays in ready]))
         wanted.append([oracle(each, [decoded for _, decoded in weights]) for each in allowed(case)])
 
     @jax.jit
     def call(inputs, num_rows):
         return [
-            matmul(x, list(zip(specs, qvalues, strict=True)), num_rows=num_rows, **arrays, **static)
-            for (x, arrays, qvalues), (specs, static) in zip(inputs, statics, strict=True)
+            matmul(x, list(zip(specs, weights, strict=True)), num_rows=num_rows, **arrays, **static)
+            for (x, arrays, weights), (specs, static) in zip(inputs, statics, strict=True)
         ]
 
     return zip(call(inputs, num_rows), wanted, strict=True)
@@ -216,9 +216,9 @@ def test_vmap(implementation, golden_weight):
 def test_prepare_is_undone_exactly(implementation, golden_weight, qtype):
     raw, _ = golden_weight(qtype, 40, 512)
     spec = WeightSpec(qtype, (40, 512))
-    back, qvalue = unprepare(*prepare(spec, raw))
+    back, arrays = unprepare(*prepare(spec, raw))
     assert back == spec
-    np.testing.assert_array_equal(qvalue, raw)
+    np.testing.assert_array_equal(arrays.qvalue, raw)
 
 
 def test_rows_do_not_depend_on_each_other(implementation, golden_weight):

@@ -33,7 +33,7 @@ def decoders(qtype):
     return {
         "numpy": lambda raw: unpack.dequantize(raw, qtype, np),
         "jax": lambda raw: np.asarray(traced(raw, qtype)),
-        "ref": lambda raw: np.asarray(jax.jit(ref.decode, static_argnums=1)(raw, qtype)),
+        "ref": lambda raw: np.asarray(jax.jit(ref.decode_blocks, static_argnums=1)(raw, qtype)),
     }
 
 

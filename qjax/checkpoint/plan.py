@@ -1,0 +1,224 @@
+"""Where each parameter of a model is stored, worked out and checked from headers alone.
+
+Every parameter finds its tensors and every tensor its parameter; what is left over on either side
+is an error. How the tensors of one layer become a weight is the format's business
+(`qjax.formats`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qjax.checkpoint import names
+from qjax.checkpoint.mapped import TensorFiles, TensorRecord
+from qjax.errors import CheckpointError
+from qjax.formats.base import PLAIN, Layer, QuantizationConfig, dense_layer, expect
+from qjax.models import functional
+from qjax.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored layer: its tensors by suffix, how they decode, and which rows of it are wanted."""
+
+    module: str
+    stored: Mapping[str, TensorRecord]
+    layer: Layer
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix parameter: one piece, or one for each expert."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A parameter that is kept as a float32 array: some rows of a plain tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    record: TensorRecord
+    rows: slice | None = None
+
+
+Plan = dict[str, Weight | Vector]
+
+
+@dataclass
+class _Modules:
+    """Stored tensors sorted by the module they belong to: module -> suffix -> record."""
+
+    of: dict[str, dict[str, TensorRecord]] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def take(self, module: str, *suffixes: str) -> None:
+        self.used.update(self.of[module][suffix].name for suffix in suffixes)
+
+
+def plan(
+    files: TensorFiles,
+    config: ModelConfig,
+    quantization: QuantizationConfig,
+    rename: Callable[[str], str | None],
+    ignored: frozenset[str],
+) -> Plan:
+    """The place of every parameter of the model.
+
+    Args:
+      rename: stored tensor name -> Hugging Face name; None for a tensor of no supported model.
+      ignored: stored tensors that are known and need no place.
+
+    Raises:
+      CheckpointError: a tensor is missing, superfluous, or of a wrong shape or dtype.
+      UnsupportedError: the format cannot read a layer.
+    """
+    expected = functional.parameter_shapes(config)
+    modules = _sort(files, config, expected, rename, ignored)
+    result: Plan = {}
+    for name, shape in expected.items():
+        module, _, last = name.rpartition(".")
+        if last == "weight" and len(shape) > 1:
+            found = _weight(name, module, shape, config, quantization, modules, expected)
+        else:
+            found = _vector(name, module, last, shape, modules, config, expected)
+        if found is not None:
+            result[name] = found
+    _check_all_used(files, config, modules, ignored, rename)
+    missing = sorted(expected.keys() - result.keys())
+    if missing:
+        raise CheckpointError(
+            f"no tensor for this parameter ({len(missing)} of {len(expected)} are unfilled)",
+            file=files.path,
+            field=missing[0],
+        )
+    return result
+
+
+def _sort(
+    files: TensorFiles,
+    config: ModelConfig,
+    expected: Mapping[str, tuple[int, ...]],
+    rename: Callable[[str], str | None],
+    ignored: frozenset[str],
+) -> _Modules:
+    known: set[str] = set()
+    for name, shape in expected.items():
+        module = name.rpartition(".")[0]
+        known.add(module)
+        known.update(names.fused_into(module, config))
+        if len(shape) == 3:
+            known.update(names.expert_modules(module, shape[0]))
+    modules = _Modules()
+    for tensor, record in files.tensors.items():
+        renamed = None if tensor in ignored else rename(tensor)
+        if renamed is None:
+            continue
+        parts = renamed.split(".")
+        for cut in range(len(parts) - 1, 0, -1):
+            module, suffix = ".".join(parts[:cut]), ".".join(parts[cut:])
+            if module in known:
+                stored = modules.of.setdefault(module, {})
+                if suffix in stored:
+                    raise CheckpointError(
+                        f"fills {renamed}, as {stored[suffix].name} does",
+                        file=record.file,
+                        field=tensor,
+                    )
+                stored[suffix] = record
+                break
+    return modules
+
+
+def _weight(
+    name: str,
+    module: str,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    quantization: QuantizationConfig,
+    modules: _Modules,
+    expected: Mapping[str, tuple[int, ...]],
+) -> Weight | None:
+    if module in modules.of:
+        return Weight(name, shape, (_piece(module, shape, quantization, modules),))
+    for fused in names.fused_into(module, config):
+        if fused in modules.of:
+            rows, total = names.rows_of(module, fused, config, expected)
+            whole = (*shape[:-2], total, shape[-1])
+            return Weight(name, shape, (_piece(fused, whole, quantization, modules, rows),))
+    if len(shape) == 3:
+        experts = names.expert_modules(module, shape[0])
+        if any(expert in modules.of for expert in experts):
+            pieces = tuple(_piece(e, shape[1:], quantization, modules) for e in experts)
+            return Weight(name, shape, pieces)
+    return None
+
+
+def _piece(
+    module: str,
+    shape: tuple[int, ...],
+    quantization: QuantizationConfig,
+    modules: _Modules,
+    rows: slice | None = None,
+) -> Piece:
+    stored = {key: r for key, r in modules.of.get(module, {}).items() if key != "bias"}
+    layer = quantization.layer(module, stored, shape) or dense_layer(module, stored, shape)
+    modules.take(module, *layer.reads, *(s for s in layer.ignores if s in stored))
+    return Piece(module, stored, layer, rows)
+
+
+def _vector(
+    name: str,
+    module: str,
+    last: str,
+    shape: tuple[int, ...],
+    modules: _Modules,
+    config: ModelConfig,
+    expected: Mapping[str, tuple[int, ...]],
+) -> Vector | None:
+    if last in modules.of.get(module, {}):
+        record = modules.of[module][last]
+        expect(module, modules.of[module], last, PLAIN, shape)
+        modules.take(module, last)
+        return Vector(name, shape, record)
+    for fused in names.fused_into(module, config):
+        if last in modules.of.get(fused, {}):
+            rows, total = names.rows_of(module, fused, config, expected)
+            expect(fused, modules.of[fused], last, PLAIN, (total, *shape[1:]))
+            modules.take(fused, last)
+            return Vector(name, shape, modules.of[fused][last], rows)
+    return None
+
+
+def _check_all_used(
+    files: TensorFiles,
+    config: ModelConfig,
+    modules: _Modules,
+    ignored: frozenset[str],
+    rename: Callable[[str], str | None],
+) -> None:
+    for tensor, record in files.tensors.items():
+        if tensor not in modules.used and tensor not in ignored:
+            raise CheckpointError(
+                f"has no place in a {config.model_type} model of {config.num_layers} layers",
+                file=record.file,
+                field=tensor,
+                offset=record.offset,
+            )
+
+
+def read(files: TensorFiles, piece: Piece) -> dict[str, np.ndarray]:
+    """The arrays that a piece decodes from; views of the mapped files."""
+    return {
+        suffix: files.array(piece.stored[suffix].name)
+        if files.is_plain(piece.stored[suffix].name)
+        else files.raw(piece.stored[suffix].name)
+        for suffix in piece.layer.reads
+    }

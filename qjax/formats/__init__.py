@@ -1,0 +1,1 @@
+"""Checkpoint formats: one file each, which turns stored tensors into QArrays and back."""

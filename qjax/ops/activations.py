@@ -1,0 +1,168 @@
+"""What happens to the input of a quantized product before it meets the weight.
+
+Some methods scale, rotate or round activations. Here they are rounded to values that the method's
+numeric type can hold, and stay float32: products with these are what the method computes, up to the
+order of additions.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax.qarray import ActSpec, QArray
+
+_FLOATS = {
+    "fp8_e4m3": (jnp.float8_e4m3fn, 448.0),
+    "fp8_e5m2": (jnp.float8_e5m2, 57344.0),
+    "fp6_e2m3": (None, 7.5),
+    "fp6_e3m2": (None, 28.0),
+    "fp4_e2m1": (None, 6.0),
+}
+# exponent of the largest normal number: OCP MX scales are 2 ** (floor(log2 absmax) - this)
+_LARGEST_EXPONENT = {"fp8_e4m3": 8, "fp8_e5m2": 15, "fp6_e2m3": 2, "fp6_e3m2": 4, "fp4_e2m1": 2}
+_MANTISSA = {"fp6_e2m3": (3, 1), "fp6_e3m2": (2, 3), "fp4_e2m1": (1, 1)}  # bits, exponent bias
+
+_INPUT_AUX = (
+    "perm",
+    "act_pre_scale",
+    "act_scale",
+    "act_zero_point",
+    "act_global_scale",
+    "input_hadamard",
+)
+
+
+def treats_inputs(w: QArray) -> bool:
+    """Whether this weight's product takes inputs that are not x itself."""
+    return w.act is not None or any(key in w.aux for key in _INPUT_AUX)
+
+
+def has_own_inputs(w: QArray) -> bool:
+    """Whether they depend on arrays of this very weight, not only on its `act`."""
+    return any(key in w.aux for key in _INPUT_AUX)
+
+
+def inputs(x: jax.Array, w: QArray, rows: jax.Array | None = None) -> jax.Array:
+    """What the weight is multiplied with.
+
+    In this order: scaled, rotated, rounded, columns put in the order of the weight's.
+
+    Args:
+      x: float32 [T, K].
+      rows: int32 [1]; rows from there on are padding, which no scale shall depend on.
+
+    Returns:
+      float32 [T, K].
+    """
+    aux = w.aux
+    if "act_pre_scale" in aux:
+        x = x * aux["act_pre_scale"].astype(jnp.float32)
+    if "input_hadamard" in aux:
+        x = hadamard(x, aux["input_hadamard"])
+    if w.act is not None:
+        x = round_to(x, w.act, aux, rows)
+    return x[:, aux["perm"][0]] if "perm" in aux else x
+
+
+def hadamard(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Runs of columns of x [T, K], as many as matrix [D, D] has rows, each multiplied by it."""
+    size = matrix.shape[-1]
+    runs = x.reshape(x.shape[0], -1, size)
+    return jnp.einsum("trd,de->tre", runs, matrix, precision="highest").reshape(x.shape)
+
+
+def round_to(
+    x: jax.Array, act: ActSpec, aux: dict[str, jax.Array], rows: jax.Array | None = None
+) -> jax.Array:
+    """x, float32 [T, K], in the nearest values that the scheme can hold."""
+    if act.outliers is not None:
+        valid = x if rows is None else jnp.where(jnp.arange(len(x))[:, None] < rows, x, 0)
+        outlier = (jnp.abs(valid) >= act.outliers).any(0)
+        return jnp.where(outlier, x, _round(jnp.where(outlier, 0, x), act, aux, rows))
+    return _round(x, act, aux, rows)
+
+
+def _round(
+    x: jax.Array, act: ActSpec, aux: dict[str, jax.Array], rows: jax.Array | None
+) -> jax.Array:
+    count, k = x.shape
+    size = act.group_size or k
+    groups = jnp.pad(x, ((0, 0), (0, -k % size))).reshape(count, -1, size)
+    if not act.dynamic:
+        scale = aux["act_scale"].astype(jnp.float32).reshape(1, 1, 1)
+        zero = aux.get("act_zero_point")
+        zero = None if zero is None else zero.astype(jnp.float32).reshape(1, 1, 1)
+    else:
+        scale, zero = _dynamic_scale(groups, act, aux, rows)
+    return _nearest(groups, scale, zero, act.dtype).reshape(count, -1)[:, :k]
+
+
+def _dynamic_scale(
+    groups: jax.Array, act: ActSpec, aux: dict[str, jax.Array], rows: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point of each group, [T, G, 1]; of all together for strategy "tensor"."""
+    if act.strategy == "tensor" and rows is not None:
+        groups = jnp.where(jnp.arange(len(groups))[:, None, None] < rows, groups, 0)
+    axes = (0, 1, 2) if act.strategy == "tensor" else (2,)
+    if not act.symmetric:
+        low = jnp.minimum(groups.min(axes, keepdims=True), 0)
+        high = jnp.maximum(groups.max(axes, keepdims=True), 0)
+        bottom, top = _bounds(act.dtype)
+        scale = (high - low) / (top - bottom)
+        scale = jnp.where(scale == 0, jnp.finfo(jnp.float32).eps, scale)
+        return scale, jnp.clip(jnp.round(bottom - low / scale), bottom, top)
+    largest = jnp.abs(groups).max(axes, keepdims=True)
+    if act.upper_bound is not None:
+        largest = jnp.minimum(largest, act.upper_bound)
+    return _scale_of(largest, act, aux), None
+
+
+def _scale_of(largest: jax.Array, act: ActSpec, aux: dict[str, jax.Array]) -> jax.Array:
+    if act.scale == "e8m0":
+        exponent = jnp.floor(jnp.log2(largest)) - _LARGEST_EXPONENT[act.dtype]
+        return jnp.exp2(jnp.clip(jnp.where(largest > 0, exponent, -127), -126, 127))
+    top = act.divisor or _bounds(act.dtype)[1]
+    scale = largest / top
+    if act.scale == "e8m0_ceil":
+        return jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(scale, 1e-38))))
+    if act.scale == "fp8_e4m3":
+        global_scale = aux["act_global_scale"].astype(jnp.float32).reshape(1, 1, 1)
+        local = jnp.clip(scale / global_scale, 2.0**-9, 448.0)
+        return local.astype(jnp.float8_e4m3fn).astype(jnp.float32) * global_scale
+    if act.scale != "float32":
+        scale = scale.astype(act.scale).astype(jnp.float32)
+    return scale
+
+
+def _bounds(dtype: str) -> tuple[float, float]:
+    if dtype in _FLOATS:
+        return -_FLOATS[dtype][1], _FLOATS[dtype][1]
+    half = 1 << (int(dtype.removeprefix("int")) - 1)
+    return -half, half - 1
+
+
+def _nearest(x: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: str) -> jax.Array:
+    """x in multiples of scale that the type holds; half way, to the even code."""
+    bottom, top = _bounds(dtype)
+    x = x / jnp.where(scale == 0, 1, scale)
+    if dtype not in _FLOATS:
+        if zero is None:
+            return jnp.clip(jnp.round(x), bottom, top) * scale
+        return (jnp.clip(jnp.round(x + zero), bottom, top) - zero) * scale
+    x = jnp.clip(x, bottom, top)
+    native = _FLOATS[dtype][0]
+    if native is not None:
+        return x.astype(native).astype(jnp.float32) * scale
+    bits, bias = _MANTISSA[dtype]
+    # How far apart neighbours lie at |x|, no less than subnormals do.
+    exponent = jnp.floor(jnp.log2(jnp.maximum(jnp.abs(x), 2.0 ** (1 - bias))))
+    step = jnp.exp2(exponent - bits)
+    return jnp.clip(jnp.round(x / step) * step, bottom, top) * scale
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm of the rows of x, where no kernel can take it in."""
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight

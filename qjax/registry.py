@@ -1,0 +1,84 @@
+"""Which quantization methods there are: those of qjax, and those that users add.
+
+    @qjax.register_quantization_config("my_quant")
+    class MyQuant(qjax.QuantizationConfig): ...
+
+Packages may add theirs by an entry point in the group "qjax.plugins": a module, or a function
+without arguments, that registers what it brings.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from qjax.errors import UnsupportedError
+
+ENTRY_POINT_GROUP = "qjax.plugins"
+
+# Modules of `qjax.formats` that register the methods of these names when they are imported.
+_BUILTIN: dict[str, str] = {}
+
+_registered: dict[str, type] = {}
+Config = TypeVar("Config", bound=type)
+
+
+def register_quantization_config(name: str, *aliases: str) -> Callable[[Config], Config]:
+    """Class decorator: makes a `QuantizationConfig` the reader of checkpoints of this method.
+
+    Args:
+      name: the value of `quant_method` in a checkpoint's quantization config, in lower case.
+      aliases: other values that mean the same.
+
+    Raises:
+      ValueError: one of the names is taken.
+    """
+    names = [each.lower() for each in (name, *aliases)]
+
+    def register(config: Config) -> Config:
+        for each in names:
+            taken = _registered.get(each) or (each in _BUILTIN and _BUILTIN[each])
+            if taken and taken != config.__module__ and taken is not config:
+                raise ValueError(f"the quantization method {each!r} is taken by {taken}")
+        config.name = name  # type: ignore[attr-defined]
+        _registered.update(dict.fromkeys(names, config))
+        return config
+
+    return register
+
+
+def quantization_config(name: str, file: str = "") -> Any:
+    """The class that reads checkpoints of a method.
+
+    Raises:
+      UnsupportedError: there is none of this name.
+    """
+    load_plugins()
+    key = name.lower().replace("_", "-") if name.lower() == "compressed_tensors" else name.lower()
+    if key not in _registered and key in _BUILTIN:
+        importlib.import_module(_BUILTIN[key])
+    if key not in _registered:
+        where = f"{file}: " if file else ""
+        known = ", ".join(methods())
+        raise UnsupportedError(
+            f"{where}quant_method {name!r:.80} is not supported; supported are {known}"
+        )
+    return _registered[key]
+
+
+def methods() -> list[str]:
+    """Every name that is known, aliases included."""
+    load_plugins()
+    return sorted({*_BUILTIN, *_registered})
+
+
+@cache
+def load_plugins() -> None:
+    """Imports what other packages bring, once a process."""
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        found = point.load()
+        if callable(found):
+            found()

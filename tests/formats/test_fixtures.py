@@ -1,0 +1,118 @@
+"""Checkpoints that the tools of the field wrote, against the logits of these tools.
+
+A few small ones lie in tests/golden; the folder that QJAX_FIXTURES names may hold more, and every
+one that is there is run. `reference_weightonly.npz` holds logits with unrounded activations and
+cache, where a method rounds them; `reference.npz` those of the method as it is.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.forward import forward
+from qjax.params import Params
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+OUTSIDE = Path(os.environ.get("QJAX_FIXTURES", GOLDEN))
+
+# Where the only reference is llama.cpp's own, with activations in 8 bits.
+ROUNDED = ("gguf-gemma3-Q5_0", "gguf-qwen3moe-Q8_0", "gguf-gptoss-MXFP4_MOE")
+
+
+def checkpoints() -> list[str]:
+    found = {
+        file.parent.name for root in (GOLDEN, OUTSIDE) for file in root.glob("*/reference.npz")
+    }
+    return sorted(name for name in found if not name.startswith(("tiny-", "base-")))
+
+
+def folder(name: str) -> Path:
+    return GOLDEN / name if (GOLDEN / name).is_dir() else OUTSIDE / name
+
+
+def logits_of(params: Params, prompts: list[np.ndarray]) -> np.ndarray:
+    """Logits of all prompts in one call; what follows a prompt's end does not change it."""
+    tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
+    return np.asarray(jax.jit(forward)(params, jnp.asarray(tokens)))
+
+
+def compare(params: Params, file: Path) -> tuple[float, float, float]:
+    """Largest relative error of a prompt's logits, mean absolute difference by their standard
+    deviation, share of equal top tokens."""
+    with np.load(file) as reference:
+        prompts = [reference[f"ids_{i}"] for i in range(3)]
+        errors, means, tops = [], [], []
+        for i, logits in enumerate(logits_of(params, prompts)):
+            ours, theirs = logits[reference[f"pos_{i}"]], reference[f"logits_{i}"]
+            errors.append(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+            means.append(np.abs(ours - theirs).mean() / theirs.std())
+            tops.append((ours.argmax(-1) == theirs.argmax(-1)).mean())
+    return max(errors), max(means), float(np.mean(tops))
+
+
+@pytest.mark.parametrize("name", checkpoints())
+def test_weights(name):
+    """Logits with unrounded activations; the bytes that the weights take in memory."""
+    path = folder(name)
+    params = qjax.load(path, quantize_activations=False)
+    weight_only = path / "reference_weightonly.npz"
+    error, mean, _ = compare(
+        params, weight_only if weight_only.exists() else path / "reference.npz"
+    )
+    if name in ROUNDED:
+        assert mean < 0.03
+    else:
+        assert error < 1e-4
+    stored = sum(
+        file.stat().st_size
+        for pattern in ("*.safetensors", "*.gguf")
+        for file in path.glob(pattern)
+    )
+    assert params.nbytes <= 1.05 * stored
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in checkpoints() if (folder(n) / "reference_weightonly.npz").exists()]
+)
+def test_rounded_activations(name):
+    """The method as it is: values at the edge between two codes may fall to either side."""
+    path = folder(name)
+    _, mean, top = compare(qjax.load(path), path / "reference.npz")
+    assert mean < 0.1
+    assert top > 0.8
+
+
+@pytest.mark.parametrize("name", checkpoints())
+def test_greedy(name):
+    """The tool's own continuation, as far as its choices were clear."""
+    path = folder(name)
+    file = path / "reference_weightonly.npz"
+    file = file if file.exists() else path / "reference.npz"
+    with np.load(file) as reference:
+        if "greedy_0" not in reference:
+            pytest.skip("the reference has no continuation")
+        prompts = [reference[f"ids_{i}"].tolist() for i in range(3)]
+        wanted = [reference[f"greedy_{i}"] for i in range(3)]
+        margins = [reference[f"greedy_margin_{i}"] for i in range(3)]
+    params = qjax.load(path, quantize_activations=False)
+    results = qjax.generate(
+        params, prompts, max_tokens=len(wanted[0]), ignore_eos=True, numerics="exact"
+    )
+    tolerance = 0.3 if name in ROUNDED else 2e-3
+    for result, tokens, margin in zip(results, wanted, margins, strict=True):
+        clear = len(tokens) if (margin > tolerance).all() else int((margin <= tolerance).argmax())
+        assert list(result.token_ids[:clear]) == tokens[:clear].tolist()
+
+
+def test_provenance_is_told():
+    for name in checkpoints():
+        told = json.loads((folder(name) / "provenance.json").read_text())
+        assert told.get("tool") or told.get("what") or told.get("name")
