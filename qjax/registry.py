@@ -20,7 +20,23 @@ from qjax.errors import UnsupportedError
 ENTRY_POINT_GROUP = "qjax.plugins"
 
 # Modules of `qjax.formats` that register the methods of these names when they are imported.
-_BUILTIN: dict[str, str] = {}
+_MODULES = {
+    "auto_round": ("auto-round", "inc", "intel"),
+    "awq": ("awq", "auto_awq", "awq_marlin", "llm-awq"),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed_tensors": ("compressed-tensors",),
+    "deepspeedfp": ("deepspeedfp",),
+    "experts_int8": ("experts_int8",),
+    "fp8": ("fp8", "fbgemm_fp8", "deepseek_v4_fp8"),
+    "gptq": ("gptq", "auto_gptq", "gptq_marlin"),
+    "hqq": ("hqq",),
+    "marlin": ("marlin",),
+    "modelopt": ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"),
+    "mxfp4": ("mxfp4", "gpt_oss_mxfp4"),
+    "quark": ("quark",),
+    "torchao": ("torchao",),
+}
+_BUILTIN = {name: f"qjax.formats.{module}" for module, names in _MODULES.items() for name in names}
 
 _registered: dict[str, type] = {}
 Config = TypeVar("Config", bound=type)
@@ -40,9 +56,9 @@ def register_quantization_config(name: str, *aliases: str) -> Callable[[Config],
 
     def register(config: Config) -> Config:
         for each in names:
-            taken = _registered.get(each) or (each in _BUILTIN and _BUILTIN[each])
-            if taken and taken != config.__module__ and taken is not config:
-                raise ValueError(f"the quantization method {each!r} is taken by {taken}")
+            owner = _BUILTIN.get(each, config.__module__)
+            if each in _registered or owner != config.__module__:
+                raise ValueError(f"the quantization method {each!r} is taken")
         config.name = name  # type: ignore[attr-defined]
         _registered.update(dict.fromkeys(names, config))
         return config
