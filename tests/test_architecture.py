@@ -64,7 +64,12 @@ MAY_IMPORT = {
 
 # Single modules that a floor may import from a floor it may not import as a whole.
 ALSO = {
-    "base": ["pallas_kernels.unpack", "pallas_kernels.codes", "pallas_kernels.matmul.spec"],
+    "base": [
+        "pallas_kernels.unpack",
+        "pallas_kernels.codes",
+        "pallas_kernels.inputs",
+        "pallas_kernels.matmul.spec",
+    ],
     "layers": ["pallas_kernels.paged_attention.spec"],
     "models": ["pallas_kernels.paged_attention.spec"],
     "checkpoint": ["qjax.ops"],  # prepare: the layout of this machine, as a weight is read

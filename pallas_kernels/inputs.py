@@ -1,0 +1,64 @@
+"""What a quantized product does to its inputs before they meet the weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_STRATEGIES = ("tensor", "token", "group")
+
+
+@dataclass(frozen=True)
+class ActSpec:
+    """How a weight wants its activations quantized.
+
+    Attributes:
+      dtype: name of the numeric type: "int8", "int4", "fp8_e4m3", "fp4_e2m1", "fp6_e2m3" ...
+      strategy: what shares one scale: "tensor", "token" or "group".
+      dynamic: whether scales are computed from the activations, or come with the weight (`Inputs.scale`
+        and, maybe, `Inputs.zero_point`).
+      symmetric: integers without a zero point.
+      group_size: columns of a group, for "group".
+      scale: how a computed scale is made: "float32" (absmax / largest value), "bfloat16" or
+        "float16" (the same, rounded to that), "e8m0" (a power of two, floor as in OCP MX),
+        "e8m0_ceil" (absmax / largest, rounded up to a power of two), or "fp8_e4m3" (nvfp4: relative
+        to `Inputs.global_scale`).
+      divisor: what absmax is divided by for a computed scale, where it is not the largest value of
+        the type (compressed-tensors divides by 127.5 for int8).
+      upper_bound: of the absolute value that a dynamic scale is made from, or None.
+      outliers: columns in which any value reaches this threshold stay unrounded (LLM.int8), or
+        None.
+    """
+
+    dtype: str
+    strategy: str
+    dynamic: bool
+    symmetric: bool = True
+    group_size: int | None = None
+    scale: str = "float32"
+    divisor: float | None = None
+    upper_bound: float | None = None
+    outliers: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.strategy not in _STRATEGIES:
+            known = ", ".join(_STRATEGIES)
+            raise ValueError(f"ActSpec: strategy {self.strategy!r} is none of {known}")
+        if (self.strategy == "group") != (self.group_size is not None):
+            raise ValueError("ActSpec: group_size belongs to strategy 'group'")
+
+
+class Inputs(NamedTuple):
+    """The arrays of that, in the order in which they are used; None where there is none.
+
+    Attributes:
+      pre_scale: [1, K], multiplies the inputs.
+      scale, zero_point, global_scale: [1, 1], of the `ActSpec`.
+      perm: int32 [1, K]; the columns are then taken in this order.
+    """
+
+    pre_scale: Any = None
+    scale: Any = None
+    zero_point: Any = None
+    global_scale: Any = None
+    perm: Any = None
