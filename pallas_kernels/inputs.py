@@ -15,8 +15,8 @@ class ActSpec:
     Attributes:
       dtype: name of the numeric type: "int8", "int4", "fp8_e4m3", "fp4_e2m1", "fp6_e2m3" ...
       strategy: what shares one scale: "tensor", "token" or "group".
-      dynamic: whether scales are computed from the activations, or come with the weight (`Inputs.scale`
-        and, maybe, `Inputs.zero_point`).
+      dynamic: whether scales are computed from the activations, or come with the weight
+        (`Inputs.scale` and, maybe, `Inputs.zero_point`).
       symmetric: integers without a zero point.
       group_size: columns of a group, for "group".
       scale: how a computed scale is made: "float32" (absmax / largest value), "bfloat16" or

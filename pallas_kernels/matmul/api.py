@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
+from pallas_kernels.inputs import ActSpec, Inputs
 from pallas_kernels.matmul import native, ref, xla
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
@@ -18,6 +19,8 @@ IMPLEMENTATIONS: dispatch.Implementations = (
     ("xla", xla.matmul),
     ("ref", ref.matmul),
 )
+# Those that can treat inputs themselves.
+TREATING = IMPLEMENTATIONS[:1]
 ACTIVATIONS = ("silu", "gelu_tanh")
 ACTIVATION_DTYPES = ("float32", "int16", "int8")
 
@@ -37,6 +40,8 @@ def matmul(
     post_norm: jax.Array | None = None,
     activation_dtype: str = "float32",
     num_rows: jax.Array | None = None,
+    act: ActSpec | None = None,
+    inputs: Inputs | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """y_i = x @ w_i.T for several weights that share one input, with prologue and epilogue.
@@ -61,6 +66,8 @@ def matmul(
         implementation that gains nothing by rounding leaves x as it is. Weights are never rounded
         and sums are float32.
       num_rows: int32 [1]. Rows from num_rows[0] on are padding: their outputs are unspecified.
+      act, inputs: what else happens to the (normed) x, where an implementation can take it in: ask
+        `takes_inputs`.
       implementation: "native", "xla" or "ref"; None for the first that takes the call.
 
     Returns:
@@ -73,9 +80,10 @@ def matmul(
     weights = tuple((spec, as_arrays(arrays)) for spec, arrays in weights)
     biases = tuple(biases) if biases is not None else (None,) * len(weights)
     _check(x, weights, norm, biases, activation, residual, post_norm, activation_dtype, num_rows)
+    treated = act is not None or inputs is not None
     return dispatch.call(
         "matmul " + "+".join(spec.qtype for spec, _ in weights),
-        IMPLEMENTATIONS,
+        TREATING if treated else IMPLEMENTATIONS,
         x,
         weights,
         norm=norm,
@@ -87,7 +95,13 @@ def matmul(
         activation_dtype=activation_dtype,
         num_rows=num_rows,
         implementation=implementation,
+        **({"act": act, "inputs": inputs} if treated else {}),
     )
+
+
+def takes_inputs(specs: Sequence[WeightSpec], act: ActSpec | None) -> bool:
+    """Whether `matmul` can itself treat the inputs of these weights, or the caller has to."""
+    return native.takes_inputs(specs, act)
 
 
 def as_arrays(arrays: WeightArrays | Any) -> WeightArrays:

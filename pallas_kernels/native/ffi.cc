@@ -16,13 +16,37 @@ using Bytes = ffi::Buffer<ffi::U8>;
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("qjax: " + what); }
 
-enum MatmulFlags { kHasNorm = 1, kHasResidual = 2, kHasPostNorm = 4 };
+enum MatmulFlags {
+  kHasNorm = 1, kHasResidual = 2, kHasPostNorm = 4,
+  kHasPreScale = 8, kHasActScale = 16, kHasActZero = 32, kHasActGlobal = 64, kHasPerm = 128,
+};
+
+// `act` and `act_values` as matmul/native.py writes them.
+Inputs read_inputs(ffi::Span<const int32_t> act, ffi::Span<const float> act_values) {
+  Inputs in;
+  if (act.size() < 8 || act_values.size() < 4) return in;
+  in.rounds = true;
+  in.is_float = act[0];
+  in.dynamic = act[1];
+  in.symmetric = act[2];
+  in.mantissa = act[3];
+  in.min_exponent = act[4];
+  in.max_exponent = act[5];
+  in.scale_kind = ScaleKind(act[6]);
+  in.group = act[7];
+  in.bottom = act_values[0];
+  in.top = act_values[1];
+  in.divisor = act_values[2];
+  in.upper_bound = act_values[3];
+  return in;
+}
 
 // Arguments: x, num_rows, tiles of each weight, bias of each weight whose bit of `biases` is set,
-// then norm, residual and post_norm as `flags` says.
+// then norm, residual and post_norm, and what inputs are treated with, as `flags` says.
 ffi::Error matmul_call(Floats x, Ints num_rows, ffi::RemainingArgs args, ffi::RemainingRets rets,
                        ffi::Span<const int32_t> types, int32_t biases, int32_t flags,
-                       int32_t activation, int32_t precision, float eps) {
+                       int32_t activation, int32_t precision, float eps,
+                       ffi::Span<const int32_t> act, ffi::Span<const float> act_values) {
   Matmul a;
   const auto dims = x.dimensions();
   if (dims.size() != 2) return invalid("x must have two dimensions");
@@ -58,6 +82,19 @@ ffi::Error matmul_call(Floats x, Ints num_rows, ffi::RemainingArgs args, ffi::Re
   if (flags & kHasNorm) a.norm = floats();
   if (flags & kHasResidual) a.residual = floats();
   if (flags & kHasPostNorm) a.post_norm = floats();
+  a.inputs = read_inputs(act, act_values);
+  if (flags & kHasPreScale) a.inputs.pre_scale = floats();
+  if (flags & kHasActScale) a.inputs.scale = floats();
+  if (flags & kHasActZero) a.inputs.zero = floats();
+  if (flags & kHasActGlobal) a.inputs.global_scale = floats();
+  if (flags & kHasPerm) {
+    auto perm = args.get<Ints>(next++);
+    if (!perm.has_value() || int64_t(perm->element_count()) != a.k)
+      return invalid("perm must be int32, one for each column");
+    a.inputs.perm = perm->typed_data();
+    for (int64_t c = 0; c < a.k; ++c)
+      if (a.inputs.perm[c] < 0 || a.inputs.perm[c] >= a.k) return invalid("perm out of range");
+  }
   matmul(a);
   return ffi::Error::Success();
 }
@@ -140,7 +177,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul, matmul_call,
                                   .Attr<int32_t>("flags")
                                   .Attr<int32_t>("activation")
                                   .Attr<int32_t>("precision")
-                                  .Attr<float>("eps"));
+                                  .Attr<float>("eps")
+                                  .Attr<ffi::Span<const int32_t>>("act")
+                                  .Attr<ffi::Span<const float>>("act_values"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_embedding, embedding_call,
                               ffi::Ffi::Bind()

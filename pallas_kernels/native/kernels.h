@@ -1,6 +1,7 @@
 // What the CPU kernels compute. They are compiled once for each instruction set, as a library of
 // its own; see build.py.
 #pragma once
+#include "inputs.h"
 #include "tile.h"
 
 namespace qjax {
@@ -29,6 +30,7 @@ struct Matmul {
   const float* residual = nullptr;    // [rows, n]
   const float* post_norm = nullptr;   // [n]
   Precision precision = kFloat32;
+  Inputs inputs;                      // what happens to normed rows first
 };
 
 // Attention over a paged cache; see paged_attention/api.py.

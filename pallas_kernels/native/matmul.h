@@ -76,11 +76,13 @@ struct MatmulRun {
   void prologue(int64_t row) {
     const float* x = a.x + row * a.k;
 #if defined(__AVX512VNNI__)
-    if (ints && !x_f32 && !a.norm && a.k == padded) return ints->put(row, x);
+    if (ints && !x_f32 && !a.norm && !a.inputs.any() && a.k == padded) return ints->put(row, x);
 #endif
     float* y = x_f32 ? x_f32 + row * padded : reinterpret_cast<float*>(scratch<2>(padded * 4));
     if (a.norm) rms_norm(x, a.norm, a.eps, a.k, y);
     else std::memcpy(y, x, a.k * 4);
+    if (a.inputs.any())
+      treat_inputs(a.inputs, y, a.k, reinterpret_cast<float*>(scratch<5>(padded * 4)));
     std::fill(y + a.k, y + padded, 0.0f);
 #if defined(__AVX512VNNI__)
     if (ints) ints->put(row, y);

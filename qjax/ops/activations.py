@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.inputs import Inputs
 from qjax.qarray import ActSpec, QArray
 
 _FLOATS = {
@@ -45,6 +46,18 @@ def has_own_inputs(w: QArray) -> bool:
     return any(key in w.aux for key in _INPUT_AUX)
 
 
+def arrays(w: QArray) -> Inputs:
+    """What a kernel treats the inputs of this weight with (but for a rotation)."""
+    keys = ("act_pre_scale", "act_scale", "act_zero_point", "act_global_scale", "perm")
+    return Inputs(*map(w.aux.get, keys))
+
+
+def scaled(x: jax.Array, w: QArray) -> jax.Array:
+    """x [T, K] times the weight's scales of input columns, where it has them."""
+    scale = w.aux.get("act_pre_scale")
+    return x if scale is None else x * scale.astype(jnp.float32)
+
+
 def inputs(x: jax.Array, w: QArray, rows: jax.Array | None = None) -> jax.Array:
     """What the weight is multiplied with.
 
@@ -58,8 +71,7 @@ def inputs(x: jax.Array, w: QArray, rows: jax.Array | None = None) -> jax.Array:
       float32 [T, K].
     """
     aux = w.aux
-    if "act_pre_scale" in aux:
-        x = x * aux["act_pre_scale"].astype(jnp.float32)
+    x = scaled(x, w)
     if "input_hadamard" in aux:
         x = hadamard(x, aux["input_hadamard"])
     if w.act is not None:
@@ -111,7 +123,7 @@ def _dynamic_scale(
         low = jnp.minimum(groups.min(axes, keepdims=True), 0)
         high = jnp.maximum(groups.max(axes, keepdims=True), 0)
         bottom, top = _bounds(act.dtype)
-        scale = (high - low) / (top - bottom)
+        scale = _divide(high - low, top - bottom)
         scale = jnp.where(scale == 0, jnp.finfo(jnp.float32).eps, scale)
         return scale, jnp.clip(jnp.round(bottom - low / scale), bottom, top)
     largest = jnp.abs(groups).max(axes, keepdims=True)
@@ -122,15 +134,17 @@ def _dynamic_scale(
 
 def _scale_of(largest: jax.Array, act: ActSpec, aux: dict[str, jax.Array]) -> jax.Array:
     if act.scale == "e8m0":
-        exponent = jnp.floor(jnp.log2(largest)) - _LARGEST_EXPONENT[act.dtype]
-        return jnp.exp2(jnp.clip(jnp.where(largest > 0, exponent, -127), -126, 127))
+        exponent = _exponent(largest) - _LARGEST_EXPONENT[act.dtype]
+        return _power_of_two(jnp.where(largest > 0, exponent, -127))
     top = act.divisor or _bounds(act.dtype)[1]
-    scale = largest / top
+    scale = _divide(largest, top)
     if act.scale == "e8m0_ceil":
-        return jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(scale, 1e-38))))
+        scale = jnp.maximum(scale, 1e-38)
+        exponent = _exponent(scale)
+        return _power_of_two(exponent + (scale > _power_of_two(exponent)))
     if act.scale == "fp8_e4m3":
         global_scale = aux["act_global_scale"].astype(jnp.float32).reshape(1, 1, 1)
-        local = jnp.clip(scale / global_scale, 2.0**-9, 448.0)
+        local = jnp.clip(_divide(scale, global_scale), 2.0**-9, 448.0)
         return local.astype(jnp.float8_e4m3fn).astype(jnp.float32) * global_scale
     if act.scale != "float32":
         scale = scale.astype(act.scale).astype(jnp.float32)
@@ -147,7 +161,7 @@ def _bounds(dtype: str) -> tuple[float, float]:
 def _nearest(x: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: str) -> jax.Array:
     """x in multiples of scale that the type holds; half way, to the even code."""
     bottom, top = _bounds(dtype)
-    x = x / jnp.where(scale == 0, 1, scale)
+    x = _divide(x, jnp.where(scale == 0, 1, scale))
     if dtype not in _FLOATS:
         if zero is None:
             return jnp.clip(jnp.round(x), bottom, top) * scale
@@ -158,9 +172,26 @@ def _nearest(x: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: str)
         return x.astype(native).astype(jnp.float32) * scale
     bits, bias = _MANTISSA[dtype]
     # How far apart neighbours lie at |x|, no less than subnormals do.
-    exponent = jnp.floor(jnp.log2(jnp.maximum(jnp.abs(x), 2.0 ** (1 - bias))))
-    step = jnp.exp2(exponent - bits)
+    exponent = jnp.maximum(_exponent(jnp.abs(x)), 1 - bias)
+    step = _power_of_two(exponent - bits)
     return jnp.clip(jnp.round(x / step) * step, bottom, top) * scale
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+    """floor(log2 x) of positive normal numbers, int32; -127 of smaller ones."""
+    return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    """2 ** exponent, exactly; float32, of exponents cut to -126 to 127."""
+    bits = (jnp.clip(exponent, -126, 127) + 127) << 23
+    return lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
+
+
+def _divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
+    """x / by. XLA would multiply by the reciprocal of what is broadcast, which rounds otherwise."""
+    spread = jnp.broadcast_to(jnp.asarray(by, jnp.float32), x.shape)
+    return x / lax.optimization_barrier(spread)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

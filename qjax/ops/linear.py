@@ -62,53 +62,65 @@ def linear(
     product = partial(
         kernels.matmul, activation_dtype=ACTIVATION_DTYPES[batch.numerics], num_rows=rows
     )
-    fused = {
-        "norm_eps": norm_eps,
-        "activation": activation,
-        "residual": residual,
-        "post_norm": post_norm,
-    }
-    if any(map(activations.treats_inputs, weights)) or any(map(_changes_outputs, weights)):
-        if norm is not None:
-            x = activations.rms_norm(x, norm, norm_eps)
-        norm = None
-        if _treated_alike(weights):
-            x = activations.inputs(x, weights[0], rows)
-        else:
-            outputs = [
-                _product_alone(product, x, *each, rows)
-                for each in zip(weights, biases, strict=True)
-            ]
-            outputs = _epilogue(outputs, **fused)
-            return tuple(outputs) if several and activation is None else outputs[0]
-    pairs = [(each.spec, each.arrays) for each in weights]
-    outputs = product(x, pairs, norm=norm, biases=biases, **fused)
+    fused = {"norm_eps": norm_eps, "activation": activation}
+    fused |= {"residual": residual, "post_norm": post_norm}
+    if _treated_alike(weights):
+        outputs = _product(product, x, weights, norm=norm, biases=biases, rows=rows, **fused)
+    else:
+        apart = partial(_product_apart, product, x, norm=norm, norm_eps=norm_eps, rows=rows)
+        outputs = _epilogue([apart(*each) for each in zip(weights, biases, strict=True)], **fused)
     return outputs if several and activation is None else outputs[0]
 
 
-def _changes_outputs(w: QArray) -> bool:
-    return "lora_a" in w.aux or "output_hadamard" in w.aux
-
-
 def _treated_alike(weights: tuple[QArray, ...]) -> bool:
-    """Whether one and the same input serves all of them."""
-    return len({w.act for w in weights}) == 1 and not any(
-        activations.has_own_inputs(w) or _changes_outputs(w) for w in weights
+    """Whether one and the same input serves all of them, and nothing but the product is wanted."""
+    if any("lora_a" in w.aux or "output_hadamard" in w.aux for w in weights):
+        return False
+    return len(weights) == 1 or (
+        len({w.act for w in weights}) == 1 and not any(map(activations.has_own_inputs, weights))
     )
 
 
-def _product_alone(
+def _product(
+    product: Callable[..., tuple[jax.Array, ...]],
+    x: jax.Array,
+    weights: tuple[QArray, ...],
+    *,
+    norm: jax.Array | None,
+    rows: jax.Array | None,
+    **fused: Any,
+) -> tuple[jax.Array, ...]:
+    """Products with weights that take the same inputs; the kernel treats these where it can."""
+    first, pairs = weights[0], [(each.spec, each.arrays) for each in weights]
+    if activations.treats_inputs(first):
+        specs = [spec for spec, _ in pairs]
+        if "input_hadamard" not in first.aux and kernels.takes_inputs(specs, first.act):
+            fused |= {"act": first.act, "inputs": activations.arrays(first)}
+        else:
+            if norm is not None:
+                x = activations.rms_norm(x, norm, fused["norm_eps"])
+            norm, x = None, activations.inputs(x, first, rows)
+    return product(x, pairs, norm=norm, **fused)
+
+
+def _product_apart(
     product: Callable[..., tuple[jax.Array, ...]],
     x: jax.Array,
     w: QArray,
     bias: jax.Array | None,
+    *,
+    norm: jax.Array | None,
+    norm_eps: float,
     rows: jax.Array | None,
 ) -> jax.Array:
-    """x @ w.T with inputs and outputs as this weight wants them: float32 [T, N]."""
-    (y,) = product(activations.inputs(x, w, rows), [(w.spec, w.arrays)])
+    """One weight's product with inputs of its own, and what comes after it: float32 [T, N]."""
+    if norm is not None and "lora_a" in w.aux:
+        x, norm = activations.rms_norm(x, norm, norm_eps), None
+    (y,) = _product(product, x, (w,), norm=norm, norm_eps=norm_eps, rows=rows)
     if "lora_a" in w.aux:
         a, b = (w.aux[key].astype(jnp.float32) for key in ("lora_a", "lora_b"))
-        y += jnp.matmul(jnp.matmul(x, a.T, precision="highest"), b.T, precision="highest")
+        scaled = activations.scaled(x, w)
+        y += jnp.matmul(jnp.matmul(scaled, a.T, precision="highest"), b.T, precision="highest")
     if "output_hadamard" in w.aux:
         y = activations.hadamard(y, w.aux["output_hadamard"])
     return y if bias is None else y + bias

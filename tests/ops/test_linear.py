@@ -1,13 +1,18 @@
 """ops.linear and ops.embedding: how a batch and QArrays become a kernel call."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from pallas_kernels import matmul as kernels
+from pallas_kernels import native
 from qjax import ops
 from qjax.kv_cache import Batch
-from qjax.qarray import QArray
+from qjax.qarray import ActSpec, QArray
 
 RNG = np.random.default_rng(3)
 X = jnp.asarray(RNG.standard_normal((3, 64)), jnp.float32)
@@ -80,3 +85,78 @@ def test_prepare_is_undone_exactly():
     back = ops.unprepare(ready)
     assert (back.layout, back.shape) == ("canonical", (16, 64))
     np.testing.assert_array_equal(back.qvalue, weight.qvalue)
+
+
+ROUNDINGS = {
+    "int8 token": ActSpec("int8", "token", True),
+    "int8 token, another divisor": ActSpec("int8", "token", True, divisor=127.5),
+    "int8 token, bfloat16 scale": ActSpec("int8", "token", True, scale="bfloat16"),
+    "int8 asymmetric": ActSpec("int8", "token", True, symmetric=False),
+    "int8 static": ActSpec("int8", "tensor", False),
+    "int4 group": ActSpec("int4", "group", True, group_size=48),
+    "fp8 token": ActSpec("fp8_e4m3", "token", True),
+    "fp8 token, bounded": ActSpec("fp8_e4m3", "token", True, upper_bound=1.5),
+    "fp8 static": ActSpec("fp8_e4m3", "tensor", False),
+    "fp8 group, powers of two": ActSpec(
+        "fp8_e4m3", "group", True, group_size=32, scale="e8m0_ceil"
+    ),
+    "e5m2": ActSpec("fp8_e5m2", "token", True),
+    "mxfp8": ActSpec("fp8_e4m3", "group", True, group_size=32, scale="e8m0"),
+    "mxfp6": ActSpec("fp6_e2m3", "group", True, group_size=32, scale="e8m0"),
+    "mxfp6 e3m2": ActSpec("fp6_e3m2", "group", True, group_size=32, scale="e8m0"),
+    "mxfp4": ActSpec("fp4_e2m1", "group", True, group_size=32, scale="e8m0"),
+    "nvfp4": ActSpec("fp4_e2m1", "group", True, group_size=16, scale="fp8_e4m3"),
+}
+
+
+def treated(act, **aux):
+    """A weight whose inputs are scaled, rounded and put in another order."""
+    scalars = {
+        "act_scale": np.full((1, 1), 0.017, np.float32),
+        "act_global_scale": np.full((1, 1), 0.003, np.float32),
+    }
+    weight = ops.prepare(QArray.from_dense(A))
+    return replace(weight, act=act, aux={**scalars, **aux})
+
+
+@pytest.mark.skipif(native.library()[0] is None, reason=native.library()[1])
+def test_kernels_treat_inputs_as_jax_does(monkeypatch):
+    """Bit for bit: the same weights with the rounding outside of the kernel."""
+    order = RNG.permutation(64).astype(np.int32)[None]
+    scales = RNG.uniform(0.5, 2, (1, 64)).astype(ml_dtypes.bfloat16)
+    weights = {name: treated(act) for name, act in ROUNDINGS.items()}
+    weights["all"] = treated(ROUNDINGS["int8 token"], perm=order, act_pre_scale=scales)
+    weights["zero point"] = treated(
+        ActSpec("int8", "tensor", False, symmetric=False),
+        act_zero_point=np.full((1, 1), 3, np.int8),
+    )
+    # Every kind of number: ties, zeros, tiny ones, large ones.
+    x = np.concatenate([np.asarray(X) * 3, np.arange(64)[None] / 4 - 8, np.zeros((1, 64))])
+    x = jnp.asarray(np.concatenate([x, x * 1e-6, x * 100]), jnp.float32)
+    norm = jnp.asarray(RNG.uniform(0.5, 2, 64), jnp.float32)
+
+    def run():
+        return jax.jit(
+            lambda x, weights: {
+                name: (
+                    ops.linear(x, w, batch=batch(tokens=99)),
+                    ops.linear(
+                        x,
+                        (w, w),
+                        batch=batch(tokens=99),
+                        norm=norm,
+                        norm_eps=1e-5,
+                        activation="silu",
+                    ),
+                )
+                for name, w in weights.items()
+            }
+        )(x, weights)
+
+    assert all(kernels.takes_inputs([w.spec], w.act) for w in weights.values())
+    inside = run()
+    monkeypatch.setattr(kernels, "takes_inputs", lambda *_: False)
+    outside = run()
+    for name in weights:
+        np.testing.assert_array_equal(inside[name][0], outside[name][0], err_msg=name)
+        np.testing.assert_allclose(inside[name][1], outside[name][1], rtol=0.05, atol=0.5)
