@@ -1,0 +1,88 @@
+"""Weights in the layouts that several formats share: small floats and bytes with scales beside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qjax.errors import CheckpointError
+from qjax.formats.base import Record, fault
+from qjax.qarray import QArray
+
+FP8_QTYPES = {"f8_e4m3": "fp8_e4m3", "f8_e5m2": "fp8_e5m2"}
+
+
+def scale_group(
+    record: Record, shape: tuple[int, ...], block: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Rows and columns that share a scale, from the shape that the scales are stored in.
+
+    Args:
+      record: of the scales: one number; one a row, [N] or [N, 1]; or [ceil(N / rows), ceil(K /
+        columns)], also with axes of size 1 between. Leading axes are experts.
+      shape: (N, K) or (experts, N, K).
+      block: (rows, columns) of the last kind.
+
+    Raises:
+      CheckpointError: another shape.
+    """
+    n, k = shape[-2:]
+    lead = shape[:-2]
+    sizes = tuple(record.shape)
+    body = sizes[len(lead) :] if sizes[: len(lead)] == lead else sizes
+    body = tuple(size for size in body if size != 1)
+    if not body:
+        return (n, k)
+    if body == (n,):
+        return (1, k)
+    if block is not None:
+        rows, columns = block
+        expected = tuple(size for size in (-(-n // rows), -(-k // columns)) if size != 1)
+        if body == expected:
+            return block
+    wanted = [(), (n,)] + ([(-(-n // block[0]), -(-k // block[1]))] if block else [])
+    raise fault(
+        record,
+        f"has shape {sizes}, a weight {shape} asks for one of {', '.join(map(str, wanted))}",
+    )
+
+
+def scales(array: np.ndarray, shape: tuple[int, ...], group: tuple[int, int]) -> np.ndarray:
+    """Scales as a QArray has them: [..., ceil(N / rows), ceil(K / columns)]."""
+    n, k = shape[-2:]
+    return np.ascontiguousarray(array.reshape(*shape[:-2], -(-n // group[0]), -(-k // group[1])))
+
+
+def scalar(array: np.ndarray, lead: tuple[int, ...] = ()) -> np.ndarray:
+    """One number (for each expert) as float32 [..., 1, 1]."""
+    return np.asarray(array, np.float32).reshape(*lead, 1, 1)
+
+
+def coded(
+    codes: np.ndarray,
+    qtype: str,
+    shape: tuple[int, ...],
+    scale: np.ndarray,
+    group: tuple[int, int],
+    **more: Any,
+) -> QArray:
+    """A weight whose packed codes lie as a QArray wants them, in any dtype.
+
+    Args:
+      codes: [..., N, row_bytes] once viewed as bytes.
+      scale: of the group's shape, or any that has as many numbers.
+    """
+    raw = np.ascontiguousarray(codes).view(np.uint8)
+    size = (shape[-2], shape[-1])
+    return QArray(raw, qtype, size, scales(scale, shape, group), group=group, **more)
+
+
+def require_divisible(record: Record, k: int, size: int) -> None:
+    """Raises CheckpointError where rows are no whole number of groups."""
+    if k % size:
+        raise CheckpointError(
+            f"has rows of {k}, which groups of {size} do not divide",
+            file=record.file,
+            field=record.name,
+        )
