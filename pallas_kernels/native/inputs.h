@@ -14,6 +14,7 @@ enum ScaleKind : int {  // how a computed scale is made from absmax
   kScaleE8m0 = 3,      // 2 ** (floor(log2 absmax) - exponent of the largest number)
   kScaleE8m0Ceil = 4,  // absmax / largest, rounded up to a power of two
   kScaleE4m3 = 5,      // relative to a global scale
+  kScaleE8m0Even = 6,  // as kScaleE8m0, of absmax rounded to the mantissa
 };
 
 struct Inputs {
@@ -63,6 +64,12 @@ inline float computed_scale(const Inputs& in, float absmax) {
   if (in.scale_kind == kScaleE8m0) {
     if (!(absmax > 0)) return power_of_two(-126);
     const int exponent = std::ilogb(absmax) - in.max_exponent;
+    return power_of_two(std::min(std::max(exponent, -126), 127));
+  }
+  if (in.scale_kind == kScaleE8m0Even) {
+    uint32_t bits;
+    std::memcpy(&bits, &absmax, 4);
+    const int exponent = int((bits + (1u << (22 - in.mantissa))) >> 23) - 127 - in.max_exponent;
     return power_of_two(std::min(std::max(exponent, -126), 127));
   }
   const float scale = absmax / in.divisor;

@@ -24,6 +24,7 @@ _FLOATS = {
 }
 # exponent of the largest normal number: OCP MX scales are 2 ** (floor(log2 absmax) - this)
 _LARGEST_EXPONENT = {"fp8_e4m3": 8, "fp8_e5m2": 15, "fp6_e2m3": 2, "fp6_e3m2": 4, "fp4_e2m1": 2}
+_MANTISSA_BITS = {"fp8_e4m3": 3, "fp8_e5m2": 2, "fp6_e2m3": 3, "fp6_e3m2": 2, "fp4_e2m1": 1}
 _MANTISSA = {"fp6_e2m3": (3, 1), "fp6_e3m2": (2, 3), "fp4_e2m1": (1, 1)}  # bits, exponent bias
 
 _INPUT_AUX = (
@@ -136,6 +137,12 @@ def _scale_of(largest: jax.Array, act: ActSpec, aux: dict[str, jax.Array]) -> ja
     if act.scale == "e8m0":
         exponent = _exponent(largest) - _LARGEST_EXPONENT[act.dtype]
         return _power_of_two(jnp.where(largest > 0, exponent, -127))
+    if act.scale == "e8m0_even":
+        # absmax is rounded to the type's mantissa first: half of its last bit carries over.
+        half = 1 << (22 - _MANTISSA_BITS[act.dtype])
+        bits = lax.bitcast_convert_type(largest, jnp.int32) + half
+        exponent = _exponent(lax.bitcast_convert_type(bits, jnp.float32))
+        return _power_of_two(exponent - _LARGEST_EXPONENT[act.dtype])
     top = act.divisor or _bounds(act.dtype)[1]
     scale = _divide(largest, top)
     if act.scale == "e8m0_ceil":
