@@ -20,7 +20,6 @@ AUX_KEYS = frozenset(
     {
         *("global_scale", "codebook"),  # of the weight
         *("perm", "act_pre_scale", "act_scale", "act_zero_point", "act_global_scale"),  # of inputs
-        *("input_hadamard", "output_hadamard"),
         *("lora_a", "lora_b"),
     }
 )
@@ -29,7 +28,7 @@ AUX_KEYS = frozenset(
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["qvalue", "scale", "zero_point", "aux"],
-    meta_fields=["qtype", "shape", "group", "additive", "act", "layout"],
+    meta_fields=["qtype", "shape", "group", "additive", "act", "hadamard", "layout"],
 )
 @dataclass(frozen=True)
 class QArray:
@@ -50,6 +49,8 @@ class QArray:
       group: rows and columns that share a scale; None for block types.
       additive: a weight is code * scale + zero_point, not (code - zero_point) * scale.
       act: how activations are to be quantized, or None for not at all.
+      hadamard: sizes of the normalized Hadamard matrices that runs of input and of output columns
+        are multiplied by; 0 for none.
       layout: "canonical", or the tiling private to the kernel whose `prepare` made it.
 
     Raises:
@@ -66,6 +67,7 @@ class QArray:
     group: tuple[int, int] | None = None
     additive: bool = False
     act: ActSpec | None = None
+    hadamard: tuple[int, int] = (0, 0)
     layout: str = CANONICAL
 
     def __post_init__(self) -> None:

@@ -86,3 +86,28 @@ def require_divisible(record: Record, k: int, size: int) -> None:
             file=record.file,
             field=record.name,
         )
+
+
+def act_order(record: Record, g_idx: np.ndarray, group_size: int) -> np.ndarray | None:
+    """The order of columns in which those of a group are neighbours, groups counting up.
+
+    Args:
+      g_idx: int [K], the group of each column, in any order.
+
+    Returns:
+      int64 [K], or None where they are in order already (or were never set: all below 0).
+
+    Raises:
+      CheckpointError: a group has more or fewer columns than `group_size` (the last may have
+        fewer).
+    """
+    g_idx = np.asarray(g_idx, np.int64)
+    if (g_idx < 0).all():
+        return None
+    wanted = np.arange(len(g_idx)) // group_size
+    if np.array_equal(g_idx, wanted):
+        return None
+    order = np.argsort(g_idx, kind="stable")
+    if not np.array_equal(g_idx[order], wanted):
+        raise fault(record, f"does not put {group_size} columns in each group")
+    return order

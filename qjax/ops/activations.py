@@ -33,13 +33,12 @@ _INPUT_AUX = (
     "act_scale",
     "act_zero_point",
     "act_global_scale",
-    "input_hadamard",
 )
 
 
 def treats_inputs(w: QArray) -> bool:
     """Whether this weight's product takes inputs that are not x itself."""
-    return w.act is not None or any(key in w.aux for key in _INPUT_AUX)
+    return w.act is not None or w.hadamard[0] > 0 or any(key in w.aux for key in _INPUT_AUX)
 
 
 def has_own_inputs(w: QArray) -> bool:
@@ -73,18 +72,26 @@ def inputs(x: jax.Array, w: QArray, rows: jax.Array | None = None) -> jax.Array:
     """
     aux = w.aux
     x = scaled(x, w)
-    if "input_hadamard" in aux:
-        x = hadamard(x, aux["input_hadamard"])
+    if w.hadamard[0]:
+        x = hadamard(x, w.hadamard[0])
     if w.act is not None:
         x = round_to(x, w.act, aux, rows)
     return x[:, aux["perm"][0]] if "perm" in aux else x
 
 
-def hadamard(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Runs of columns of x [T, K], as many as matrix [D, D] has rows, each multiplied by it."""
-    size = matrix.shape[-1]
-    runs = x.reshape(x.shape[0], -1, size)
-    return jnp.einsum("trd,de->tre", runs, matrix, precision="highest").reshape(x.shape)
+def hadamard(x: jax.Array, size: int) -> jax.Array:
+    """Runs of `size` columns of x [T, K], each multiplied by a normalized Hadamard matrix.
+
+    Sylvester's construction, H_2n = [[H_n, H_n], [H_n, -H_n]], one doubling a step: the fast
+    Walsh-Hadamard transform.
+    """
+    runs = x.reshape(-1, size)
+    half = 1
+    while half < size:
+        pairs = runs.reshape(-1, 2, half)
+        runs = jnp.concatenate([pairs[:, :1] + pairs[:, 1:], pairs[:, :1] - pairs[:, 1:]], axis=1)
+        half *= 2
+    return runs.reshape(x.shape) * np.float32(size**-0.5)
 
 
 def round_to(

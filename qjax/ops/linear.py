@@ -74,10 +74,11 @@ def linear(
 
 def _treated_alike(weights: tuple[QArray, ...]) -> bool:
     """Whether one and the same input serves all of them, and nothing but the product is wanted."""
-    if any("lora_a" in w.aux or "output_hadamard" in w.aux for w in weights):
+    if any("lora_a" in w.aux or w.hadamard[1] for w in weights):
         return False
     return len(weights) == 1 or (
-        len({w.act for w in weights}) == 1 and not any(map(activations.has_own_inputs, weights))
+        len({(w.act, w.hadamard) for w in weights}) == 1
+        and not any(map(activations.has_own_inputs, weights))
     )
 
 
@@ -94,7 +95,7 @@ def _product(
     first, pairs = weights[0], [(each.spec, each.arrays) for each in weights]
     if activations.treats_inputs(first):
         specs = [spec for spec, _ in pairs]
-        if "input_hadamard" not in first.aux and kernels.takes_inputs(specs, first.act):
+        if not first.hadamard[0] and kernels.takes_inputs(specs, first.act):
             fused |= {"act": first.act, "inputs": activations.arrays(first)}
         else:
             if norm is not None:
@@ -121,8 +122,8 @@ def _product_apart(
         a, b = (w.aux[key].astype(jnp.float32) for key in ("lora_a", "lora_b"))
         scaled = activations.scaled(x, w)
         y += jnp.matmul(jnp.matmul(scaled, a.T, precision="highest"), b.T, precision="highest")
-    if "output_hadamard" in w.aux:
-        y = activations.hadamard(y, w.aux["output_hadamard"])
+    if w.hadamard[1]:
+        y = activations.hadamard(y, w.hadamard[1])
     return y if bias is None else y + bias
 
 

@@ -1,0 +1,254 @@
+"""compressed-tensors, what LLM Compressor writes: the configuration and which layer gets what.
+
+How the tensors of a layer lie is in `ct_layouts`; which layout a layer has is plain from its
+tensors, and the scheme that its name is given must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+
+from qjax.errors import CheckpointError, UnsupportedError
+from qjax.formats import ct_layouts, weights
+from qjax.formats.base import (
+    PLAIN,
+    Arrays,
+    Checkpoint,
+    Keys,
+    Layer,
+    QuantizationConfig,
+    Stored,
+    expect,
+    fault,
+)
+from qjax.formats.ct_transforms import Transform, read_transforms
+from qjax.qarray import ActSpec, QArray
+from qjax.registry import register_quantization_config
+from qjax.scheme import STRATEGIES, QuantizationArgs, QuantizationScheme, is_ignored, scheme_for
+
+FORMATS = (
+    *("dense", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized"),
+    *("marlin-24", "mixed-precision", "nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+    *("mxfp6-pack-quantized", "mxfp8-quantized"),
+)
+_FLOAT_TYPES = {4: "fp4_e2m1", 6: "fp6_e2m3", 8: "fp8_e4m3"}
+
+
+@register_quantization_config("compressed-tensors")
+@dataclass(frozen=True)
+class CompressedTensors(QuantizationConfig):
+    """Settings of one checkpoint.
+
+    Attributes:
+      schemes: one for each config group.
+      ignore: targets of layers that are left alone.
+      transforms: rotations that are applied to inputs and outputs at run time.
+      values: the configuration as it was read.
+    """
+
+    schemes: tuple[QuantizationScheme, ...]
+    ignore: tuple[str, ...]
+    transforms: tuple[Transform, ...]
+    values: Mapping[str, Any]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
+        keys = Keys(config, checkpoint.file)
+        keys.ignore("quant_method", "quantization_status", "global_compression_ratio", "version")
+        keys.ignore("provider", "moe_sparsity_config", "kv_cache_scheme", "autoround_version")
+        keys.choice("format", FORMATS, "dense")
+        _refuse_sparse(keys)
+        groups = keys.section("config_groups")
+        schemes = tuple(
+            read_scheme(Keys(groups.get(name, dict), checkpoint.file, f"{groups.prefix}{name}."))
+            for name in groups.values
+        )
+        ignore = tuple(map(str, keys.get("ignore", list, [])))
+        transforms = read_transforms(keys.section("transform_config"))
+        keys.done()
+        return cls(schemes, ignore, transforms, config)
+
+    def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
+        layer_class = "Embedding" if module.endswith("embed_tokens") else "Linear"
+        scheme = scheme_for(module, self.schemes, layer_class)
+        if is_ignored(module, self.ignore, layer_class):
+            scheme = None
+        found = ct_layouts.layout(module, stored, shape)
+        if found is None:  # plain, whatever the configuration wanted
+            return self._rotated(module, stored, shape, None)
+        if scheme is None or scheme.weights is None:
+            record = next(iter(stored.values()))
+            raise fault(record, f"is stored as {found}, but the config leaves {module} alone")
+        plan = ct_layouts.LAYOUTS[found](module, stored, shape, scheme.weights)
+        plan = _with_inputs(module, stored, shape, plan, scheme.input_activations)
+        return self._rotated(module, stored, shape, plan)
+
+    def _rotated(
+        self, module: str, stored: Stored, shape: tuple[int, ...], plan: Layer | None
+    ) -> Layer | None:
+        sizes = tuple(
+            next((t.size(shape) for t in self.transforms if t.applies(module, where)), 0)
+            for where in ("input", "output")
+        )
+        if sizes == (0, 0):
+            return plan
+        if plan is None:
+            expect(module, stored, "weight", PLAIN, shape)
+            plan = Layer(("weight",), lambda arrays: QArray.from_dense(arrays["weight"]))
+        decode = plan.decode
+        return replace(plan, decode=lambda arrays: replace(decode(arrays), hadamard=sizes))
+
+    def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
+        return ct_layouts.encode(module, weight)
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self.values)
+
+
+def _refuse_sparse(keys: Keys) -> None:
+    sparsity = keys.get("sparsity_config", dict, {})
+    kind = sparsity.get("format", "dense")
+    if kind != "dense":
+        raise UnsupportedError(
+            f"{keys.file}: sparsity_config.format {kind!r:.80} is not supported; save the model "
+            "with dense weights (compressed-tensors itself has dropped sparse ones)"
+        )
+
+
+def read_scheme(keys: Keys) -> QuantizationScheme:
+    """One entry of `config_groups`."""
+    targets = keys.get("targets", list, [])
+    if not targets or not all(isinstance(target, str) for target in targets):
+        raise keys.error("targets", "must be a list of names")
+    if keys.get("output_activations", dict) is not None:
+        raise UnsupportedError(
+            f"{keys.file}: {keys.prefix}output_activations is not supported: only weights, "
+            "inputs and the key-value cache are quantized"
+        )
+    found = QuantizationScheme(
+        tuple(targets),
+        read_args(keys, "weights"),
+        read_args(keys, "input_activations"),
+        keys.choice("format", (None, *FORMATS)),
+    )
+    keys.done()
+    return found
+
+
+def read_args(keys: Keys, name: str) -> QuantizationArgs | None:
+    """`weights` or `input_activations` of a group; None where it is null."""
+    if keys.get(name, dict) is None:
+        return None
+    args = keys.section(name)
+    args.ignore("observer", "observer_kwargs", "zp_dtype")
+    size = args.get("group_size", int)
+    block = args.get("block_structure", (list, str))
+    if isinstance(block, str):
+        block = block.split("x")
+    default = "tensor" if size is None else "channel" if size == -1 else "group"
+    found = QuantizationArgs(
+        num_bits=args.get("num_bits", int, 8),
+        type=args.choice("type", ("int", "float"), "int"),
+        symmetric=args.get("symmetric", bool, True),
+        strategy=args.choice("strategy", STRATEGIES, default),
+        group_size=size if size is not None and size > 0 else None,
+        block_structure=_pair(args, block),
+        dynamic=args.choice("dynamic", (False, True, "local"), False),
+        actorder=args.get("actorder", (str, bool)) or None,
+        scale_dtype=args.get("scale_dtype", str),
+    )
+    args.done()
+    bits = range(2, 9) if found.type == "int" else _FLOAT_TYPES
+    if found.num_bits not in bits:
+        raise UnsupportedError(
+            f"{args.file}: {args.prefix}num_bits {found.num_bits} of type {found.type} is not "
+            f"supported; these are: {', '.join(map(str, bits))}"
+        )
+    return found
+
+
+def _pair(keys: Keys, block: list | None) -> tuple[int, int] | None:
+    if block is None:
+        return None
+    try:
+        rows, columns = map(int, block)
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if rows < 1 or columns < 1:
+        raise keys.error("block_structure", f"{block!r:.80} is not rows and columns")
+    return rows, columns
+
+
+def _with_inputs(
+    module: str,
+    stored: Stored,
+    shape: tuple[int, ...],
+    plan: Layer,
+    args: QuantizationArgs | None,
+) -> Layer:
+    """The layer with what its inputs are rounded to."""
+    lead = shape[:-2]
+    present = [s for s in ct_layouts.INPUT_TENSORS if s in stored]
+    if args is None:
+        return replace(plan, ignores=(*plan.ignores, *present))
+    act = act_spec(args, stored)
+    reads = []
+    one = (tuple(lead), (*lead, 1), (*lead, 1, 1))
+    if not act.dynamic:
+        expect(module, stored, "input_scale", PLAIN, *one)
+        reads.append("input_scale")
+        if not act.symmetric:
+            expect(module, stored, "input_zero_point", ("i8", "u8", "i32"), *one)
+            reads.append("input_zero_point")
+    if act.scale == "fp8_e4m3":
+        expect(module, stored, "input_global_scale", PLAIN, *one)
+        reads.append("input_global_scale")
+    decode = plan.decode
+
+    def with_inputs(arrays: Arrays) -> QArray:
+        weight = decode(arrays)
+        aux = dict(weight.aux)
+        if "input_scale" in reads:
+            aux["act_scale"] = weights.scalar(arrays["input_scale"], lead)
+        if "input_zero_point" in reads:
+            aux["act_zero_point"] = weights.scalar(arrays["input_zero_point"], lead)
+        if "input_global_scale" in reads:
+            aux["act_global_scale"] = 1 / weights.scalar(arrays["input_global_scale"], lead)
+        return replace(weight, act=act, aux=aux)
+
+    unused = tuple(s for s in present if s not in reads)
+    return Layer((*plan.reads, *reads), with_inputs, (*plan.ignores, *unused))
+
+
+def act_spec(args: QuantizationArgs, stored: Stored) -> ActSpec:
+    """What `input_activations` means. Formulas: `calculate_qparams` of compressed-tensors."""
+    if args.strategy in ("channel", "block", "attn_head"):
+        record = next(iter(stored.values()))
+        raise CheckpointError(
+            f"input_activations have strategy {args.strategy!r}", file=record.file
+        )
+    if args.type == "int":
+        dtype, divisor = f"int{args.num_bits}", ((1 << args.num_bits) - 1) / 2
+    else:
+        dtype, divisor = _FLOAT_TYPES[args.num_bits], None
+    scale = "float32"
+    if args.strategy == "tensor_group":
+        scale = "fp8_e4m3"
+    elif args.scale_dtype == "torch.uint8" or (
+        args.strategy == "group" and args.type == "float" and args.num_bits < 8
+    ):
+        scale = "e8m0_even"
+    grouped = args.strategy in ("group", "tensor_group")
+    return ActSpec(
+        dtype,
+        "group" if grouped else args.strategy,
+        bool(args.dynamic),
+        symmetric=args.symmetric,
+        group_size=(args.group_size or 16) if grouped else None,
+        scale=scale,
+        divisor=divisor,
+    )

@@ -1,0 +1,289 @@
+"""How compressed-tensors lays the tensors of one layer out, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels import codes
+from qjax.errors import UnsupportedError
+from qjax.formats import weights
+from qjax.formats.base import PLAIN, Arrays, Layer, Record, Stored, expect, fault
+from qjax.qarray import QArray
+from qjax.scheme import QuantizationArgs
+
+INPUT_TENSORS = ("input_scale", "input_zero_point", "input_global_scale")
+Shape = tuple[int, ...]
+
+
+def layout(module: str, stored: Stored, shape: Shape) -> str | None:
+    """Which layout a layer has, from its tensors; None for a plain weight."""
+    packed = stored.get("weight_packed")
+    if packed is not None:
+        if packed.qtype in ("i32", "u32"):
+            return "pack"
+        if "weight_global_scale" in stored:
+            return "nvfp4"
+        return "mxfp6" if packed.shape[-1] * 4 == shape[-1] * 3 else "mxfp4"
+    if "scale_packed" in stored or "meta" in stored:
+        raise UnsupportedError(
+            f"{module}: 2:4 sparse weights (marlin-24) are not supported; save the model with "
+            "dense weights"
+        )
+    record = expect(module, stored, "weight")
+    if record.qtype in PLAIN:
+        return None
+    if record.qtype == "i8":
+        return "int"
+    if record.qtype in weights.FP8_QTYPES:
+        scale = stored.get("weight_scale")
+        return "mxfp8" if scale is not None and scale.qtype in ("u8", "f8_e8m0") else "float"
+    raise fault(record, f"has dtype {record.qtype}: no layout of compressed-tensors")
+
+
+def group_of(
+    module: str, stored: Stored, shape: Shape, args: QuantizationArgs, suffix: str = "weight_scale"
+) -> tuple[int, int]:
+    """Rows and columns that share a scale; the stored scales must agree."""
+    *lead, n, k = shape
+    record = expect(module, stored, suffix, PLAIN)
+    if args.strategy in ("group", "tensor_group"):
+        size = args.group_size or k
+        expect(module, stored, suffix, PLAIN, (*lead, n, -(-k // size)))
+        return 1, size
+    if args.strategy == "block":
+        rows, columns = args.block_structure or (128, 128)
+        expect(module, stored, suffix, PLAIN, (*lead, -(-n // rows), -(-k // columns)))
+        return rows, columns
+    group = weights.scale_group(record, shape)
+    wanted = (n, k) if args.strategy == "tensor" else (1, k)
+    if group != wanted and n > 1:
+        raise fault(record, f"has shape {record.shape}, which strategy {args.strategy!r} excludes")
+    return group
+
+
+def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:
+    """Offset-binary codes in 32-bit words along K; zero points in words along N."""
+    *lead, n, k = shape
+    bits = args.num_bits
+    record = expect(module, stored, "weight_packed", ("i32", "u32"))
+    if args.type != "int":
+        raise fault(record, f"holds integers, but the config says {args.type}")
+    dense = _words(record, (*lead, n), k, bits)
+    reads, ignores = ["weight_packed", "weight_scale"], []
+    if "weight_shape" in stored:
+        expect(module, stored, "weight_shape", ("i64", "i32"), (len(shape),), (2,))
+        reads.append("weight_shape")
+    group = group_of(module, stored, shape, args)
+    columns = -(-k // group[1])
+    zero_dense = True
+    if not args.symmetric:
+        zero = expect(module, stored, "weight_zero_point", ("i32", "u32"))
+        if group[0] > 1:
+            raise fault(zero, "zero points of a whole tensor are not supported in packed weights")
+        zero_dense = _words(zero, tuple(lead), n, bits, (columns,))
+        reads.append("weight_zero_point")
+    elif "weight_zero_point" in stored:
+        ignores.append("weight_zero_point")
+    if "weight_g_idx" in stored:
+        expect(module, stored, "weight_g_idx", ("i32", "i64"), (k,))
+        reads.append("weight_g_idx")
+
+    def decode(arrays: Arrays) -> QArray:
+        told = tuple(arrays["weight_shape"].tolist()) if "weight_shape" in arrays else ()
+        if told and told[-2:] != (n, k):
+            raise fault(stored["weight_shape"], f"says {told}, the model's sizes ask for {(n, k)}")
+        packed = _bytes(arrays["weight_packed"], k, bits, dense)
+        zero = None
+        if "weight_zero_point" in arrays:
+            along_n = np.swapaxes(arrays["weight_zero_point"], -1, -2)
+            stream = _bytes(np.ascontiguousarray(along_n), n, bits, zero_dense)
+            zero = np.ascontiguousarray(np.swapaxes(codes.unpack(stream, bits, n, np), -1, -2))
+        aux = {}
+        if "weight_g_idx" in arrays:
+            order = weights.act_order(stored["weight_g_idx"], arrays["weight_g_idx"], group[1])
+            if order is not None:
+                columns_ = codes.unpack(packed, bits, k, np)[..., order]
+                packed, aux["perm"] = codes.pack(columns_, bits), order.astype(np.int32)[None]
+        qtype = f"uint{bits}" if zero is not None else f"uint{bits}b{1 << (bits - 1)}"
+        scale = arrays["weight_scale"]
+        return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, aux=aux)
+
+    return Layer(tuple(reads), decode, tuple(ignores))
+
+
+def _words(record: Record, rows: Shape, count: int, bits: int, after: Shape = ()) -> bool:
+    """Whether `count` codes follow each other without gaps; older releases left unused bits.
+
+    Raises CheckpointError where the number of words fits neither.
+    """
+    dense, old = -(-count * bits // 32), -(-count // (32 // bits))
+    for words, is_dense in ((dense, True), (old, False)):
+        if tuple(record.shape) == (*rows, words, *after):
+            return is_dense
+    raise fault(
+        record,
+        f"has shape {tuple(record.shape)}, {bits} bits ask for {(*rows, dense, *after)}",
+    )
+
+
+def _bytes(words: np.ndarray, count: int, bits: int, dense: bool) -> np.ndarray:
+    """Codes in words [..., W] as a dense stream of bits: uint8 [..., row_bytes]."""
+    if not dense:
+        per_word = 32 // bits
+        shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
+        parts = (words.view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
+        parts = parts.reshape(*words.shape[:-1], -1)[..., :count].astype(np.uint8)
+        return codes.pack(parts, bits)
+    stream = np.ascontiguousarray(words).view(np.uint8)
+    return stream[..., : -(-count * bits // 8)]
+
+
+def _int(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:
+    """A byte a weight, signed; fewer bits than 8 are packed in memory."""
+    record = expect(module, stored, "weight", "i8", shape)
+    if args.type != "int":
+        raise fault(record, f"holds integers, but the config says {args.type}")
+    bits = args.num_bits
+    half = 1 << (bits - 1)
+    group = group_of(module, stored, shape, args)
+    reads = ["weight", "weight_scale"]
+    zero_stored = "weight_zero_point" in stored
+    if not args.symmetric or zero_stored:
+        expect(module, stored, "weight_zero_point", ("i8", "i32"))
+        reads.append("weight_zero_point")
+
+    def decode(arrays: Arrays) -> QArray:
+        values = arrays["weight"]
+        zero = arrays.get("weight_zero_point")
+        zero = None if zero is None or not zero.any() else weights.scales(zero, shape, group)
+        if bits == 8:
+            packed, qtype = values, "int8"
+        else:
+            if values.min(initial=0) < -half or values.max(initial=0) >= half:
+                raise fault(stored["weight"], f"holds values that {bits} bits cannot")
+            packed = codes.pack((values + np.int8(half)).view(np.uint8), bits)
+            qtype = f"uint{bits}b{half}" if zero is None else f"uint{bits}"
+            zero = None if zero is None else (zero.astype(np.int32) + half).astype(np.uint8)
+        scale = arrays["weight_scale"]
+        return weights.coded(packed, qtype, shape, scale, group, zero_point=zero)
+
+    return Layer(tuple(reads), decode)
+
+
+def _float(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:
+    record = expect(module, stored, "weight", tuple(weights.FP8_QTYPES), shape)
+    if args.type != "float" or args.num_bits != 8:
+        raise fault(record, f"holds 8-bit floats, the config says {args.type} {args.num_bits}")
+    qtype = weights.FP8_QTYPES[record.qtype]
+    group = group_of(module, stored, shape, args)
+    ignores = tuple(s for s in ("weight_zero_point",) if s in stored)  # of floats: always 0
+
+    def decode(arrays: Arrays) -> QArray:
+        return weights.coded(arrays["weight"], qtype, shape, arrays["weight_scale"], group)
+
+    return Layer(("weight", "weight_scale"), decode, ignores)
+
+
+def _nvfp4(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:
+    *lead, n, k = shape
+    size = args.group_size or 16
+    weights.require_divisible(stored["weight_packed"], k, size)
+    expect(module, stored, "weight_packed", "u8", (*lead, n, k // 2))
+    expect(module, stored, "weight_scale", "f8_e4m3", (*lead, n, k // size))
+    expect(module, stored, "weight_global_scale", PLAIN, tuple(lead), (*lead, 1), (*lead, 1, 1))
+
+    def decode(arrays: Arrays) -> QArray:
+        divisor = weights.scalar(arrays["weight_global_scale"], tuple(lead))
+        if not (divisor > 0).all():
+            raise fault(stored["weight_global_scale"], "is not above 0")
+        scale, aux = arrays["weight_scale"], {"global_scale": 1 / divisor}
+        packed = arrays["weight_packed"]
+        return weights.coded(packed, "fp4_e2m1", shape, scale, (1, size), aux=aux)
+
+    return Layer(("weight_packed", "weight_scale", "weight_global_scale"), decode)
+
+
+def _mx(
+    module: str, stored: Stored, shape: Shape, args: QuantizationArgs, *, suffix: str, qtype: str
+) -> Layer:
+    """Small floats in groups of 32 with a power of two each."""
+    *lead, n, k = shape
+    size = args.group_size or 32
+    record = expect(module, stored, suffix)
+    weights.require_divisible(record, k, size)
+    dtype = "f8_e4m3" if qtype == "fp8_e4m3" else "u8"
+    expect(module, stored, suffix, dtype, (*lead, n, codes.row_bytes(qtype, k)))
+    expect(module, stored, "weight_scale", ("u8", "f8_e8m0"), (*lead, n, k // size))
+
+    def decode(arrays: Arrays) -> QArray:
+        scale = arrays["weight_scale"].view(ml_dtypes.float8_e8m0fnu)
+        return weights.coded(arrays[suffix], qtype, shape, scale, (1, size))
+
+    return Layer((suffix, "weight_scale"), decode)
+
+
+LAYOUTS: dict[str, Callable[[str, Stored, Shape, QuantizationArgs], Layer]] = {
+    "pack": _pack,
+    "int": _int,
+    "float": _float,
+    "nvfp4": _nvfp4,
+    "mxfp4": partial(_mx, suffix="weight_packed", qtype="fp4_e2m1"),
+    "mxfp6": partial(_mx, suffix="weight_packed", qtype="fp6_e2m3"),
+    "mxfp8": partial(_mx, suffix="weight", qtype="fp8_e4m3"),
+}
+
+
+def encode(module: str, weight: QArray) -> dict[str, np.ndarray]:
+    """The tensors that `LAYOUTS` read, of the newest releases."""
+    n, k = weight.shape
+    lead = weight.qvalue.shape[:-2]
+    code = codes.CODES.get(weight.qtype)
+    scale, raw = np.asarray(weight.scale), np.asarray(weight.qvalue)
+    tensors = {"weight_scale": scale.reshape(*lead, 1) if weight.group == (n, k) else scale}
+    if code is None or "perm" in weight.aux or weight.additive:
+        raise UnsupportedError(f"{module}: compressed-tensors has no layout for {weight.qtype}")
+    if weight.qtype == "int8":
+        tensors["weight"] = raw.view(np.int8)
+        if weight.zero_point is not None:
+            tensors["weight_zero_point"] = np.asarray(weight.zero_point).astype(np.int8)
+    elif code.kind == "uint":
+        tensors["weight_packed"] = _to_words(raw)
+        tensors["weight_shape"] = np.array([n, k], np.int64)
+        if weight.zero_point is not None:
+            along_n = np.swapaxes(np.asarray(weight.zero_point), -1, -2)
+            words = _to_words(codes.pack(along_n, code.bits))
+            tensors["weight_zero_point"] = np.ascontiguousarray(np.swapaxes(words, -1, -2))
+    elif scale.dtype == ml_dtypes.float8_e8m0fnu:
+        tensors["weight_scale"] = scale.view(np.uint8)
+        if weight.qtype == "fp8_e4m3":
+            tensors["weight"] = raw.view(ml_dtypes.float8_e4m3fn)
+        else:
+            tensors["weight_packed"] = raw
+    elif weight.qtype == "fp4_e2m1" and "global_scale" in weight.aux:
+        tensors["weight_packed"] = raw
+        divisor = 1 / np.asarray(weight.aux["global_scale"])
+        tensors["weight_global_scale"] = divisor.reshape(*lead, 1)
+    elif weight.qtype == "fp8_e4m3":
+        tensors["weight"] = raw.view(ml_dtypes.float8_e4m3fn)
+    else:
+        raise UnsupportedError(f"{module}: compressed-tensors has no layout for {weight.qtype}")
+    for suffix, key in (("input_scale", "act_scale"), ("input_zero_point", "act_zero_point")):
+        if key in weight.aux:
+            value = np.asarray(weight.aux[key]).reshape(*lead, 1)
+            tensors[suffix] = value.astype(np.int8) if suffix == "input_zero_point" else value
+    if "act_global_scale" in weight.aux:
+        tensors["input_global_scale"] = 1 / np.asarray(weight.aux["act_global_scale"]).reshape(
+            *lead, 1
+        )
+    return tensors
+
+
+def _to_words(stream: np.ndarray) -> np.ndarray:
+    """A stream of bits, uint8 [..., bytes], in int32 words, the last one filled with zeros."""
+    missing = -stream.shape[-1] % 4
+    padded = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, missing)])
+    return np.ascontiguousarray(padded).view(np.int32)
