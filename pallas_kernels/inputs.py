@@ -21,8 +21,8 @@ class ActSpec:
       group_size: columns of a group, for "group".
       scale: how a computed scale is made: "float32" (absmax / largest value), "bfloat16" or
         "float16" (the same, rounded to that), "e8m0" (a power of two, floor as in OCP MX),
-        "e8m0_even" (the same of absmax rounded to the mantissa of the type, as Quark and
-        compressed-tensors do), "e8m0_ceil" (absmax / largest, rounded up to a power of two), or
+        "e8m0_even" (the same of absmax rounded to the mantissa of the type: Quark),
+        "e8m0_even4" (always to that of 4-bit floats: compressed-tensors), "e8m0_ceil" (absmax / largest, rounded up to a power of two), or
         "fp8_e4m3" (nvfp4: relative to `Inputs.global_scale`).
       divisor: what absmax is divided by for a computed scale, where it is not the largest value of
         the type (compressed-tensors divides by 127.5 for int8).

@@ -70,6 +70,7 @@ ALSO = {
         "pallas_kernels.inputs",
         "pallas_kernels.matmul.spec",
     ],
+    "formats": ["pallas_kernels.codes", "pallas_kernels.inputs"],
     "layers": ["pallas_kernels.paged_attention.spec"],
     "models": ["pallas_kernels.paged_attention.spec"],
     "checkpoint": ["qjax.ops"],  # prepare: the layout of this machine, as a weight is read

@@ -88,7 +88,9 @@ _FLOATS = {
     "fp6_e3m2": (2, -2, 4, 28.0),
     "fp4_e2m1": (1, 0, 2, 6.0),
 }
-_SCALES = ("float32", "bfloat16", "float16", "e8m0", "e8m0_ceil", "fp8_e4m3", "e8m0_even")
+_SCALES = (
+    *("float32", "bfloat16", "float16", "e8m0", "e8m0_ceil", "fp8_e4m3", "e8m0_even", "e8m0_even4"),
+)
 _INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
 
 

@@ -15,6 +15,7 @@ enum ScaleKind : int {  // how a computed scale is made from absmax
   kScaleE8m0Ceil = 4,  // absmax / largest, rounded up to a power of two
   kScaleE4m3 = 5,      // relative to a global scale
   kScaleE8m0Even = 6,  // as kScaleE8m0, of absmax rounded to the mantissa
+  kScaleE8m0Even4 = 7,  // the same, always to one bit of mantissa
 };
 
 struct Inputs {
@@ -66,10 +67,11 @@ inline float computed_scale(const Inputs& in, float absmax) {
     const int exponent = std::ilogb(absmax) - in.max_exponent;
     return power_of_two(std::min(std::max(exponent, -126), 127));
   }
-  if (in.scale_kind == kScaleE8m0Even) {
+  if (in.scale_kind == kScaleE8m0Even || in.scale_kind == kScaleE8m0Even4) {
     uint32_t bits;
     std::memcpy(&bits, &absmax, 4);
-    const int exponent = int((bits + (1u << (22 - in.mantissa))) >> 23) - 127 - in.max_exponent;
+    const int mantissa = in.scale_kind == kScaleE8m0Even4 ? 1 : in.mantissa;
+    const int exponent = int((bits + (1u << (22 - mantissa))) >> 23) - 127 - in.max_exponent;
     return power_of_two(std::min(std::max(exponent, -126), 127));
   }
   const float scale = absmax / in.divisor;

@@ -241,7 +241,7 @@ def act_spec(args: QuantizationArgs, stored: Stored) -> ActSpec:
     elif args.scale_dtype == "torch.uint8" or (
         args.strategy == "group" and args.type == "float" and args.num_bits < 8
     ):
-        scale = "e8m0_even"
+        scale = "e8m0_even4"
     grouped = args.strategy in ("group", "tensor_group")
     return ActSpec(
         dtype,

@@ -144,9 +144,10 @@ def _scale_of(largest: jax.Array, act: ActSpec, aux: dict[str, jax.Array]) -> ja
     if act.scale == "e8m0":
         exponent = _exponent(largest) - _LARGEST_EXPONENT[act.dtype]
         return _power_of_two(jnp.where(largest > 0, exponent, -127))
-    if act.scale == "e8m0_even":
+    if act.scale in ("e8m0_even", "e8m0_even4"):
         # absmax is rounded to the type's mantissa first: half of its last bit carries over.
-        half = 1 << (22 - _MANTISSA_BITS[act.dtype])
+        mantissa = 1 if act.scale == "e8m0_even4" else _MANTISSA_BITS[act.dtype]
+        half = 1 << (22 - mantissa)
         bits = lax.bitcast_convert_type(largest, jnp.int32) + half
         exponent = _exponent(lax.bitcast_convert_type(bits, jnp.float32))
         return _power_of_two(exponent - _LARGEST_EXPONENT[act.dtype])

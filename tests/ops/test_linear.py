@@ -106,6 +106,7 @@ ROUNDINGS = {
     "mxfp6 e3m2": ActSpec("fp6_e3m2", "group", True, group_size=32, scale="e8m0"),
     "mxfp4": ActSpec("fp4_e2m1", "group", True, group_size=32, scale="e8m0"),
     "mxfp4, rounded absmax": ActSpec("fp4_e2m1", "group", True, group_size=32, scale="e8m0_even"),
+    "mxfp8, rounded absmax": ActSpec("fp8_e4m3", "group", True, group_size=32, scale="e8m0_even4"),
     "nvfp4": ActSpec("fp4_e2m1", "group", True, group_size=16, scale="fp8_e4m3"),
 }
 
