@@ -19,11 +19,14 @@ class ActSpec:
         (`Inputs.scale` and, maybe, `Inputs.zero_point`).
       symmetric: integers without a zero point.
       group_size: columns of a group, for "group".
-      scale: how a computed scale is made: "float32" (absmax / largest value), "bfloat16" or
-        "float16" (the same, rounded to that), "e8m0" (a power of two, floor as in OCP MX),
-        "e8m0_even" (the same of absmax rounded to the mantissa of the type: Quark),
-        "e8m0_even4" (always to that of 4-bit floats: compressed-tensors), "e8m0_ceil" (absmax / largest, rounded up to a power of two), or
-        "fp8_e4m3" (nvfp4: relative to `Inputs.global_scale`).
+      scale: how a computed scale is made:
+        "float32": absmax / largest value.
+        "bfloat16", "float16": the same, rounded to that.
+        "e8m0": a power of two, 2 ** (floor(log2 absmax) - exponent of the largest value), OCP MX.
+        "e8m0_even": the same of absmax rounded to the mantissa of the type first (Quark).
+        "e8m0_even4": the same, always rounded to that of 4-bit floats (compressed-tensors).
+        "e8m0_ceil": absmax / largest value, rounded up to a power of two.
+        "fp8_e4m3": absmax / largest value in multiples of `Inputs.global_scale` (nvfp4).
       divisor: what absmax is divided by for a computed scale, where it is not the largest value of
         the type (compressed-tensors divides by 127.5 for int8).
       upper_bound: of the absolute value that a dynamic scale is made from, or None.
