@@ -43,8 +43,14 @@ def quantization(
             f"is quantized already; quantization={online!r} needs full-precision weights", file=file
         )
     method = _method(found, file) if found is not None else str(online)
+    dtype = fields.get("dtype") or fields.get("torch_dtype") or ""
     checkpoint = Checkpoint(
-        str(file), files.tensors, files.metadata, files.array, str(fields.get("model_type", ""))
+        str(file),
+        files.tensors,
+        files.metadata,
+        files.array,
+        str(fields.get("model_type", "")),
+        str(dtype).removeprefix("torch."),
     )
     return quantization_config(method, str(file)).from_config(found or {}, checkpoint)
 

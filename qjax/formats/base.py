@@ -38,6 +38,7 @@ class Checkpoint:
       metadata: texts of the safetensors headers.
       read: name -> array, for the small tensors that planning depends on.
       model_type: of the model, as in its config.json.
+      dtype: what the model is computed in, as in its config.json ("bfloat16"), or "".
     """
 
     file: str
@@ -45,6 +46,7 @@ class Checkpoint:
     metadata: Mapping[str, Any]
     read: Callable[[str], np.ndarray]
     model_type: str = ""
+    dtype: str = ""
 
 
 Stored = Mapping[str, Record]

@@ -1,0 +1,236 @@
+"""AWQ checkpoints of AutoAWQ, llm-awq, GPTQModel and AutoRound: 4 bits, in three layouts.
+
+W[n, k] = (q - z) * s, with a scale and a zero point for each group of input columns (Lin et al.,
+arXiv 2306.00978). Scales of inputs are part of the layers before and need nothing at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from pallas_kernels import codes
+from qjax.errors import UnsupportedError
+from qjax.formats import weights
+from qjax.formats.base import (
+    PLAIN,
+    Arrays,
+    Checkpoint,
+    Keys,
+    Layer,
+    QuantizationConfig,
+    Stored,
+    expect,
+    fault,
+)
+from qjax.qarray import QArray
+from qjax.registry import register_quantization_config
+
+VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
+_HISTORY = (
+    *("quant_method", "method", "meta", "lm_head", "backend", "do_fuse", "modules_to_fuse"),
+    *("fuse_max_seq_len", "exllama_config", "pack_dtype", "desc_act", "checkpoint_format"),
+    *("format", "autoround_version", "iters", "provider", "data_type", "to_quant_block_names"),
+    *("sym", "model_file_base_name", "dynamic", "block_name_to_quantize", "nsamples", "seqlen"),
+)
+# Where columns 0..7 of a word lie, in nibbles from the lowest.
+_NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)
+# Columns in the order in which the fast layout stores runs of 32.
+_FAST = np.arange(32).reshape(4, 4, 2).swapaxes(0, 1).reshape(4, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]]
+_FAST = _FAST.reshape(32)
+
+
+@register_quantization_config("awq", "auto_awq", "awq_marlin", "llm-awq")
+@dataclass(frozen=True)
+class AWQ(QuantizationConfig):
+    """Settings of one checkpoint.
+
+    Attributes:
+      group_size: columns that share a scale; -1 for all.
+      version: one of `VERSIONS`.
+      excluded: parts of the names of layers that are not quantized.
+      values: the configuration as it was read.
+    """
+
+    group_size: int
+    version: str
+    excluded: tuple[str, ...]
+    values: Mapping[str, Any]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
+        keys = Keys(config, checkpoint.file)
+        keys.ignore(*_HISTORY)
+        bits = keys.get("bits", int) or keys.get("w_bit", int, 4)
+        keys.ignore("bits", "w_bit", "group_size", "q_group_size")
+        if bits != 4:
+            raise UnsupportedError(
+                f"{checkpoint.file}: AWQ of {bits!r:.80} bits is not supported, since tools do not "
+                "agree on how it is stored; 4 bits are"
+            )
+        size = keys.get("group_size", int) or keys.get("q_group_size", int, 128)
+        if size != -1 and size < 1:
+            raise keys.error("group_size", f"{size} is neither above 0 nor -1")
+        version = str(keys.get("version", str, "gemm")).lower()
+        if version not in VERSIONS:
+            version = "gemm"  # names of kernels, which all read this layout
+        if str(config.get("backend", "")) == "llm-awq" and "version" not in config:
+            version = "llm-awq"
+        keys.get("zero_point", bool, True)
+        excluded = keys.get("modules_to_not_convert", list, [])
+        keys.done()
+        return cls(size, version, tuple(map(str, excluded)), config)
+
+    def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
+        if "qweight" not in stored:
+            return None
+        if any(part in module for part in self.excluded):
+            raise fault(
+                stored["qweight"], "is quantized, but modules_to_not_convert names this layer"
+            )
+        if self.version == "gemm":
+            return gemm(module, stored, shape, self.group_size)
+        if self.version == "gemv":
+            return _gemv(module, stored, shape, self.group_size)
+        return _gemv_fast(module, stored, shape, self.group_size)
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
+        if self.version != "gemm":
+            raise UnsupportedError(f"{module}: of AWQ's layouts qjax writes gemm only")
+        k = weight.shape[1]
+        if weight.qtype not in ("uint4", "uint4b8") or weight.additive or weight.aux:
+            raise UnsupportedError(f"{module}: AWQ has no layout for {weight.qtype} weights")
+        scale = np.asarray(weight.scale)
+        zero = np.full(scale.shape, 8, np.uint8)
+        if weight.zero_point is not None:
+            zero = np.asarray(weight.zero_point)
+        values = codes.unpack(np.asarray(weight.qvalue), 4, k, np)
+        return {
+            "qweight": _interleave(values.T),
+            "qzeros": _interleave(zero.T),
+            "scales": np.ascontiguousarray(scale.T),
+        }
+
+
+def _size(group_size: int, k: int) -> int:
+    return k if group_size == -1 else group_size
+
+
+def gemm(module: str, stored: Stored, shape: tuple[int, ...], group_size: int) -> Layer:
+    """Words along N with interleaved columns; other formats use it, too."""
+    n, k = shape[-2:]
+    size = _size(group_size, k)
+    groups = -(-k // size)
+    record = expect(module, stored, "qweight", ("i32", "u32"))
+    if n % 8:
+        raise fault(record, f"{n} outputs do not fill whole words")
+    expect(module, stored, "qweight", ("i32", "u32"), (k, n // 8))
+    expect(module, stored, "scales", PLAIN, (groups, n))
+    reads = ["qweight", "scales"]
+    if "qzeros" in stored:
+        expect(module, stored, "qzeros", ("i32", "u32"), (groups, n // 8))
+        reads.append("qzeros")
+
+    def decode(arrays: Arrays) -> QArray:
+        values = _columns(arrays["qweight"])
+        zero = _columns(arrays["qzeros"]) if "qzeros" in arrays else None
+        return _weight(values.T, arrays["scales"].T, None if zero is None else zero.T, shape, size)
+
+    return Layer(tuple(reads), decode)
+
+
+def _columns(words: np.ndarray) -> np.ndarray:
+    """[R, N / 8] words -> uint8 [R, N]."""
+    words = np.ascontiguousarray(words).view(np.uint32)
+    values = (words[..., None] >> (_NIBBLES * 4)) & np.uint32(15)
+    return values.astype(np.uint8).reshape(words.shape[0], -1)
+
+
+def _interleave(values: np.ndarray) -> np.ndarray:
+    """What `_columns` undoes: int32 [R, N / 8]."""
+    parts = values.reshape(values.shape[0], -1, 8).astype(np.uint32) << (_NIBBLES * 4)
+    return np.bitwise_or.reduce(parts, axis=-1).astype(np.uint32).view(np.int32)
+
+
+def _weight(
+    values: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray | None,
+    shape: tuple[int, ...],
+    size: int,
+) -> QArray:
+    """Codes [N, K], scales [N, G] and zero points [N, G] as a QArray."""
+    symmetric = zero is None or bool((zero == 8).all())
+    return weights.coded(
+        codes.pack(np.ascontiguousarray(values), 4),
+        "uint4b8" if symmetric else "uint4",
+        shape,
+        np.ascontiguousarray(scale),
+        (1, size),
+        zero_point=None if symmetric or zero is None else np.ascontiguousarray(zero),
+    )
+
+
+def _padded_groups(groups: int, size: int) -> int:
+    """Groups that the gemv layouts have room for: 1, 2 or 4 words of zero points, or a multiple."""
+    room = 8 * (1 if size >= 128 else 2 if size == 64 else 4)
+    return -(-groups // room) * room
+
+
+def _gemv(module: str, stored: Stored, shape: tuple[int, ...], group_size: int) -> Layer:
+    """Words along K in natural order."""
+    n, k = shape[-2:]
+    size = _size(group_size, k)
+    groups = -(-k // size)
+    room = _padded_groups(groups, size)
+    expect(module, stored, "qweight", ("i32", "u32"), (n, k // 8))
+    expect(module, stored, "qzeros", ("i32", "u32"), (n, room // 8))
+    expect(module, stored, "scales", PLAIN, (n, room))
+
+    def decode(arrays: Arrays) -> QArray:
+        stream = np.ascontiguousarray(arrays["qweight"]).view(np.uint8)
+        zero_stream = np.ascontiguousarray(arrays["qzeros"]).view(np.uint8)
+        zero = codes.unpack(zero_stream, 4, room, np)[:, :groups]
+        values = codes.unpack(stream, 4, k, np)
+        return _weight(values, arrays["scales"][:, :groups], zero, shape, size)
+
+    return Layer(("qweight", "qzeros", "scales"), decode)
+
+
+def _gemv_fast(module: str, stored: Stored, shape: tuple[int, ...], group_size: int) -> Layer:
+    """Blocks of 4 rows and 64 columns in 16-bit words; zeros are stored as -scale * zero."""
+    n, k = shape[-2:]
+    size = _size(group_size, k)
+    groups = -(-k // size)
+    room = _padded_groups(groups, size)
+    record = expect(module, stored, "qweight", ("i16", "u16"))
+    if n % 4 or k % 64:
+        raise fault(record, f"{(n, k)} is no multiple of (4, 64), which this layout asks for")
+    expect(module, stored, "qweight", ("i16", "u16"), (n // 4, k))
+    zeros = "scaled_zeros" if "scaled_zeros" in stored else "qzeros"
+    for suffix in ("scales", zeros):
+        expect(module, stored, suffix, PLAIN, (room, n), (groups, n))
+
+    def decode(arrays: Arrays) -> QArray:
+        words = np.ascontiguousarray(arrays["qweight"]).view(np.uint16)
+        nibbles = (words[..., None] >> np.array([0, 4, 8, 12], np.uint16)) & np.uint16(15)
+        # [blocks of 4 rows, blocks of 64 columns, row, two runs of 32]
+        runs = nibbles.astype(np.uint8).reshape(n // 4, k // 64, 4, 2, 32)
+        values = np.empty_like(runs)
+        values[..., _FAST] = runs
+        values = values.transpose(0, 2, 1, 3, 4).reshape(n, k)
+        scale, zero = (
+            np.ascontiguousarray(arrays[suffix][:groups].T) for suffix in ("scales", zeros)
+        )
+        packed = codes.pack(values, 4)
+        return weights.coded(
+            packed, "uint4", shape, scale, (1, size), zero_point=zero, additive=True
+        )
+
+    return Layer(("qweight", "scales", zeros), decode)

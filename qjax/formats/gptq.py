@@ -1,0 +1,290 @@
+"""GPTQ checkpoints, as AutoGPTQ, GPTQModel and AutoRound write them.
+
+W[n, k] = (q[k, n] - z[g[k], n]) * s[g[k], n]. Codes lie in 32-bit words along K (`qweight`), zero
+points in words along N (`qzeros`); g (`g_idx`) is the group of each input column.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels import codes
+from qjax.errors import UnsupportedError
+from qjax.formats import weights
+from qjax.formats.base import (
+    PLAIN,
+    Arrays,
+    Checkpoint,
+    Keys,
+    Layer,
+    QuantizationConfig,
+    Stored,
+    expect,
+    fault,
+)
+from qjax.qarray import QArray
+from qjax.registry import quantization_config, register_quantization_config
+
+WORDS = ("i32", "u32", "i16", "i8", "i64")
+AWQ_LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
+
+# Keys of the tools that say how a model was quantized, not how it is stored.
+_HISTORY = (
+    *("quant_method", "method", "meta", "static_groups", "true_sequential", "damp_percent"),
+    *("damp_auto_increment", "model_file_base_name", "model_name_or_path", "mse", "pack_dtype"),
+    *("modules_in_block_to_quantize", "block_name_to_quantize", "version", "use_exllama"),
+    *("exllama_config", "use_cuda_fp16", "max_input_length", "backend", "batch_size", "dataset"),
+    *("cache_block_outputs", "disable_exllama", "module_name_preceding_first_block"),
+    *("pad_token_id", "tokenizer", "act_group_aware", "adapter", "desc_act", "lm_head", "sym"),
+    *("is_marlin_format", "parallel_packing", "checkpoint_format", "format", "hyb_act", "rotation"),
+    *("autoround_version", "iters", "provider", "data_type", "to_quant_block_names", "enable_"),
+    *("inside_layer_modules", "modules_to_not_convert", "low_gpu_mem_usage", "nsamples", "seqlen"),
+)
+# Widths of the planes that 32 codes are cut into in the planar packing, low bits first.
+_PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one layer is stored.
+
+    Attributes:
+      zero_offset: what stored zero points lack (1 in the first version of the format).
+      planar: the widths in bits whose codes lie in planes.
+      scale_dtype: the dtype that scales are rounded to when they are read, or "" for none: GPTQModel
+        and vLLM hold them in the dtype of the model.
+    """
+
+    bits: int
+    group_size: int
+    zero_offset: int = 1
+    planar: tuple[int, ...] = ()
+    scale_dtype: str = ""
+
+
+@register_quantization_config("gptq", "auto_gptq", "gptq_marlin")
+@dataclass(frozen=True)
+class GPTQ(QuantizationConfig):
+    """Settings of one checkpoint.
+
+    Attributes:
+      settings: of layers that `dynamic` does not name.
+      dynamic: (pattern, overrides or None for an unquantized layer); the first that matches wins.
+      values: the configuration as it was read.
+    """
+
+    settings: Settings
+    dynamic: tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...]
+    values: Mapping[str, Any]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
+        keys = Keys(config, checkpoint.file)
+        layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+        if layout in AWQ_LAYOUTS:
+            return quantization_config("awq").from_config({"version": layout, **config}, checkpoint)
+        if layout.startswith("marlin") or config.get("is_marlin_format") is True:
+            return quantization_config("marlin").from_config(config, checkpoint)
+        if layout not in ("gptq", "gptq_v2", "gptq_p"):
+            raise UnsupportedError(
+                f"{checkpoint.file}: checkpoint_format {layout!r:.80} is not supported; these are: "
+                f"gptq, gptq_v2, gptq_p, marlin, {', '.join(AWQ_LAYOUTS)}"
+            )
+        keys.ignore(*_HISTORY)
+        bits = _bits(keys, keys.get("bits", int))
+        settings = Settings(
+            bits,
+            _group_size(keys, keys.get("group_size", int, 128)),
+            1 if layout == "gptq" else 0,
+            tuple(_PLANES) if layout == "gptq_p" else _planar_widths(config),
+            checkpoint.dtype if checkpoint.dtype in ("bfloat16", "float16") else "",
+        )
+        dynamic = []
+        section = keys.section("dynamic")
+        for pattern in section.values:
+            overrides = section.get(pattern, dict, {})
+            skip = pattern.startswith("-:")
+            try:
+                compiled = re.compile(re.sub(r"^[+-]:", "", pattern))
+            except re.error as error:
+                raise section.error(pattern, f"is not a regular expression: {error}") from error
+            inner = Keys(overrides, keys.file, f"{section.prefix}{pattern}.")
+            for name, check in (("bits", _bits), ("group_size", _group_size)):
+                if name in overrides:
+                    check(inner, inner.get(name, int))
+            dynamic.append((compiled, None if skip else overrides))
+        keys.done()
+        return cls(settings, tuple(dynamic), config)
+
+    def settings_of(self, module: str) -> Settings | None:
+        """The settings of a layer, or None for one that is left unquantized."""
+        for pattern, overrides in self.dynamic:
+            if pattern.match(module):
+                if overrides is None:
+                    return None
+                given = {k: overrides[k] for k in ("bits", "group_size") if k in overrides}
+                return replace(self.settings, **given)
+        return self.settings
+
+    def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
+        if "qweight" not in stored:
+            return None
+        settings = self.settings_of(module)
+        if settings is None:
+            raise fault(stored["qweight"], "is quantized, but `dynamic` excludes this layer")
+        return layer(module, stored, shape, settings)
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
+        settings = self.settings_of(module)
+        if settings is None:
+            raise UnsupportedError(f"{module}: `dynamic` excludes this layer")
+        return encode(module, weight, settings)
+
+
+def _bits(keys: Keys, bits: int | None) -> int:
+    if bits not in range(2, 9):
+        raise UnsupportedError(
+            f"{keys.file}: {keys.prefix}bits {bits!r:.80} is not supported; 2 to 8 are"
+        )
+    return int(bits)
+
+
+def _group_size(keys: Keys, size: int) -> int:
+    if size != -1 and size < 1:
+        raise keys.error("group_size", f"{size} is neither above 0 nor -1")
+    return size
+
+
+def _planar_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """GPTQModel has planes for the widths that AutoGPTQ does not know."""
+    meta = config.get("meta")
+    written = isinstance(meta, Mapping) and "gptqmodel" in str(meta.get("quantizer", ""))
+    return (5, 6, 7) if written else ()
+
+
+def layer(module: str, stored: Stored, shape: tuple[int, ...], settings: Settings) -> Layer:
+    """Plans a layer in GPTQ's layout; other formats use it, too."""
+    n, k = shape[-2:]
+    bits = settings.bits
+    size = k if settings.group_size == -1 else settings.group_size
+    groups = -(-k // size)
+    record = expect(module, stored, "qweight", WORDS)
+    word = 8 * np.dtype({"i64": "i8", "i16": "i2", "i8": "i1"}.get(record.qtype, "i4")).itemsize
+    if k * bits % word or n * bits % word:
+        raise fault(record, f"{(n, k)} weights of {bits} bits do not fill whole words")
+    expect(module, stored, "qweight", WORDS, (k * bits // word, n))
+    expect(module, stored, "qzeros", record.qtype, (groups, n * bits // word))
+    expect(module, stored, "scales", PLAIN, (groups, n))
+    reads = ["qweight", "qzeros", "scales"]
+    if "g_idx" in stored:
+        expect(module, stored, "g_idx", ("i32", "i64"), (k,))
+        reads.append("g_idx")
+
+    def decode(arrays: Arrays) -> QArray:
+        planes = _PLANES[bits] if bits in settings.planar else None
+        stream = _stream(np.ascontiguousarray(arrays["qweight"].T), k, bits, planes)
+        zero = _zeros(arrays["qzeros"], n, settings, planes)
+        aux = {}
+        if "g_idx" in arrays:
+            order = weights.act_order(stored["g_idx"], arrays["g_idx"], size)
+            if order is not None:
+                stream = codes.pack(codes.unpack(stream, bits, k, np)[..., order], bits)
+                aux["perm"] = order.astype(np.int32)[None]
+        half = 1 << (bits - 1)
+        symmetric = bool((zero == half).all())
+        return weights.coded(
+            stream,
+            f"uint{bits}b{half}" if symmetric else f"uint{bits}",
+            (n, k),
+            scale_in(np.ascontiguousarray(arrays["scales"].T), settings.scale_dtype),
+            (1, size),
+            zero_point=None if symmetric else zero,
+            aux=aux,
+        )
+
+    return Layer(tuple(reads), decode)
+
+
+def _stream(words: np.ndarray, count: int, bits: int, planes: tuple[int, ...] | None) -> np.ndarray:
+    """Codes in words [..., W] as a dense stream of bits: uint8 [..., row_bytes]."""
+    raw = words.view(np.uint8)
+    if planes is None:
+        return raw
+    # 32 codes take `bits` words of 32 bits: those of each plane follow each other.
+    blocks = raw.reshape(*raw.shape[:-1], -1, 4 * bits)
+    values, at, shift = np.zeros((*blocks.shape[:-1], 32), np.uint8), 0, 0
+    for width in planes:
+        plane = blocks[..., 4 * at : 4 * (at + width)]
+        values |= codes.unpack(plane, width, 32, np) << np.uint8(shift)
+        at, shift = at + width, shift + width
+    return codes.pack(values.reshape(*raw.shape[:-1], count), bits)
+
+
+def _zeros(
+    qzeros: np.ndarray, n: int, settings: Settings, planes: tuple[int, ...] | None
+) -> np.ndarray:
+    """Zero points uint8 [N, G].
+
+    Where stored ones are one too small, the whole word is added to, borrows included: a zero point
+    of 0 was stored as -1 and took from its neighbour.
+    """
+    words = np.ascontiguousarray(qzeros)
+    words = words.view(np.dtype(f"u{words.itemsize}"))
+    bits = settings.bits
+    if settings.zero_offset and planes is None:
+        words = words + codes.pack(np.ones(n, np.uint8), bits).view(words.dtype)
+    values = codes.unpack(_stream(words, n, bits, planes), bits, n, np)
+    if settings.zero_offset and planes is not None:  # no word to borrow from
+        values = (values + np.uint8(1)) & np.uint8((1 << bits) - 1)
+    return np.ascontiguousarray(values.T)
+
+
+def scale_in(scale: np.ndarray, dtype: str) -> np.ndarray:
+    """Scales as a tool holds them that loads a model in this dtype ("" for as they are)."""
+    if not dtype or scale.dtype.name == dtype or scale.dtype == np.float32:
+        return scale
+    return scale.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+
+
+def encode(module: str, weight: QArray, settings: Settings) -> dict[str, np.ndarray]:
+    """The tensors that `layer` reads, for integers in groups of columns."""
+    bits = settings.bits
+    n, k = weight.shape
+    half = 1 << (bits - 1)
+    names = {f"uint{bits}", f"uint{bits}b{half}"}
+    group = weight.group or (0, 0)
+    if weight.qtype not in names or group[0] != 1 or weight.additive or bits in settings.planar:
+        raise UnsupportedError(
+            f"{module}: GPTQ of {bits} bits has no layout for {weight.qtype} in groups of {group}"
+        )
+    stream, aux = np.asarray(weight.qvalue), weight.aux
+    groups = np.arange(k) // group[1]
+    g_idx = groups
+    if "perm" in aux:
+        order = np.asarray(aux["perm"])[0]
+        values = np.empty((n, k), np.uint8)
+        values[:, order] = codes.unpack(stream, bits, k, np)
+        stream, g_idx = codes.pack(values, bits), np.empty(k, np.int64)
+        g_idx[order] = groups
+    scale = np.asarray(weight.scale)
+    zero = np.full(scale.shape, half, np.uint8)
+    if weight.zero_point is not None:
+        zero = np.asarray(weight.zero_point)
+    words = np.ascontiguousarray(codes.pack(np.ascontiguousarray(zero.T), bits)).view(np.uint32)
+    if settings.zero_offset:
+        words = words - codes.pack(np.ones(n, np.uint8), bits).view(np.uint32)
+    return {
+        "qweight": np.ascontiguousarray(np.ascontiguousarray(stream).view(np.int32).T),
+        "qzeros": words.view(np.int32),
+        "scales": np.ascontiguousarray(scale.T),
+        "g_idx": g_idx.astype(np.int32),
+    }
