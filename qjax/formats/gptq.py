@@ -57,8 +57,8 @@ class Settings:
     Attributes:
       zero_offset: what stored zero points lack (1 in the first version of the format).
       planar: the widths in bits whose codes lie in planes.
-      scale_dtype: the dtype that scales are rounded to when they are read, or "" for none: GPTQModel
-        and vLLM hold them in the dtype of the model.
+      scale_dtype: the dtype that scales are rounded to when they are read, or "" for none:
+        GPTQModel and vLLM hold them in the dtype of the model.
     """
 
     bits: int
@@ -240,10 +240,11 @@ def _zeros(
     words = np.ascontiguousarray(qzeros)
     words = words.view(np.dtype(f"u{words.itemsize}"))
     bits = settings.bits
-    if settings.zero_offset and planes is None:
+    whole = 32 % bits == 0
+    if settings.zero_offset and whole:
         words = words + codes.pack(np.ones(n, np.uint8), bits).view(words.dtype)
     values = codes.unpack(_stream(words, n, bits, planes), bits, n, np)
-    if settings.zero_offset and planes is not None:  # no word to borrow from
+    if settings.zero_offset and not whole:  # codes cross words: each is added to alone
         values = (values + np.uint8(1)) & np.uint8((1 << bits) - 1)
     return np.ascontiguousarray(values.T)
 
@@ -279,8 +280,10 @@ def encode(module: str, weight: QArray, settings: Settings) -> dict[str, np.ndar
     zero = np.full(scale.shape, half, np.uint8)
     if weight.zero_point is not None:
         zero = np.asarray(weight.zero_point)
+    if 32 % bits and settings.zero_offset:
+        zero = (zero - np.uint8(1)) & np.uint8((1 << bits) - 1)
     words = np.ascontiguousarray(codes.pack(np.ascontiguousarray(zero.T), bits)).view(np.uint32)
-    if settings.zero_offset:
+    if 32 % bits == 0 and settings.zero_offset:
         words = words - codes.pack(np.ones(n, np.uint8), bits).view(np.uint32)
     return {
         "qweight": np.ascontiguousarray(np.ascontiguousarray(stream).view(np.int32).T),
