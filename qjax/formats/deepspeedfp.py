@@ -1,0 +1,91 @@
+"""DeepSpeedFP: weights of a 16-bit checkpoint rounded to small floats as they are read.
+
+Groups run over the flattened weight; each has a scale absmax / largest value. 8 bits are e4m3, 6
+are e3m2, 4 are e2m1 and 12 are e7m4 (sign included). Unlike DeepSpeed, whose 8-bit type has no NaN
+and reaches 480, the largest value of 8 bits is 448 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from pallas_kernels import codes
+from qjax.errors import UnsupportedError
+from qjax.formats import weights
+from qjax.formats.base import PLAIN, Checkpoint, Keys, Layer, QuantizationConfig, Stored, expect
+from qjax.formats.fp8 import rounds_online
+from qjax.qarray import QArray
+from qjax.registry import register_quantization_config
+
+QTYPES = {4: "fp4_e2m1", 6: "fp6_e3m2", 8: "fp8_e4m3", 12: "fp12_e7m4"}
+
+
+@register_quantization_config("deepspeedfp")
+@dataclass(frozen=True)
+class DeepSpeedFP(QuantizationConfig):
+    """Settings: bits of a weight, and how many weights share a scale."""
+
+    bits: int
+    group_size: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
+        keys = Keys(config, checkpoint.file)
+        keys.ignore("quant_method")
+        bits = keys.choice("bits", tuple(QTYPES), 8)
+        size = keys.get("group_size", int, 512)
+        if size < 1:
+            raise keys.error("group_size", f"{size} is not above 0")
+        keys.done()
+        return cls(bits, size)
+
+    def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
+        record = expect(module, stored, "weight", PLAIN, shape)
+        if not rounds_online(module):
+            return None
+        k, size = shape[-1], self.group_size
+        if k % size and (size % k or shape[-2] % (size // k)):
+            raise UnsupportedError(
+                f"{record.file}, {module}: groups of {size} weights do not fit rows of {k}; use a "
+                f"group_size that divides {k}"
+            )
+        group = (max(1, size // k), min(size, k))
+        qtype = QTYPES[self.bits]
+        return Layer(("weight",), lambda arrays: round_to(arrays["weight"], qtype, group))
+
+
+def round_to(dense: np.ndarray, qtype: str, group: tuple[int, int]) -> QArray:
+    """A plain weight [..., N, K] in small floats with a scale for each group."""
+    values = np.asarray(dense, np.float32)
+    *lead, n, k = values.shape
+    tiles = values.reshape(*lead, n // group[0], group[0], k // group[1], group[1])
+    largest = np.abs(tiles).max((-3, -1), keepdims=True)
+    scale = np.where(
+        largest > 0, largest / codes.table(qtype).max(where=_FINITE[qtype], initial=0), 1
+    )
+    scale = scale.astype(np.float32)
+    packed = codes.pack(
+        nearest((tiles / scale).reshape(values.shape), qtype), codes.CODES[qtype].bits
+    )
+    return weights.coded(packed, qtype, values.shape, scale, group)
+
+
+_FINITE = {qtype: np.isfinite(codes.table(qtype)) for qtype in QTYPES.values()}
+
+
+def nearest(values: np.ndarray, qtype: str) -> np.ndarray:
+    """The codes of the nearest numbers of a type; half way, of those with an even code."""
+    table = codes.table(qtype)
+    positive = table[: len(table) // 2]
+    positive = positive[np.isfinite(positive)]
+    magnitude = np.abs(values)
+    high = np.clip(np.searchsorted(positive, magnitude), 1, len(positive) - 1)
+    low_gap, high_gap = magnitude - positive[high - 1], positive[high] - magnitude
+    up = (high_gap < low_gap) | ((high_gap == low_gap) & (high % 2 == 0))
+    code = np.where(up, high, high - 1)
+    code = np.where(magnitude >= positive[-1], len(positive) - 1, code)
+    return np.where(np.signbit(values), code + len(table) // 2, code)

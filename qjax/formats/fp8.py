@@ -1,0 +1,186 @@
+"""8-bit floats: native `fp8` (per tensor, per channel, in blocks), fbgemm_fp8, and fp8 made at load.
+
+DeepSeek's `weight_scale_inv` is a multiplier like every other scale. Blocks at the edges of a weight
+may be partial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from qjax.errors import UnsupportedError
+from qjax.formats import weights
+from qjax.formats.base import (
+    PLAIN,
+    Arrays,
+    Checkpoint,
+    Keys,
+    Layer,
+    QuantizationConfig,
+    Stored,
+    expect,
+    fault,
+)
+from qjax.qarray import ActSpec, QArray
+from qjax.registry import register_quantization_config
+
+_SCALES = (*PLAIN, "f8_e8m0")
+_TOKEN = ActSpec("fp8_e4m3", "token", True)
+_STATIC = ActSpec("fp8_e4m3", "tensor", False)
+_LARGEST = 448.0
+
+
+@register_quantization_config("fp8", "fbgemm_fp8", "deepseek_v4_fp8")
+@dataclass(frozen=True)
+class Fp8(QuantizationConfig):
+    """Settings of one checkpoint.
+
+    Attributes:
+      static: whether scales of activations come with the checkpoint.
+      block: rows and columns of a block of weights, or None.
+      powers_of_two: whether scales of activations are rounded up to these (`scale_fmt: ue8m0`).
+      upper_bound: of what a scale of activations is made from, or None (fbgemm).
+      excluded: names, or ends or parts of names, of layers that are not quantized.
+      online: the checkpoint is in full precision, and weights are rounded as they are read.
+      values: the configuration as it was read.
+    """
+
+    static: bool
+    block: tuple[int, int] | None
+    powers_of_two: bool
+    upper_bound: float | None
+    excluded: tuple[str, ...]
+    online: bool
+    values: Mapping[str, Any]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
+        keys = Keys(config, checkpoint.file)
+        keys.ignore("quant_method", "dequantize", "store_dtype", "kv_cache_scheme", "version")
+        keys.ignore("modules_to_convert", "is_checkpoint_fp8_serialized")
+        keys.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
+        keys.choice("expert_dtype", ("fp8",), "fp8")
+        scale_format = keys.choice("scale_fmt", ("float", "ue8m0"), "float")
+        scheme = keys.choice("activation_scheme", ("static", "dynamic"), "dynamic")
+        block = keys.get("weight_block_size", list)
+        if block is not None and not (
+            len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+        ):
+            raise keys.error("weight_block_size", f"{block!r:.80} is not [rows, columns]")
+        excluded = [*keys.get("ignored_layers", list, [])]
+        excluded += keys.get("modules_to_not_convert", list, [])
+        bound = keys.get("activation_scale_ub", (int, float))
+        keys.done()
+        return cls(
+            scheme == "static",
+            None if block is None else (block[0], block[1]),
+            scale_format == "ue8m0",
+            None if bound is None else float(bound),
+            tuple(map(str, excluded)),
+            not config,
+            config,
+        )
+
+    def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
+        record = expect(module, stored, "weight")
+        if record.qtype in PLAIN:
+            if not self.online or not rounds_online(module):
+                return None
+            expect(module, stored, "weight", PLAIN, shape)
+            return Layer(("weight",), lambda arrays: per_tensor(arrays["weight"], self.act(None)))
+        if record.qtype not in weights.FP8_QTYPES:
+            raise fault(record, f"has dtype {record.qtype}, expected f8_e4m3 or a plain one")
+        if any(_names(part, module) for part in self.excluded):
+            raise fault(record, f"has dtype {record.qtype}, but the config excludes this layer")
+        expect(module, stored, "weight", tuple(weights.FP8_QTYPES), shape)
+        suffix = "weight_scale_inv" if "weight_scale_inv" in stored else "weight_scale"
+        scale = expect(module, stored, suffix, _SCALES)
+        block = self.block or _inferred_block(tuple(scale.shape), shape)
+        group = weights.scale_group(scale, shape, block)
+        act = self.act(group[1] if group == block else None)
+        reads = ["weight", suffix]
+        ignores = []
+        if "input_scale" in stored and not act.dynamic:
+            expect(module, stored, "input_scale", PLAIN, (), (1,), (1, 1), shape[:-2])
+            reads.append("input_scale")
+        elif not act.dynamic:
+            expect(module, stored, "input_scale")
+        elif "input_scale" in stored:
+            ignores.append("input_scale")
+        qtype = weights.FP8_QTYPES[record.qtype]
+
+        def decode(arrays: Arrays) -> QArray:
+            aux = {}
+            if "input_scale" in reads:
+                aux["act_scale"] = weights.scalar(arrays["input_scale"], shape[:-2])
+            return weights.coded(
+                arrays["weight"], qtype, shape, arrays[suffix], group, act=act, aux=aux
+            )
+
+        return Layer(tuple(reads), decode, tuple(ignores))
+
+    def act(self, block_columns: int | None) -> ActSpec:
+        """How activations are rounded for a weight with blocks of so many columns, or without."""
+        if block_columns is not None:
+            scale = "e8m0_ceil" if self.powers_of_two else "float32"
+            return ActSpec("fp8_e4m3", "group", True, group_size=block_columns, scale=scale)
+        return _STATIC if self.static else replace(_TOKEN, upper_bound=self.upper_bound)
+
+    def to_config(self) -> dict[str, Any]:
+        if self.online:
+            return {"quant_method": "fp8", "activation_scheme": "dynamic"}
+        return dict(self.values)
+
+    def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
+        if weight.qtype != "fp8_e4m3" or weight.group is None:
+            raise UnsupportedError(f"{module}: fp8 has no layout for {weight.qtype} weights")
+        n, k = weight.shape
+        lead = weight.qvalue.shape[:-2]
+        scale = np.asarray(weight.scale)
+        tensors = {"weight": np.asarray(weight.qvalue).view(ml_dtypes.float8_e4m3fn)}
+        if weight.group == (n, k):
+            tensors["weight_scale"] = scale.reshape(lead)
+        elif weight.group == (1, k):
+            tensors["weight_scale"] = scale
+        else:
+            tensors["weight_scale_inv"] = scale
+        if "act_scale" in weight.aux:
+            tensors["input_scale"] = np.asarray(weight.aux["act_scale"]).reshape(lead)
+        return tensors
+
+
+def _names(part: str, module: str) -> bool:
+    """Whether an entry of the list of excluded layers means a module."""
+    return module == part or module.startswith(part + ".") or module.endswith("." + part)
+
+
+def _inferred_block(scale: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Blocks of the size that the number of scales gives, where the config does not tell."""
+    if len(scale) != len(shape) or 0 in scale:
+        return None
+    sizes = [-(-length // count) for length, count in zip(shape[-2:], scale[-2:], strict=True)]
+    # Partial blocks hide the size: blocks are powers of two in practice.
+    rows, columns = (1 << (size - 1).bit_length() for size in sizes)
+    return rows, columns
+
+
+def rounds_online(module: str) -> bool:
+    """Whether a layer is rounded when a full-precision checkpoint is quantized as it is read:
+    linear layers are, but not embedding, head and routers.
+    """
+    return not module.endswith(("embed_tokens", "lm_head", ".gate", ".router"))
+
+
+def per_tensor(dense: np.ndarray, act: ActSpec | None) -> QArray:
+    """A plain weight [..., N, K] in float8_e4m3 with one scale, absmax / 448."""
+    values = np.asarray(dense, np.float32)
+    largest = np.abs(values).max((-2, -1), keepdims=True)
+    scale = np.where(largest > 0, largest / np.float32(_LARGEST), np.float32(1))
+    codes = np.clip(values / scale, -_LARGEST, _LARGEST).astype(ml_dtypes.float8_e4m3fn)
+    group = (values.shape[-2], values.shape[-1])
+    return weights.coded(codes, "fp8_e4m3", values.shape, scale, group, act=act)
