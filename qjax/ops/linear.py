@@ -73,13 +73,11 @@ def linear(
 
 
 def _treated_alike(weights: tuple[QArray, ...]) -> bool:
-    """Whether one and the same input serves all of them, and nothing but the product is wanted."""
+    """Whether one call serves all of them: one input, one layout, nothing but the product."""
     if any("lora_a" in w.aux or w.hadamard[1] for w in weights):
         return False
-    return len(weights) == 1 or (
-        len({(w.act, w.hadamard) for w in weights}) == 1
-        and not any(map(activations.has_own_inputs, weights))
-    )
+    alike = len({(w.act, w.hadamard, w.layout) for w in weights}) == 1
+    return len(weights) == 1 or (alike and not any(map(activations.has_own_inputs, weights)))
 
 
 def _product(
