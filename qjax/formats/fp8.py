@@ -1,7 +1,7 @@
-"""8-bit floats: native `fp8` (per tensor, per channel, in blocks), fbgemm_fp8, and fp8 made at load.
+"""8-bit floats: native `fp8` (per tensor, per channel, in blocks), fbgemm_fp8, fp8 made at load.
 
-DeepSeek's `weight_scale_inv` is a multiplier like every other scale. Blocks at the edges of a weight
-may be partial.
+DeepSeek's `weight_scale_inv` is a multiplier like every other scale. Blocks at the edges of a
+weight may be partial.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Makes the tiny-* checkpoints: random models of transformers, with its logits.
 
 Written with the versions that each provenance.json names. Run by hand, where torch and transformers
-are installed: `python tests/golden/make_models.py`.
+are installed: `python tests/golden/make_models.py`, with names behind it for some of them alone.
 
 The fixtures named base-* come from trained models; these fill in what those lack: model types and
 rope scalings. Weights are stored in bfloat16 and multiplied in float32. They are large enough, and
@@ -10,6 +10,7 @@ the windows, caps and original lengths small enough, that each feature moves the
 
 import json
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,33 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 1,
     "attn_implementation": "eager",
+}
+# Sizes of latent attention, no two alike; a dense layer and two with experts.
+DEEPSEEK = SIZES | {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "n_group": 4,
+    "topk_group": 2,
+    "experts_implementation": "eager",
+    "tie_word_embeddings": False,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "beta_fast": 4.0,
+        "beta_slow": 0.5,
+        "mscale": 0.707,
+        "mscale_all_dim": 1.5,
+        "original_max_position_embeddings": 32,
+    },
 }
 # One prompt that fits the original length and the windows, one that does not.
 LENGTHS = (20, 70)
@@ -81,27 +109,61 @@ CONFIGS = {
             "original_max_position_embeddings": 32,
         },
     ),
+    # As V2-Lite, without a latent of queries, but with the groups of V2.
+    "tiny-deepseek-v2": transformers.DeepseekV2Config(
+        **DEEPSEEK,
+        q_lora_rank=None,
+        n_shared_experts=2,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=3.0,
+    ),
+    "tiny-deepseek-v3": transformers.DeepseekV3Config(
+        **DEEPSEEK,
+        q_lora_rank=48,
+        n_shared_experts=1,
+        routed_scaling_factor=2.5,
+        num_mtp_layers=0,
+    ),
 }
+CONTINUED = ("tiny-deepseek-v2", "tiny-deepseek-v3")  # also greedily, by so many tokens
+CONTINUATION = 32
 
 
 def fill(model: torch.nn.Module) -> None:
     """Random parameters that bfloat16 holds exactly, sized to keep activations near 1."""
     for parameter in model.parameters():
         values = torch.randn(parameter.shape)
-        if parameter.ndim == 2:
-            values *= 1.5 / parameter.shape[1] ** 0.5
+        if parameter.ndim >= 2:
+            values *= 1.5 / parameter.shape[-1] ** 0.5
         else:
             values = parameter.data + 0.3 * values
         parameter.data = values.to(torch.bfloat16).to(torch.float32)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.2 * torch.randn(buffer.shape).to(torch.bfloat16))
 
 
-def main() -> None:
+def continuation(model: torch.nn.Module, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The most likely next tokens, and by how much each one's logit leads."""
+    tokens, margins = [], []
+    for _ in range(CONTINUATION):
+        with torch.no_grad():
+            top = model(ids, use_cache=False).logits[0, -1].topk(2)
+        tokens.append(int(top.indices[0]))
+        margins.append(float(top.values[0] - top.values[1]))
+        ids = torch.cat([ids, top.indices[None, :1]], dim=1)
+    return np.array(tokens, np.int32), np.array(margins, np.float32)
+
+
+def main(wanted: list[str]) -> None:
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     for seed, (name, config) in enumerate(CONFIGS.items()):
+        if wanted and name not in wanted:
+            continue
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         fill(model)
@@ -112,6 +174,9 @@ def main() -> None:
                 logits = model(ids, use_cache=False).logits[0]
             reference[f"ids_{i}"] = ids[0].numpy().astype(np.int32)
             reference[f"logits_{i}"] = logits.numpy()
+            if name in CONTINUED:
+                reference[f"pos_{i}"] = np.arange(length, dtype=np.int32)
+                reference[f"greedy_{i}"], reference[f"greedy_margin_{i}"] = continuation(model, ids)
         folder = Path(__file__).parent / name
         model.to(torch.bfloat16).save_pretrained(folder)
         (folder / "generation_config.json").unlink()
@@ -125,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
