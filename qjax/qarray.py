@@ -20,7 +20,7 @@ AUX_KEYS = frozenset(
     {
         *("global_scale", "codebook"),  # of the weight
         *("perm", "act_pre_scale", "act_scale", "act_zero_point", "act_global_scale"),  # of inputs
-        *("lora_a", "lora_b"),
+        *("lora_a", "lora_b", "output_perm"),  # of outputs
     }
 )
 
@@ -45,7 +45,8 @@ class QArray:
       aux: further arrays by reserved key, see `AUX_KEYS`: global_scale float32 [..., 1, 1]
         (multiplies scale); codebook float32 [..., 1, entries]; perm int32 [1, K] (input columns are
         taken in this order first); act_pre_scale [1, K] (multiplies the input); act_scale,
-        act_zero_point, act_global_scale [1, 1]; lora_a [R, K] and lora_b [N, R].
+        act_zero_point, act_global_scale [1, 1]; lora_a [R, K] and lora_b [N, R];
+        output_perm int32 [1, N] (output i is that of the stored row output_perm[i]).
       group: rows and columns that share a scale; None for block types.
       additive: a weight is code * scale + zero_point, not (code - zero_point) * scale.
       act: how activations are to be quantized, or None for not at all.
@@ -128,8 +129,15 @@ class QArray:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *weights)
 
     def rows(self, start: int, stop: int) -> QArray:
-        """Outputs start to stop of a canonical weight on the host."""
+        """Outputs start to stop of a canonical weight on the host.
+
+        Raises:
+          UnsupportedError: rows are stored in another order, and these take more of one group than
+            of another.
+        """
         assert self.layout == CANONICAL
+        if "output_perm" in self.aux:
+            return self._stored_rows(self.aux["output_perm"][0, start:stop])
 
         def cut(array: Any) -> Any:
             """Of scales: their rows, spread where groups do not begin at `start`."""
@@ -160,9 +168,31 @@ class QArray:
             group=group,
         )
 
+    def _stored_rows(self, order: np.ndarray) -> QArray:
+        """The outputs that these stored rows give, which stay in the order they are stored in."""
+        assert self.group is not None
+        kept = np.sort(order)
+        tiles, columns = -(-self.shape[0] // self.group[0]), self.group[1]
+        counts = np.bincount(kept // self.group[0], minlength=tiles)
+        if len(set(counts.tolist())) != 1:
+            raise UnsupportedError(
+                f"{len(kept)} of {self.shape[0]} outputs cannot be taken apart: they have unequal "
+                f"parts in its groups of {self.group[0]} rows"
+            )
+        return replace(
+            self,
+            qvalue=self.qvalue[kept],
+            shape=(len(kept), self.shape[1]),
+            group=(int(counts[0]), columns),
+            aux={**self.aux, "output_perm": np.searchsorted(kept, order).astype(np.int32)[None]},
+        )
+
     def take_rows(self, order: np.ndarray) -> QArray:
         """Outputs in another order, of a canonical weight on the host."""
         assert self.layout == CANONICAL
+        if "output_perm" in self.aux:
+            permuted = self.aux["output_perm"][..., order]
+            return replace(self, aux={**self.aux, "output_perm": permuted})
 
         def pick(array: Any, size: int) -> Any:
             return array if array is None or array.shape[-2] == 1 else array[..., order // size, :]
@@ -216,7 +246,8 @@ class QArray:
         return 8 * self.nbytes / (np.prod(leading, dtype=np.int64) * self.shape[0] * self.shape[1])
 
     def dequantize(self) -> jax.Array:
-        """float32 [..., N, K], columns in the order of the stored codes (see aux "perm").
+        """float32 [..., N, K], rows and columns in the order of the stored codes (see aux
+        "output_perm" and "perm").
 
         Raises ValueError in a private layout: `ops.unprepare` it first.
         """

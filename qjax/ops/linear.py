@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Batch.numerics -> what the kernels may round activations to.
 ACTIVATION_DTYPES = {"exact": "float32", "int16": "int16", "int8": "int8"}
+_OUTPUT_AUX = {"lora_a", "output_perm"}  # what a weight does to the outputs of its product
 
 
 def linear(
@@ -74,7 +75,7 @@ def linear(
 
 def _treated_alike(weights: tuple[QArray, ...]) -> bool:
     """Whether one call serves all of them: one input, one layout, nothing but the product."""
-    if any("lora_a" in w.aux or w.hadamard[1] for w in weights):
+    if any(w.hadamard[1] or w.aux.keys() & _OUTPUT_AUX for w in weights):
         return False
     alike = len({(w.act, w.hadamard, w.layout) for w in weights}) == 1
     return len(weights) == 1 or (alike and not any(map(activations.has_own_inputs, weights)))
@@ -116,6 +117,8 @@ def _product_apart(
     if norm is not None and "lora_a" in w.aux:
         x, norm = activations.rms_norm(x, norm, norm_eps), None
     (y,) = _product(product, x, (w,), norm=norm, norm_eps=norm_eps, rows=rows)
+    if "output_perm" in w.aux:
+        y = y[:, w.aux["output_perm"][0]]
     if "lora_a" in w.aux:
         a, b = (w.aux[key].astype(jnp.float32) for key in ("lora_a", "lora_b"))
         scaled = activations.scaled(x, w)
