@@ -1,0 +1,251 @@
+"""HQQ checkpoints (Badri & Shaji, Half-Quadratic Quantization): W = (q - zero) * scale.
+
+The weight is seen as a matrix whose rows (axis 1) or columns (axis 0) are the groups: with axis 1
+[N * K / g, g], so that a group is a run of inputs; with axis 0 [g, N * K / g], so that it takes one
+weight from each of g slabs of N / g rows. Zero points are floats. What a layer is stored with, its
+settings included, are tensors of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from pallas_kernels import codes
+from qjax.errors import UnsupportedError
+from qjax.formats.base import (
+    PLAIN,
+    Arrays,
+    Checkpoint,
+    Keys,
+    Layer,
+    QuantizationConfig,
+    Record,
+    Stored,
+    expect,
+    fault,
+)
+from qjax.qarray import QArray
+from qjax.registry import register_quantization_config
+
+
+class _Packing(NamedTuple):
+    """Codes of `bits` bits, `count` of them in a word; the first lies highest."""
+
+    word: str
+    bits: int
+    count: int
+
+
+_PACKINGS = {
+    "8bit_u8": _Packing("u8", 8, 1),
+    "4bit_u8": _Packing("u8", 4, 2),
+    "3bit_32": _Packing("i32", 3, 10),
+    "2bit_u8": _Packing("u8", 2, 4),
+    "1bit_u8": _Packing("u8", 1, 8),
+}
+_WORDS = {"u8": np.dtype(np.uint8), "i32": np.dtype(np.uint32)}
+_ITEMSIZE = {"u8": 1, "i32": 4, "f16": 2, "bf16": 2, "f32": 4}
+
+# Settings that change nothing about how a layer is read.
+_HISTORY = ("compute_dtype", "optimize", "round_zero", "offload_meta", "unpack_view_dtype")
+_FLAGS = ("encoded_state_dict", "stores_quant_config")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Of one layer; `group_size` is None where rows or columns are not cut into groups."""
+
+    nbits: float
+    group_size: int | None
+    axis: int
+
+
+@register_quantization_config("hqq")
+@dataclass(frozen=True)
+class HQQ(QuantizationConfig):
+    """Settings of one checkpoint, which those stored with each layer are checked against.
+
+    Attributes:
+      settings: by the end of a layer's name ("self_attn.q_proj"); "" for every other.
+      skipped: layers that are not quantized, by parts of their names.
+      checkpoint: where settings of layers are read from.
+    """
+
+    settings: Mapping[str, _Settings]
+    skipped: tuple[str, ...]
+    checkpoint: Checkpoint
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
+        keys = Keys(config, checkpoint.file)
+        keys.ignore("quant_method")
+        given = keys.section("quant_config")
+        skipped = keys.get("skip_modules", list, [])
+        keys.done()
+        if "weight_quant_params" in given.values:
+            return cls({"": _settings(given)}, tuple(map(str, skipped)), checkpoint)
+        settings = {name: _settings(given.section(name)) for name in given.values}
+        return cls(settings, tuple(map(str, skipped)), checkpoint)
+
+    def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
+        if "W_q" not in stored:
+            return None
+        if any(module == name or module.endswith(f".{name}") for name in self.skipped):
+            raise fault(stored["W_q"], "is quantized, but skip_modules names this layer")
+        n, k = shape[-2:]
+        read = _Settled(module, stored, self.checkpoint)
+        nbits, axis = read.number("nbits"), int(read.number("axis"))
+        size = int(read.number("group_size")) if "group_size" in stored else None
+        record = stored["W_q"]
+        for name in ("quant_scale", "quant_zero"):
+            if read.number(name):
+                raise UnsupportedError(
+                    f"{record.file}, {module}: {name} is set, but quantized scales and zero points "
+                    "are not supported; float ones are"
+                )
+        if axis not in (0, 1) or (size is not None and size < 1):
+            raise fault(record, f"comes with axis {axis} and group_size {size}")
+        self._check(module, record, _Settings(nbits, size, axis))
+        if tuple(read.array("shape").tolist()) != (n, k):
+            raise fault(stored["shape"], f"differs from {(n, k)}, the model's sizes")
+        packing = read.text("packing")
+        if packing not in _PACKINGS or nbits > _PACKINGS[packing].bits:
+            known = ", ".join(_PACKINGS)
+            raise UnsupportedError(
+                f"{record.file}, {module}: packing {packing!r:.80} of {nbits:g} bits is not "
+                f"supported; these are: {known}"
+            )
+        per_group = size is not None and bool(read.number("channel_wise"))
+        per_axis = bool(read.number("channel_wise"))
+        decode = _plan(
+            module, stored, (n, k), _PACKINGS[packing], axis, size if per_group else None, per_axis
+        )
+        names = ("nbits", "axis", "group_size", "quant_scale", "quant_zero", "shape", "packing")
+        return Layer(
+            ("W_q", "scale", "zero"),
+            decode,
+            (*names, "channel_wise", "view_as_float", *_HISTORY, *_FLAGS),
+        )
+
+    def _check(self, module: str, record: Record, found: _Settings) -> None:
+        tag = re.sub(r"^.*\blayers\.\d+\.", "", module)
+        said = self.settings.get(tag, self.settings.get(""))
+        if said is not None and said != found:
+            raise fault(record, f"is stored with {found}, but the config says {said}")
+
+
+def _settings(keys: Keys) -> _Settings:
+    """What the config says about layers: HQQ's own dict, nested by Hugging Face or not."""
+    inner = keys.section("weight_quant_params") if "weight_quant_params" in keys.values else keys
+    nbits = inner.get("nbits", (int, float), 4)
+    size = inner.get("group_size", int)
+    axis = inner.choice("axis", (0, 1), 1)
+    inner.ignore(*_HISTORY, "channel_wise", "view_as_float")
+    for name in ("scale_quant_params", "zero_quant_params"):
+        if keys.values.get(name) is not None:
+            raise UnsupportedError(
+                f"{keys.file}: {keys.prefix}{name} is not supported; float scales and zero points "
+                "are"
+            )
+        keys.ignore(name)
+    keys.ignore("offload_meta")
+    keys.done()
+    inner.done()
+    return _Settings(round(float(nbits), 4), size, axis)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """Settings of one layer, which lie in tensors beside its codes."""
+
+    module: str
+    stored: Stored
+    checkpoint: Checkpoint
+
+    def array(self, suffix: str, *shapes: tuple[int, ...]) -> np.ndarray:
+        dtypes = ("u8", "i32", "i64", "f32")
+        record = expect(self.module, self.stored, suffix, dtypes, *shapes)
+        if record.shape and (len(record.shape) > 1 or record.shape[0] > 64):
+            raise fault(record, f"has shape {tuple(record.shape)}, which no setting has")
+        return self.checkpoint.read(record.name)
+
+    def number(self, suffix: str) -> float:
+        return round(float(self.array(suffix, (), (1,)).reshape(())), 4)
+
+    def text(self, suffix: str) -> str:
+        return bytes(self.array(suffix).astype(np.uint8)).decode("ascii", "replace")
+
+
+def _plan(
+    module: str,
+    stored: Stored,
+    shape: tuple[int, int],
+    packing: _Packing,
+    axis: int,
+    size: int | None,
+    per_axis: bool,
+) -> Callable[[Arrays], QArray]:
+    """Checks the shapes of codes and scales, and says how they decode."""
+    n, k = shape
+    record = stored["W_q"]
+    slabs = None  # rows that lie between two weights of a group, for axis 0
+    matrix, group, scales = shape, shape, (1, 1)
+    if size is not None:
+        if (axis == 1 and k % size) or (axis == 0 and n % size):
+            raise UnsupportedError(
+                f"{record.file}, {module}: groups of {size} along axis {axis} do not divide "
+                f"{shape}; a group that crosses rows is not supported"
+            )
+        count = n * k // size
+        if axis == 1:
+            matrix, group, scales = (count, size), (1, size), (count, 1)
+        else:
+            matrix, group, scales, slabs = (size, count), (size, 1), (1, count), n // size
+    elif per_axis:
+        group, scales = ((1, k), (n, 1)) if axis == 1 else ((n, 1), (1, k))
+    if k * packing.bits % 8 or (packing.word == "u8" and matrix[0] % packing.count):
+        raise fault(record, f"{shape} weights of {packing.bits} bits do not fill whole bytes")
+    words = -(-matrix[0] // packing.count), matrix[1]
+    # `view_as_float` shows the same bytes as numbers of the model's dtype.
+    expect(module, stored, "W_q", (packing.word, *PLAIN))
+    columns = words[1] * _ITEMSIZE[packing.word] // _ITEMSIZE[record.qtype]
+    expect(module, stored, "W_q", (packing.word, *PLAIN), (words[0], columns))
+    single = ((), (1,)) if scales == (1, 1) else ()
+    for suffix in ("scale", "zero"):
+        expect(module, stored, suffix, PLAIN, scales, *single)
+
+    def decode(arrays: Arrays) -> QArray:
+        raw = np.ascontiguousarray(arrays["W_q"]).view(_WORDS[packing.word])
+        values = _unpack(raw, packing)[: matrix[0]].reshape(shape)
+        scale, zero = (arrays[suffix].reshape(-1) for suffix in ("scale", "zero"))
+        aux = {}
+        if slabs is not None:
+            # Rows of one group become neighbours; the outputs are put back in order.
+            rows = np.arange(n).reshape(-1, slabs)
+            values = values[rows.T.reshape(-1)]
+            aux["output_perm"] = np.argsort(rows.T.reshape(-1)).astype(np.int32)[None]
+        tiles = (-(-n // group[0]), -(-k // group[1]))
+        return QArray(
+            codes.pack(values, packing.bits),
+            f"uint{packing.bits}",
+            shape,
+            scale=np.ascontiguousarray(scale.reshape(tiles)),
+            zero_point=np.ascontiguousarray(zero.reshape(tiles)),
+            group=group,
+            aux=aux,
+        )
+
+    return decode
+
+
+def _unpack(words: np.ndarray, packing: _Packing) -> np.ndarray:
+    """Codes uint8 [R * count, C] from words [R, C]: each holds one row of every R-th part."""
+    shifts = [packing.bits * (packing.count - 1 - part) for part in range(packing.count)]
+    mask = words.dtype.type((1 << packing.bits) - 1)
+    parts = [(words >> words.dtype.type(shift)) & mask for shift in shifts]
+    return np.concatenate(parts).astype(np.uint8)
