@@ -7,15 +7,27 @@ Which of them, `packing_format` says; bits, group size and type may differ from 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Self
+
+import numpy as np
 
 from qjax.errors import UnsupportedError
 from qjax.formats import awq, gptq
-from qjax.formats.base import PLAIN, Checkpoint, Keys, Layer, QuantizationConfig, Stored, fault
+from qjax.formats.base import (
+    PLAIN,
+    Arrays,
+    Checkpoint,
+    Keys,
+    Layer,
+    QuantizationConfig,
+    Stored,
+    fault,
+)
 from qjax.formats.compressed_tensors import CompressedTensors
 from qjax.formats.fp8 import Fp8
+from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 from qjax.scheme import QuantizationArgs, QuantizationScheme
 
@@ -113,7 +125,8 @@ class AutoRound(QuantizationConfig):
             weight = stored.get("weight")
             if weight is not None and weight.qtype in PLAIN:
                 return None
-            return self.inner.layer(module, stored, shape)
+            layer = self.inner.layer(module, stored, shape)
+            return layer if layer is None else replace(layer, decode=_floor_scales(layer.decode))
         if "qweight" not in stored:
             return None
         settings = self._of(module)
@@ -130,7 +143,7 @@ class AutoRound(QuantizationConfig):
     def to_config(self) -> dict[str, Any]:
         return dict(self.values)
 
-    def encode(self, module: str, weight: Any) -> dict[str, Any]:
+    def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
         if self.inner is not None:
             return self.inner.encode(module, weight)
         settings = self._of(module)
@@ -142,6 +155,18 @@ class AutoRound(QuantizationConfig):
         if "perm" not in weight.aux:
             del tensors["g_idx"]
         return tensors
+
+
+def _floor_scales(decode: Callable[[Arrays], QArray]) -> Callable[[Arrays], QArray]:
+    """AutoRound makes MX scales of activations as OCP MX says, without rounding absmax first."""
+
+    def decode_with(arrays: Arrays) -> QArray:
+        weight = decode(arrays)
+        if weight.act is None or weight.act.scale != "e8m0_even4":
+            return weight
+        return replace(weight, act=replace(weight.act, scale="e8m0"))
+
+    return decode_with
 
 
 def _matches(pattern: str, module: str) -> bool:
