@@ -88,7 +88,11 @@ _FUSED = {
 def fused_into(module: str, config: ModelConfig) -> list[str]:
     """The joined modules that may hold a module."""
     parent, _, last = module.rpartition(".")
-    return [f"{parent}.{joined}" for joined, parts in _FUSED.items() if last in parts]
+    return [
+        f"{parent}.{joined}"
+        for joined, parts in _FUSED.items()
+        if last in parts and not (config.mla and joined == "qkv_proj")
+    ]
 
 
 def rows_of(

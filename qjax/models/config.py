@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from qjax.errors import UnsupportedError
+from qjax.layers.mla import MLAConfig
 from qjax.layers.rope import RopeConfig
+from qjax.models import deepseek_config
 from qjax.models.fields import Fields
 from qjax.models.rope_config import read_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+MODEL_TYPES += deepseek_config.MODEL_TYPES
 
 # `gemma3` is the multimodal wrapper of the text model, with the sizes in its `text_config`.
 _ALIASES = {"gemma3": "gemma3_text"}
@@ -68,6 +71,8 @@ class ModelConfig:
       qk_norm: RMS norm of each head of q and k before rope.
       post_norms: the outputs of attention and feed-forward are normed too, before they join the
         residual.
+      mla: sizes of latent attention, where the model has it; num_kv_heads and head_dim are then
+        those of the cache.
     """
 
     model_type: str
@@ -94,6 +99,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     qk_norm: bool = False
     post_norms: bool = False
+    mla: MLAConfig | None = None
 
     def rope_for(self, layer_type: str) -> RopeConfig:
         return dict(self.rope)[layer_type]
@@ -144,14 +150,28 @@ def model_config(
         raise fields.error(
             "num_key_value_heads", f"{num_kv_heads} does not divide {num_heads} heads"
         )
-    if "head_dim" not in fields and "head_dim" not in fields.defaults and hidden_size % num_heads:
-        raise fields.error("num_attention_heads", f"{num_heads} does not divide {hidden_size=}")
-    head_dim = fields.integer("head_dim", 2, 4096, hidden_size // num_heads)
+    mla = None
+    if model_type in deepseek_config.MODEL_TYPES:
+        mla = deepseek_config.read_mla(fields, num_heads)
+        head_dim, rotated = mla.cache_head_dim, mla.qk_rope_head_dim
+    else:
+        named = "head_dim" in fields or "head_dim" in fields.defaults
+        if not named and hidden_size % num_heads:
+            raise fields.error("num_attention_heads", f"{num_heads} does not divide {hidden_size=}")
+        head_dim = rotated = fields.integer("head_dim", 2, 4096, hidden_size // num_heads)
     max_position_embeddings = fields.integer("max_position_embeddings", 1, 1 << 30, 2048)
     sliding_window = _sliding_window(fields, model_type)
     layer_types = _layer_types(fields, model_type, num_layers, sliding_window)
     attention_bias = model_type == "qwen2" or fields.flag("attention_bias", False)
-    scalar = fields.number("query_pre_attn_scalar", 0, 1e6) if gemma else head_dim
+    rope = tuple(
+        (kind, read_rope(fields, kind, model_type, rotated, max_position_embeddings))
+        for kind in sorted(set(layer_types))
+    )
+    if mla is None:
+        scalar = fields.number("query_pre_attn_scalar", 0, 1e6) if gemma else head_dim
+        query_scale = scalar**-0.5
+    else:
+        query_scale = deepseek_config.query_scale(fields, mla, rope[0][1])
 
     return ModelConfig(
         model_type=model_type,
@@ -166,21 +186,19 @@ def model_config(
         max_position_embeddings=max_position_embeddings,
         layer_types=layer_types,
         sliding_window=sliding_window if SLIDING in layer_types else None,
-        rope=tuple(
-            (kind, read_rope(fields, kind, model_type, head_dim, max_position_embeddings))
-            for kind in sorted(set(layer_types))
-        ),
-        query_scale=scalar**-0.5,
+        rope=rope,
+        query_scale=query_scale,
         hidden_act=_activation(fields, "hidden_activation" if gemma else "hidden_act"),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         attention_bias=attention_bias,
         attention_output_bias=attention_bias and model_type != "qwen2",
-        mlp_bias=model_type == "llama" and fields.flag("mlp_bias", False),
+        mlp_bias=model_type in ("llama", "deepseek_v2") and fields.flag("mlp_bias", False),
         attn_soft_cap=_soft_cap(fields, "attn_logit_softcapping", model_type, 50.0),
         final_soft_cap=_soft_cap(fields, "final_logit_softcapping", model_type, 30.0),
         embedding_scale=hidden_size**0.5 if gemma else 1.0,
         qk_norm=model_type in ("qwen3", "gemma3_text"),
         post_norms=gemma,
+        mla=mla,
     )
 
 
@@ -213,7 +231,7 @@ def _soft_cap(fields: Fields, name: str, model_type: str, gemma2_default: float)
 
 
 def _sliding_window(fields: Fields, model_type: str) -> int | None:
-    if model_type == "llama":
+    if model_type == "llama" or model_type in deepseek_config.MODEL_TYPES:
         return None
     if model_type in ("qwen2", "qwen3") and not fields.flag("use_sliding_window", False):
         return None

@@ -18,6 +18,7 @@ from qjax import ops
 from qjax.kv_cache import Batch, KVCache
 from qjax.layers.attention import Attention
 from qjax.layers.linear import Linear, Norm
+from qjax.layers.mla import LatentAttention
 from qjax.layers.mlp import GatedMLP
 from qjax.layers.rope import RopeConfig, rope_tables
 from qjax.models.config import ModelConfig
@@ -32,20 +33,30 @@ class DecoderLayer(nnx.Module):
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            rope.rotary_dim,
+            rope.rotary_dim if config.mla is None else 0,
             config.query_scale,
             config.window_for(layer),
             config.attn_soft_cap,
         )
-        self.self_attn = Attention(
-            config.hidden_size,
-            spec,
-            rope,
-            bias=config.attention_bias,
-            output_bias=config.attention_output_bias,
-            qk_norm=config.qk_norm,
-            eps=config.rms_norm_eps,
-        )
+        if config.mla is not None:
+            self.self_attn = LatentAttention(
+                config.hidden_size,
+                config.mla,
+                spec,
+                rope,
+                bias=config.attention_bias,
+                eps=config.rms_norm_eps,
+            )
+        else:
+            self.self_attn = Attention(
+                config.hidden_size,
+                spec,
+                rope,
+                bias=config.attention_bias,
+                output_bias=config.attention_output_bias,
+                qk_norm=config.qk_norm,
+                eps=config.rms_norm_eps,
+            )
         self.mlp = GatedMLP(
             config.hidden_size,
             config.intermediate_size,

@@ -1,0 +1,187 @@
+"""Multi-head latent attention: keys and values grow from one small vector a token.
+
+DeepSeek-V2 (arXiv:2405.04434, section 2.1) projects the input down to a latent vector, norms it and
+projects that up to the keys and values of all heads. Positions enter by a few more dimensions of
+each query and one more key, which all heads share; only these are rotated.
+
+The cache holds the heads' full keys and values here, each filled up to one width with zeros, which
+is exact and serves every attention kernel: 2 * heads * width numbers a token. Keeping the latent
+vector and the shared key instead would take kv_lora_rank + qk_rope_head_dim, 85 times less in
+DeepSeek-V3, but asks for pages and kernels of another kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.paged_attention import AttentionSpec
+from qjax import ops
+from qjax.kv_cache import Batch
+from qjax.layers.linear import Linear, Norm
+from qjax.layers.rope import RopeConfig
+
+# Norms of the latent vectors have an epsilon of their own, whatever the config says of others.
+LATENT_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Sizes of latent attention.
+
+    Attributes:
+      q_lora_rank: of the latent vector of queries; None: queries come straight from the input.
+      kv_lora_rank: of the latent vector of keys and values.
+      qk_nope_head_dim, qk_rope_head_dim: dimensions of a head's queries and keys, in this order,
+        that know no positions and that are rotated.
+      v_head_dim: of a head's values.
+      rope_interleave: pairs to rotate are neighbours, not half of `qk_rope_head_dim` apart.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rope_interleave: bool
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_head_dim(self) -> int:
+        """Width of keys and values in the cache."""
+        return max(self.qk_head_dim, self.v_head_dim)
+
+
+class LatentAttention(nnx.Module):
+    """Latent attention, for the same call as `qjax.layers.attention.Attention`.
+
+    Args:
+      hidden_size: of the residual stream.
+      mla: sizes of its projections.
+      spec: heads, scale and window; as many heads of keys as of queries, each of
+        `mla.cache_head_dim`, of which the kernel rotates nothing.
+      bias: whether the projections from and to the residual stream have biases (but for `q_proj`).
+      eps: of the norms of the residual stream.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        mla: MLAConfig,
+        spec: AttentionSpec,
+        rope: RopeConfig,
+        *,
+        bias: bool,
+        eps: float,
+    ):
+        queries = spec.num_heads * mla.qk_head_dim
+        rank = mla.q_lora_rank
+        if rank is None:
+            self.q_proj = Linear(hidden_size, queries)
+        else:
+            self.q_a_proj = Linear(hidden_size, rank, bias)
+            self.q_a_layernorm = Norm(rank)
+            self.q_b_proj = Linear(rank, queries)
+        latent = mla.kv_lora_rank
+        self.kv_a_proj_with_mqa = Linear(hidden_size, latent + mla.qk_rope_head_dim, bias)
+        self.kv_a_layernorm = Norm(latent)
+        heads = spec.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        self.kv_b_proj = Linear(latent, heads)
+        self.o_proj = Linear(spec.num_heads * mla.v_head_dim, hidden_size, bias)
+        self.mla, self.spec, self.rope, self.eps = mla, spec, rope, eps
+
+    def __call__(
+        self,
+        x: jax.Array,
+        layer_cache: tuple[jax.Array, jax.Array],
+        batch: Batch,
+        tables: dict[RopeConfig, tuple[jax.Array, jax.Array]],
+        *,
+        norm: jax.Array,
+        post_norm: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x + attention(norm(x)), with `post_norm` on what is added. x is float32 [T, E]."""
+        q, k, v = self._heads(x, batch, tables[self.rope], norm)
+        out, layer_cache = ops.paged_attention(
+            *(_filled(each, self.spec.head_dim) for each in (q, k, v)),
+            layer_cache,
+            batch,
+            self.spec,
+        )
+        out = out.reshape(*v.shape[:2], self.spec.head_dim)[:, :, : v.shape[-1]]
+        x = ops.linear(
+            out.reshape(len(x), -1),
+            self.o_proj.w,
+            bias=self.o_proj.b,
+            batch=batch,
+            residual=x,
+            post_norm=post_norm,
+            norm_eps=self.eps,
+        )
+        return x, layer_cache
+
+    def _heads(
+        self,
+        x: jax.Array,
+        batch: Batch,
+        tables: tuple[jax.Array, jax.Array],
+        norm: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated q and k [T, H, qk_head_dim] and v [T, H, v_head_dim]."""
+        mla, shape = self.mla, (len(x), self.spec.num_heads, -1)
+        direct = mla.q_lora_rank is None
+        down = (self.q_proj if direct else self.q_a_proj, self.kv_a_proj_with_mqa)
+        q, kv = ops.linear(
+            x,
+            tuple(p.w for p in down),
+            bias=tuple(p.b for p in down),
+            batch=batch,
+            norm=norm,
+            norm_eps=self.eps,
+        )
+        if not direct:
+            q = ops.linear(
+                q, self.q_b_proj.w, batch=batch, norm=self.q_a_layernorm.w, norm_eps=LATENT_EPS
+            )
+        latent, shared = jnp.split(kv, [mla.kv_lora_rank], axis=-1)
+        kv = ops.linear(
+            latent, self.kv_b_proj.w, batch=batch, norm=self.kv_a_layernorm.w, norm_eps=LATENT_EPS
+        )
+        q_nope, q_rope = jnp.split(q.reshape(shape), [mla.qk_nope_head_dim], axis=-1)
+        k_nope, v = jnp.split(kv.reshape(shape), [mla.qk_nope_head_dim], axis=-1)
+        q_rope = rotate(q_rope, tables, mla.rope_interleave)
+        k_rope = rotate(shared[:, None], tables, mla.rope_interleave)
+        k_rope = jnp.broadcast_to(k_rope, q_rope.shape)
+        return (
+            jnp.concatenate([q_nope, q_rope], axis=-1),
+            jnp.concatenate([k_nope, k_rope], axis=-1),
+            v,
+        )
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], interleave: bool) -> jax.Array:
+    """Rope on all dimensions of the heads of x.
+
+    Neighbouring pairs are taken apart first and left so: queries and keys change alike, and scores
+    do not depend on the order of dimensions.
+
+    Args:
+      x: float32 [T, H, D].
+      tables: (cos, sin), float32 [T, D / 2].
+      interleave: pair i is (2i, 2i + 1), otherwise (i, i + D / 2).
+    """
+    cos, sin = (table[:, None] for table in tables)
+    half = x.shape[-1] // 2
+    x1, x2 = (x[..., ::2], x[..., 1::2]) if interleave else (x[..., :half], x[..., half:])
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+def _filled(x: jax.Array, head_dim: int) -> jax.Array:
+    """[T, H, D] with zeros up to head_dim, as [T, H * head_dim]."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, head_dim - x.shape[-1]))).reshape(len(x), -1)
