@@ -44,6 +44,7 @@ _PREFIXES = (
 _BARE = ("embed_tokens.", "layers.", "norm.")
 # The eyes of a multimodal model; what is loaded here is its language model.
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_LAYER = re.compile(r"model\.layers\.(\d{1,4})\.")
 
 
 def gguf_name(name: str, config: ModelConfig) -> str | None:
@@ -75,7 +76,16 @@ def is_ignored(name: str, config: ModelConfig) -> bool:
         name.endswith(".rotary_emb.inv_freq")
         or (name == "lm_head.weight" and config.tie_word_embeddings)
         or (config.model_type == "gemma3_text" and _VISION.match(name) is not None)
+        or _predicts_further(name, config)
     )
+
+
+def _predicts_further(name: str, config: ModelConfig) -> bool:
+    """Whether it belongs to a layer behind the last, that drafts tokens after the next one."""
+    match = _LAYER.match(name)
+    if match is None:
+        return False
+    return 0 <= int(match[1]) - config.num_layers < config.num_nextn_predict_layers
 
 
 # Modules that some checkpoints store joined: the joined name, and its parts from top to bottom.

@@ -73,6 +73,8 @@ class ModelConfig:
         residual.
       mla: sizes of latent attention, where the model has it; num_kv_heads and head_dim are then
         those of the cache.
+      num_nextn_predict_layers: layers behind the last that predict further tokens; a checkpoint may
+        hold them, the model does not.
     """
 
     model_type: str
@@ -100,6 +102,7 @@ class ModelConfig:
     qk_norm: bool = False
     post_norms: bool = False
     mla: MLAConfig | None = None
+    num_nextn_predict_layers: int = 0
 
     def rope_for(self, layer_type: str) -> RopeConfig:
         return dict(self.rope)[layer_type]
@@ -199,6 +202,11 @@ def model_config(
         qk_norm=model_type in ("qwen3", "gemma3_text"),
         post_norms=gemma,
         mla=mla,
+        num_nextn_predict_layers=(
+            fields.integer("num_nextn_predict_layers", 0, 64, 1)
+            if model_type == "deepseek_v3"
+            else 0
+        ),
     )
 
 
