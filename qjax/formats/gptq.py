@@ -35,7 +35,7 @@ WORDS = ("i32", "u32", "i16", "i8", "i64")
 AWQ_LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
 # Keys of the tools that say how a model was quantized, not how it is stored.
-_HISTORY = (
+HISTORY = (
     *("quant_method", "method", "meta", "static_groups", "true_sequential", "damp_percent"),
     *("damp_auto_increment", "model_file_base_name", "model_name_or_path", "mse", "pack_dtype"),
     *("modules_in_block_to_quantize", "block_name_to_quantize", "version", "use_exllama"),
@@ -96,7 +96,7 @@ class GPTQ(QuantizationConfig):
                 f"{checkpoint.file}: checkpoint_format {layout!r:.80} is not supported; these are: "
                 f"gptq, gptq_v2, gptq_p, marlin, {', '.join(AWQ_LAYOUTS)}"
             )
-        keys.ignore(*_HISTORY)
+        keys.ignore(*HISTORY)
         bits = _bits(keys, keys.get("bits", int))
         settings = Settings(
             bits,
