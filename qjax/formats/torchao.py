@@ -1,0 +1,378 @@
+"""TorchAO: tensor subclasses flattened into safetensors.
+
+Each quantized weight is a handful of tensors (`_weight_qdata`, `_weight_scale` ...), and a JSON text
+in the file's header that names its class with the settings. The texts of the header decide; the
+configuration in config.json says how the model was made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels import codes
+from qjax.errors import CheckpointError, UnsupportedError
+from qjax.formats import weights
+from qjax.formats.base import (
+    PLAIN,
+    Arrays,
+    Checkpoint,
+    Keys,
+    Layer,
+    QuantizationConfig,
+    Record,
+    Stored,
+    expect,
+    fault,
+)
+from qjax.qarray import ActSpec, QArray
+from qjax.registry import register_quantization_config
+
+_QDATA = "_weight_qdata"
+_SCALES = (*PLAIN, "f8_e4m3", "f8_e8m0", "u8")
+Shape = tuple[int, int]
+
+
+@register_quantization_config("torchao")
+@dataclass(frozen=True)
+class TorchAO(QuantizationConfig):
+    """A checkpoint and the texts of its headers."""
+
+    metadata: Mapping[str, Any]
+    file: str
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
+        keys = Keys(config, checkpoint.file)
+        keys.ignore("quant_method", "quant_type", "quant_type_kwargs", "modules_to_not_convert")
+        keys.ignore("include_input_output_embeddings", "untie_embedding_weights")
+        keys.done()
+        return cls(checkpoint.metadata, checkpoint.file)
+
+    def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
+        if _QDATA not in stored:
+            return None
+        if len(shape) != 2:
+            raise UnsupportedError(f"{self.file}, {module}: stacked experts are not supported")
+        record = stored[_QDATA]
+        kind, data = self._description(record)
+        if kind not in _CLASSES:
+            raise UnsupportedError(
+                f"{record.file}, {module}: a tensor of class {kind!r:.80} is not supported; these "
+                f"are: {', '.join(_CLASSES)}"
+            )
+        return _CLASSES[kind](module, stored, (shape[0], shape[1]), data)
+
+    def _description(self, record: Record) -> tuple[str, Mapping[str, Any]]:
+        """Class name and settings of a weight, as the header tells."""
+        name = record.name.removesuffix(_QDATA) + "weight"
+        try:
+            text = json.loads(self.metadata[name])
+            kind, data = text["_type"], text.get("_data", {})
+            if not isinstance(kind, str) or not isinstance(data, dict):
+                raise TypeError("not a class with settings")
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"the header does not describe it: {error!r:.80}", file=record.file, field=name
+            ) from error
+        return kind, data
+
+
+def _group(record: Record, data: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
+    block = data.get("block_size")
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or not all(type(size) is int and size > 0 for size in block)
+    ):
+        raise fault(record, f"has block_size {block!r:.80} in the header")
+    return min(block[0], shape[0]), min(block[1], shape[1])
+
+
+def _grid(shape: Shape, group: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[0] // group[0]), -(-shape[1] // group[1])
+
+
+def _sizes(shape: Shape, group: tuple[int, int]) -> list[tuple[int, ...]]:
+    """Shapes that scales of these groups may be stored in."""
+    grid = _grid(shape, group)
+    flat = (int(np.prod(grid)),)
+    return [grid, flat, ()] if grid == (1, 1) else [grid, flat] if 1 in grid else [grid]
+
+
+def _zero(module: str, stored: Stored, shape: Shape, group: tuple[int, int]) -> tuple[str, ...]:
+    name = "_weight_zero_point"
+    if name not in stored:
+        return ()
+    expect(module, stored, name, ("i8", "u8", "i32", "i64", *PLAIN), *_sizes(shape, group))
+    return (name,)
+
+
+def _intx(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
+    """Few bits in a byte each, signed; they are packed in memory."""
+    record = expect(module, stored, _QDATA, "i8", shape)
+    target = _torch_name(data.get("target_dtype"))
+    bits = int(target[3:]) if target[:3] == "int" and target[3:].isdigit() else 0
+    if bits not in range(1, 9):
+        raise UnsupportedError(f"{record.file}, {module}: target_dtype {target!r:.80}")
+    group = _group(record, data, shape)
+    expect(module, stored, "_weight_scale", PLAIN, *_sizes(shape, group))
+    zeros = _zero(module, stored, shape, group)
+    kinds = {
+        None: None,
+        "int8_asym_per_token": ActSpec("int8", "token", True, symmetric=False),
+        "int8_sym_per_token": ActSpec("int8", "token", True, divisor=127.5),
+    }
+    quantization = data.get("activation_quantization")
+    quantization = _torch_name(quantization) if isinstance(quantization, dict) else quantization
+    if quantization not in kinds:
+        raise UnsupportedError(
+            f"{record.file}, {module}: activation_quantization {quantization!r:.80}"
+        )
+    act = kinds[quantization]
+    half = 1 << (bits - 1)
+
+    def decode(arrays: Arrays) -> QArray:
+        values = arrays[_QDATA]
+        zero = weights.scales(arrays[zeros[0]], shape, group) if zeros else None
+        zero = zero if zero is not None and zero.any() else None
+        if bits == 8:
+            packed, qtype = values, "int8"
+        elif values.min() < -half or values.max() >= half:
+            raise fault(record, f"holds values that {bits} bits cannot")
+        else:
+            packed = codes.pack((values + np.int8(half)).view(np.uint8), bits)
+            qtype = f"uint{bits}b{half}" if zero is None and bits > 1 else f"uint{bits}"
+            if zero is not None:
+                zero = (zero.astype(np.int32) + half).astype(np.uint8)
+            elif bits == 1:
+                zero = np.full(_grid(shape, group), half, np.uint8)
+        scale = arrays["_weight_scale"]
+        return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, act=act)
+
+    return Layer((_QDATA, "_weight_scale", *zeros), decode)
+
+
+def _int8(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
+    record = expect(module, stored, _QDATA, "i8", shape)
+    group = _group(record, data, shape)
+    expect(module, stored, "_weight_scale", PLAIN, *_sizes(shape, group))
+    zeros = _zero(module, stored, shape, group)
+    act = _act(record, data, "int8")
+    extra = _pre_scale(module, stored, shape)
+
+    def decode(arrays: Arrays) -> QArray:
+        zero = weights.scales(arrays[zeros[0]], shape, group) if zeros else None
+        zero = zero if zero is not None and zero.any() else None
+        scale = arrays["_weight_scale"]
+        return weights.coded(arrays[_QDATA], "int8", shape, scale, group, zero_point=zero, act=act)
+
+    return Layer((_QDATA, "_weight_scale", *zeros, *extra), _with_pre_scale(decode, extra, shape))
+
+
+def _float8(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
+    record = expect(module, stored, _QDATA, tuple(weights.FP8_QTYPES), shape)
+    group = _group(record, data, shape)
+    expect(module, stored, "_weight_scale", PLAIN, *_sizes(shape, group))
+    qtype = weights.FP8_QTYPES[record.qtype]
+    act = _act(record, data, "fp8_e4m3")
+    extra = _pre_scale(module, stored, shape)
+
+    def decode(arrays: Arrays) -> QArray:
+        scale = arrays["_weight_scale"]
+        return weights.coded(arrays[_QDATA], qtype, shape, scale, group, act=act)
+
+    return Layer((_QDATA, "_weight_scale", *extra), _with_pre_scale(decode, extra, shape))
+
+
+def _int4(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
+    """Two signed values a byte, the even column low; scales and zeros [K / g, N], added."""
+    n, k = shape
+    record = expect(module, stored, _QDATA, ("u8", "i8"), (n, k // 2))
+    group = _group(record, data, shape)
+    grid = _grid(shape, group)
+    for suffix in ("_weight_scale", "_weight_zero_point"):
+        expect(module, stored, suffix, PLAIN, (grid[1], n))
+    act = _act(record, data, "fp8_e4m3")
+    extra = _pre_scale(module, stored, shape)
+
+    def decode(arrays: Arrays) -> QArray:
+        raw = np.ascontiguousarray(arrays[_QDATA]).view(np.uint8) ^ np.uint8(0x88)
+        scale, zero = (
+            np.ascontiguousarray(arrays[suffix].T)
+            for suffix in ("_weight_scale", "_weight_zero_point")
+        )
+        return _added(raw, shape, scale, zero, group, act)
+
+    reads = (_QDATA, "_weight_scale", "_weight_zero_point", *extra)
+    return Layer(reads, _with_pre_scale(decode, extra, shape))
+
+
+def _added(
+    packed: np.ndarray,
+    shape: Shape,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    group: tuple[int, int],
+    act: ActSpec | None = None,
+) -> QArray:
+    """W = (code - 8) * scale + zero."""
+    some = bool(zero.any())
+    return weights.coded(
+        packed,
+        "uint4b8",
+        shape,
+        scale,
+        group,
+        zero_point=zero if some else None,
+        additive=some,
+        act=act,
+    )
+
+
+def _tile_packed(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
+    """Tiles of the tinygemm kernel: lane t of 32 holds row t / 4 of 8, word i of 4 eight columns."""
+    n, k = shape
+    record = stored[_QDATA]
+    padded = record.shape[1] * 128 if len(record.shape) == 4 else 0
+    expect(module, stored, _QDATA, "i32", (-(-n // 8), padded // 128, 32, 4))
+    if padded < k:
+        raise fault(record, f"has shape {record.shape}, too few columns for {shape}")
+    group = _group(record, data, (n, padded))
+    groups = -(-padded // group[1])
+    expect(module, stored, "_weight_scale_and_zero", PLAIN, (groups, record.shape[0] * 8, 2))
+    kept = -(-k // group[1])
+
+    def decode(arrays: Arrays) -> QArray:
+        words = np.ascontiguousarray(arrays[_QDATA]).view(np.uint32)
+        nibbles = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32) * np.uint32(4)
+        parts = ((words[..., None] >> nibbles) & np.uint32(15)).astype(np.uint8)
+        lane, word, value = np.meshgrid(np.arange(32), np.arange(4), np.arange(8), indexing="ij")
+        column = 32 * word + np.array([0, 1, 8, 9, 16, 17, 24, 25])[value] + 2 * (lane % 4)
+        tiles = np.empty((*words.shape[:2], 8, 128), np.uint8)
+        tiles[:, :, lane // 4, column] = parts
+        values = tiles.transpose(0, 2, 1, 3).reshape(-1, padded)[:n, :k]
+        pairs = arrays["_weight_scale_and_zero"][:kept, :n]
+        scale, zero = (np.ascontiguousarray(pairs[..., i].T) for i in (0, 1))
+        return _added(codes.pack(values, 4), shape, scale, zero, (1, group[1]))
+
+    return Layer((_QDATA, "_weight_scale_and_zero"), decode)
+
+
+def _nvfp4(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
+    n, k = shape
+    record = expect(module, stored, _QDATA, "u8", (n, k // 2))
+    _refuse_swizzled(record, data)
+    size = int(data.get("block_size") or 16)
+    weights.require_divisible(record, k, size)
+    expect(module, stored, "_weight_scale", "f8_e4m3", (n, k // size))
+    whole = tuple(s for s in ("_weight_per_tensor_scale",) if s in stored)
+    if data.get("act_quant_kwargs"):
+        raise UnsupportedError(f"{record.file}, {module}: activations in nvfp4 are not supported")
+
+    def decode(arrays: Arrays) -> QArray:
+        aux = {"global_scale": weights.scalar(arrays[suffix]) for suffix in whole[:1]}
+        scale = arrays["_weight_scale"]
+        return weights.coded(arrays[_QDATA], "fp4_e2m1", shape, scale, (1, size), aux=aux)
+
+    return Layer((_QDATA, "_weight_scale", *whole), decode)
+
+
+def _mx(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
+    n, k = shape
+    record = stored[_QDATA]
+    _refuse_swizzled(record, data)
+    size = int(data.get("block_size") or 32)
+    weights.require_divisible(record, k, size)
+    element = _torch_name(data.get("elem_dtype"))
+    qtypes = {
+        "float8_e4m3fn": "fp8_e4m3",
+        "float8_e5m2": "fp8_e5m2",
+        "float4_e2m1fn_x2": "fp4_e2m1",
+    }
+    if element not in qtypes:
+        raise UnsupportedError(f"{record.file}, {module}: elem_dtype {element!r:.80}")
+    qtype = qtypes[element]
+    dtypes = ("u8",) if qtype == "fp4_e2m1" else tuple(weights.FP8_QTYPES)
+    expect(module, stored, _QDATA, dtypes, (n, codes.row_bytes(qtype, k)))
+    expect(module, stored, "_weight_scale", ("f8_e8m0", "u8"), (n, k // size))
+    if data.get("act_quant_kwargs"):
+        raise UnsupportedError(f"{record.file}, {module}: activations in MX are not supported")
+
+    def decode(arrays: Arrays) -> QArray:
+        scale = arrays["_weight_scale"].view(ml_dtypes.float8_e8m0fnu)
+        return weights.coded(arrays[_QDATA], qtype, shape, scale, (1, size))
+
+    return Layer((_QDATA, "_weight_scale"), decode)
+
+
+def _refuse_swizzled(record: Record, data: Mapping[str, Any]) -> None:
+    if data.get("is_swizzled_scales"):
+        raise UnsupportedError(
+            f"{record.file}, {record.name}: scales in a kernel's own order (is_swizzled_scales) are "
+            "not supported; save the model without"
+        )
+
+
+_CLASSES: dict[str, Callable[[str, Stored, Shape, Mapping[str, Any]], Layer]] = {
+    "IntxUnpackedToInt8Tensor": _intx,
+    "Int8Tensor": _int8,
+    "Float8Tensor": _float8,
+    "Int4Tensor": _int4,
+    "Int4TilePackedTo4dTensor": _tile_packed,
+    "NVFP4Tensor": _nvfp4,
+    "MXTensor": _mx,
+}
+
+
+def _torch_name(entry: Any) -> str:
+    """The value of an enum or torch dtype of the header's JSON, without the module's name."""
+    value = entry.get("_data") if isinstance(entry, dict) else entry
+    return str(value).removeprefix("torch.")
+
+
+def _act(record: Record, data: Mapping[str, Any], dtype: str) -> ActSpec | None:
+    """What `act_quant_kwargs` of a tensor means."""
+    kwargs = data.get("act_quant_kwargs")
+    if kwargs is None:
+        return None
+    inner = kwargs.get("_data") if isinstance(kwargs, dict) else None
+    if not isinstance(inner, dict):
+        raise fault(record, f"has act_quant_kwargs {kwargs!r:.80} in the header")
+    granularity = inner.get("granularity")
+    kind = granularity.get("_type") if isinstance(granularity, dict) else None
+    strategies = {"PerRow": "token", "PerTensor": "tensor", "PerToken": "token"}
+    if kind not in strategies or inner.get("reduce_range"):
+        raise UnsupportedError(f"{record.file}, {record.name}: activations of {inner!r:.200}")
+    symmetric = _torch_name(inner.get("mapping_type", "SYMMETRIC")) == "SYMMETRIC"
+    # choose_qparams_affine of TorchAO divides by half the number of codes.
+    divisor = 127.5 if dtype == "int8" and symmetric else None
+    return ActSpec(dtype, strategies[kind], True, symmetric=symmetric, divisor=divisor)
+
+
+def _pre_scale(module: str, stored: Stored, shape: Shape) -> tuple[str, ...]:
+    name = "_weight_act_pre_scale"
+    if name not in stored:
+        return ()
+    expect(module, stored, name, PLAIN, (shape[1],), (1, shape[1]))
+    return (name,)
+
+
+def _with_pre_scale(
+    decode: Callable[[Arrays], QArray], names: tuple[str, ...], shape: Shape
+) -> Callable[[Arrays], QArray]:
+    """The weight with what multiplies its inputs (AWQ, SmoothQuant)."""
+    if not names:
+        return decode
+
+    def decode_with(arrays: Arrays) -> QArray:
+        weight = decode(arrays)
+        scale = arrays[names[0]].reshape(1, shape[1])
+        return replace(weight, aux={**weight.aux, "act_pre_scale": scale})
+
+    return decode_with
