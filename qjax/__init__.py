@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qjax.api import generate, load, sampling_defaults
+    from pallas_kernels.inputs import ActSpec
+    from qjax.api import generate, load, sampling_defaults, save
     from qjax.engine.engine import Engine
     from qjax.engine.request import GenerationResult
     from qjax.engine.sampling_params import SamplingParams
@@ -25,44 +26,71 @@ if TYPE_CHECKING:
         RequestError,
         UnsupportedError,
     )
+    from qjax.formats.base import (
+        Checkpoint,
+        Keys,
+        Layer,
+        QuantizationConfig,
+        expect,
+        fault,
+    )
     from qjax.forward import forward
     from qjax.params import Params
     from qjax.qarray import QArray
+    from qjax.registry import register_quantization_config
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActSpec": "pallas_kernels.inputs",
+    "Checkpoint": "qjax.formats.base",
     "CheckpointError": "qjax.errors",
     "DownloadError": "qjax.errors",
     "Engine": "qjax.engine.engine",
     "GenerationResult": "qjax.engine.request",
+    "Keys": "qjax.formats.base",
+    "Layer": "qjax.formats.base",
     "Params": "qjax.params",
     "QArray": "qjax.qarray",
     "QjaxError": "qjax.errors",
+    "QuantizationConfig": "qjax.formats.base",
     "RequestError": "qjax.errors",
     "SamplingParams": "qjax.engine.sampling_params",
     "UnsupportedError": "qjax.errors",
+    "expect": "qjax.formats.base",
+    "fault": "qjax.formats.base",
     "forward": "qjax.forward",
     "generate": "qjax.api",
     "load": "qjax.api",
+    "register_quantization_config": "qjax.registry",
     "sampling_defaults": "qjax.api",
+    "save": "qjax.api",
 }
 
 __all__ = [
+    "ActSpec",
+    "Checkpoint",
     "CheckpointError",
     "DownloadError",
     "Engine",
     "GenerationResult",
+    "Keys",
+    "Layer",
     "Params",
     "QArray",
     "QjaxError",
+    "QuantizationConfig",
     "RequestError",
     "SamplingParams",
     "UnsupportedError",
+    "expect",
+    "fault",
     "forward",
     "generate",
     "load",
+    "register_quantization_config",
     "sampling_defaults",
+    "save",
 ]
 
 

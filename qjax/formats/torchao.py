@@ -1,8 +1,8 @@
 """TorchAO: tensor subclasses flattened into safetensors.
 
-Each quantized weight is a handful of tensors (`_weight_qdata`, `_weight_scale` ...), and a JSON text
-in the file's header that names its class with the settings. The texts of the header decide; the
-configuration in config.json says how the model was made.
+Each quantized weight is a handful of tensors (`_weight_qdata`, `_weight_scale` ...), and a JSON
+text in the file's header that names its class with the settings. The texts of the header decide;
+the configuration in config.json says how the model was made.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def _added(
 
 
 def _tile_packed(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
-    """Tiles of the tinygemm kernel: lane t of 32 holds row t / 4 of 8, word i of 4 eight columns."""
+    """Tiles of tinygemm: lane t of 32 holds row t / 4 of 8, word i of 4 eight columns."""
     n, k = shape
     record = stored[_QDATA]
     padded = record.shape[1] * 128 if len(record.shape) == 4 else 0
@@ -276,7 +276,9 @@ def _nvfp4(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -
         raise UnsupportedError(f"{record.file}, {module}: activations in nvfp4 are not supported")
 
     def decode(arrays: Arrays) -> QArray:
-        aux = {"global_scale": weights.scalar(arrays[suffix]) for suffix in whole[:1]}
+        aux = {}
+        if whole:
+            aux["global_scale"] = weights.scalar(arrays[whole[0]])
         scale = arrays["_weight_scale"]
         return weights.coded(arrays[_QDATA], "fp4_e2m1", shape, scale, (1, size), aux=aux)
 
@@ -314,8 +316,8 @@ def _mx(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> L
 def _refuse_swizzled(record: Record, data: Mapping[str, Any]) -> None:
     if data.get("is_swizzled_scales"):
         raise UnsupportedError(
-            f"{record.file}, {record.name}: scales in a kernel's own order (is_swizzled_scales) are "
-            "not supported; save the model without"
+            f"{record.file}, {record.name}: scales in a kernel's own order (is_swizzled_scales) "
+            "are not supported; save the model without"
         )
 
 
