@@ -1,8 +1,11 @@
 """`qjax.load` and `qjax.generate`: a checkpoint in, text out."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qjax.engine.block_manager import BlockManager
 from qjax.engine.engine import BLOCK_SIZE, Engine, check_request, model_len, peak_memory
@@ -12,6 +15,9 @@ from qjax.errors import RequestError
 from qjax.kv_cache import bytes_per_token
 from qjax.params import Params
 
+if TYPE_CHECKING:
+    from qjax.formats.base import QuantizationConfig
+
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -20,13 +26,23 @@ MAX_NUM_SEQS = 32
 CACHE_BYTES = 1 << 30
 
 
-def load(source: str | PathLike[str] = "smollm2-135m", **options: Any) -> Params:
-    """Loads a model.
+def load(
+    source: str | PathLike[str] = "smollm2-135m",
+    *,
+    quantization: str | None = None,
+    quantize_activations: bool = True,
+) -> Params:
+    """Loads a model, its weights as they are stored.
 
     Args:
       source: a built-in name ("smollm2-135m", "gemma3-270m"), a GGUF file, a folder of safetensors,
         or "org/name" or "org/name:Q4_K_M" on the Hugging Face hub.
-      options: see `qjax.checkpoint.loader.load`.
+      quantization: a method that full-precision safetensors are quantized with while they are read,
+        such as "fp8"; None takes a checkpoint as it is. A quantized one needs nothing: its method
+        stands in its config.
+      quantize_activations: whether activations and cache are rounded where the method says so, as
+        its maker's own runtime does; False computes with the quantized weights alone, which shows
+        what the rounding costs.
 
     Raises:
       CheckpointError: the files are damaged or do not fit together.
@@ -37,7 +53,32 @@ def load(source: str | PathLike[str] = "smollm2-135m", **options: Any) -> Params
     from qjax.engine import compile_cache
 
     compile_cache.enable()
-    return loader.load(source, **options)
+    return loader.load(source, quantization=quantization, quantize_activations=quantize_activations)
+
+
+def save(
+    params: Params,
+    folder: str | PathLike[str],
+    quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
+) -> Path:
+    """Saves a model as a folder of safetensors, with config.json and tokenizer.
+
+    Args:
+      params: from `qjax.load`, of a folder (not of a GGUF file) that is still there.
+      folder: must not exist, or be empty. It appears complete or not at all.
+      quantization_config: another format, as an object or as the dict that config.json will hold;
+        None keeps the format that the weights are in.
+
+    Returns:
+      The folder.
+
+    Raises:
+      CheckpointError: the folder holds something, or the source has gone.
+      UnsupportedError: the format cannot hold one of the weights, or is not written by qjax.
+    """
+    from qjax.checkpoint import saver
+
+    return saver.save(params, folder, quantization_config)
 
 
 def generate(

@@ -24,11 +24,14 @@ class Host:
       source: where the model was loaded from.
       load_tokenizer: makes the tokenizer, called when it is first wanted.
       generation_config: the checkpoint's own defaults for generation, maybe empty.
+      origin: how it was stored (a `qjax.checkpoint.plan.Origin`), or None for a model that was made
+        in memory.
     """
 
     source: str = ""
     load_tokenizer: Callable[[], Any] | None = None
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    origin: Any = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Host)

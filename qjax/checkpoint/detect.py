@@ -14,7 +14,7 @@ from qjax.registry import quantization_config
 
 _LARGEST_JSON = 1 << 24
 # Files beside config.json that hold what it may leave out, in the order in which they are tried.
-_SIDE_FILES = (
+SIDE_FILES = (
     "hf_quant_config.json",
     "quantize_config.json",
     "quant_config.json",
@@ -35,7 +35,7 @@ def quantization(
       CheckpointError: the configuration is damaged or contradicts itself.
       UnsupportedError: the method, or one of its settings, is not supported.
     """
-    found, file = _find(folder, fields)
+    found, file = find(folder, fields)
     if found is None and online is None:
         return Dense()
     if found is not None and online is not None:
@@ -55,8 +55,8 @@ def quantization(
     return quantization_config(method, str(file)).from_config(found or {}, checkpoint)
 
 
-def _find(folder: Path, fields: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Path]:
-    """The quantization config and the file that holds it."""
+def find(folder: Path, fields: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Path]:
+    """A folder's quantization config, or None, and the file that holds it."""
     file = folder / "config.json"
     text = fields.get("text_config")
     for found in (
@@ -70,7 +70,7 @@ def _find(folder: Path, fields: Mapping[str, Any]) -> tuple[Mapping[str, Any] | 
                     "must be a mapping of names to values", file=file, field="quantization_config"
                 )
             return found, file
-    for name in _SIDE_FILES:
+    for name in SIDE_FILES:
         if (folder / name).is_file():
             return read_json(folder / name), folder / name
     return None, file
@@ -115,3 +115,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError("is not a JSON object", file=file)
     return content
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class _Opened:
       quantize_activations: whether weights keep what their method does to activations.
       rotated_pairs: q and k rows are stored pair by pair, as llama.cpp writes them for Llama.
       norm_offset: what the stored norm weights lack.
+      folder: that config.json lies in, and fields: its content; None and empty for GGUF.
     """
 
     files: TensorFiles
@@ -60,6 +61,19 @@ class _Opened:
     norm_offset: float
     load_tokenizer: Callable[[], Any]
     generation_config: Mapping[str, Any]
+    folder: Path | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def origin(self, places: plan.Plan) -> plan.Origin:
+        return plan.Origin(
+            self.folder,
+            self.fields,
+            self.quantization,
+            places,
+            self.ignored,
+            self.norm_offset,
+            self.quantize_activations,
+        )
 
 
 def load(
@@ -107,7 +121,9 @@ def load(
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[last] = leaf
-    host = Host(str(found.name), opened.load_tokenizer, opened.generation_config)
+    host = Host(
+        str(found.name), opened.load_tokenizer, opened.generation_config, opened.origin(places)
+    )
     return Params(tree, opened.config, host)
 
 
@@ -160,6 +176,8 @@ def _open_folder(path: Path, quantization: str | None, quantize_activations: boo
         norm_offset=1.0 if config.post_norms else 0.0,
         load_tokenizer=load_tokenizer,
         generation_config=read_json(generation) if generation.exists() else {},
+        folder=folder,
+        fields=fields,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,7 @@ class Piece:
     """A stored layer: its tensors by suffix, how they decode, and which rows of it are wanted."""
 
     module: str
+    shape: tuple[int, ...]
     stored: Mapping[str, TensorRecord]
     layer: Layer
     rows: slice | None = None
@@ -50,6 +53,45 @@ class Vector:
 
 
 Plan = dict[str, Weight | Vector]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a loaded model was stored: what it takes to write it again.
+
+    Attributes:
+      folder: where the checkpoint lies; None for a GGUF file.
+      fields: of its config.json.
+      quantization: its format.
+      plan: where each parameter came from.
+      ignored: stored tensors that no parameter came from.
+      norm_offset: what was added to the stored norm weights.
+      quantize_activations: whether weights kept what their method does to activations.
+    """
+
+    folder: Path | None
+    fields: Mapping[str, Any]
+    quantization: QuantizationConfig
+    plan: Plan
+    ignored: frozenset[str]
+    norm_offset: float
+    quantize_activations: bool
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes that each parameter takes in the checkpoint; a part of a joined one, its share."""
+        return {name: _stored_bytes(place) for name, place in self.plan.items()}
+
+
+def _stored_bytes(place: Weight | Vector) -> int:
+    if isinstance(place, Vector):
+        share = 1.0 if place.rows is None else place.shape[0] / place.record.shape[0]
+        return round(place.record.nbytes * share)
+    total = 0.0
+    for piece in place.pieces:
+        used = [r for s, r in piece.stored.items() if s in piece.layer.reads + piece.layer.ignores]
+        share = 1.0 if piece.rows is None else place.shape[-2] / piece.shape[-2]
+        total += sum(record.nbytes for record in used) * share
+    return round(total)
 
 
 @dataclass
@@ -171,7 +213,7 @@ def _piece(
     stored = {key: r for key, r in modules.of.get(module, {}).items() if key != "bias"}
     layer = quantization.layer(module, stored, shape) or dense_layer(module, stored, shape)
     modules.take(module, *layer.reads, *(s for s in layer.ignores if s in stored))
-    return Piece(module, stored, layer, rows)
+    return Piece(module, shape, stored, layer, rows)
 
 
 def _vector(
