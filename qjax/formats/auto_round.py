@@ -31,31 +31,43 @@ from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 from qjax.scheme import QuantizationArgs, QuantizationScheme
 
+# Keys that say how a model was quantized, not how it is stored.
 _HISTORY = (
     *("quant_method", "autoround_version", "iters", "block_name_to_quantize", "provider"),
     *("to_quant_block_names", "backend", "nsamples", "seqlen", "low_gpu_mem_usage", "version"),
     *("enable_quanted_input", "enable_minmax_tuning", "lr", "minmax_lr", "dataset", "batch_size"),
-    *(
-        "gradient_accumulate_steps",
-        "super_bits",
-        "super_group_size",
-        "act_group_size",
-        "scale_dtype",
-    ),
-    *("export_format", "static_kv_dtype", "static_attention_dtype", "modules_to_not_convert"),
-    *(
-        "fmt",
-        "weight_block_size",
-        "supported_types",
-        "quant_lm_head",
-        "amp",
-        "enable_norm_bias_tuning",
-    ),
+    *("gradient_accumulate_steps", "export_format", "static_kv_dtype", "static_attention_dtype"),
+    *("modules_to_not_convert", "fmt", "supported_types", "quant_lm_head", "amp"),
+    "enable_norm_bias_tuning",
+)
+# The same, of one layer's settings.
+_LAYER_HISTORY = (
+    "super_bits",
+    "super_group_size",
+    "act_group_size",
+    "scale_dtype",
+    "fixed_by_user",
 )
 _PACKINGS = (
     *("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round", "auto_round:gptqmodel"),
     *("auto_round:fp8", "auto_round:fp8_static", "auto_round:llm_compressor"),
+    *("auto", "auto_round:gptq", "auto_round:awq"),
 )
+_ALIASES = {
+    "auto": "auto_round:auto_gptq",
+    "auto_round:gptq": "auto_round:auto_gptq",
+    "auto_round:awq": "auto_round:auto_awq",
+}
+_DEFAULTS = {
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "data_type": "int",
+    "act_bits": 16,
+    "act_data_type": "",
+    "act_dynamic": True,
+    "act_sym": True,
+}
 
 
 @register_quantization_config("auto-round", "inc", "intel")
@@ -66,66 +78,68 @@ class AutoRound(QuantizationConfig):
     Attributes:
       packing: the value of `packing_format`.
       settings: bits, group_size and so on of layers that `layers` does not name.
-      layers: (name or pattern, what differs).
-      inner: the format that reads the layers of packings that are formats of their own.
-      values: the configuration as it was read.
+      layers: what differs, by name or pattern of layers.
+      inner: the format that reads the layers, for fp8.
+      values: the configuration as it was read, from `file`.
     """
 
     packing: str
     settings: Mapping[str, Any]
-    layers: tuple[tuple[str, Mapping[str, Any]], ...]
+    layers: Mapping[str, Mapping[str, Any]]
     inner: QuantizationConfig | None
     values: Mapping[str, Any]
+    file: str
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
         keys = Keys(config, checkpoint.file)
         keys.ignore(*_HISTORY)
         packing = keys.choice("packing_format", _PACKINGS, "auto_round:auto_gptq")
-        settings = {
-            "bits": keys.get("bits", int, 4),
-            "group_size": keys.get("group_size", int, 128),
-            "sym": keys.get("sym", bool, True),
-            "data_type": keys.get("data_type", str, "int"),
-            "act_bits": keys.get("act_bits", int, 16),
-            "act_data_type": keys.get("act_data_type", str, ""),
-            "act_dynamic": keys.get("act_dynamic", bool, True),
-            "act_sym": keys.get("act_sym", bool, True),
-        }
+        packing = _ALIASES.get(packing, packing)
+        settings = _settings(keys)
+        block = keys.get("weight_block_size", list) or _block(settings)
         keys.choice("activation_scheme", ("static", "dynamic"), "dynamic")
         extra = keys.section("extra_config")
-        layers = tuple((name, extra.get(name, dict, {})) for name in extra.values)
+        layers = {name: _settings(extra.section(name), done=True) for name in extra.values}
         keys.done()
         inner: QuantizationConfig | None = None
         if packing == "auto_round:llm_compressor":
-            inner = _compressed_tensors(settings, checkpoint.file, config)
+            for each in (settings, *layers.values()):
+                _compressed_tensors({**settings, **each}, checkpoint.file)
         elif packing.startswith("auto_round:fp8"):
-            wanted = {
-                k: config[k] for k in ("activation_scheme", "weight_block_size") if k in config
-            }
-            static = packing.endswith("static") or not settings["act_dynamic"]
+            wanted = {k: config[k] for k in ("activation_scheme",) if k in config}
+            wanted |= {} if block is None else {"weight_block_size": block}
+            static = packing.endswith("static") or not settings.get("act_dynamic", True)
             scheme = "static" if static else "dynamic"
             inner = Fp8.from_config({"activation_scheme": scheme, **wanted}, checkpoint)
-        elif settings["data_type"] != "int" or settings["act_bits"] < 16:
+        elif settings.get("data_type", "int") != "int" or settings.get("act_bits", 16) < 16:
             raise UnsupportedError(
                 f"{checkpoint.file}: packing_format {packing!r} with {settings} is not supported; "
                 "integers without activation quantization are"
             )
-        return cls(packing, settings, layers, inner, config)
+        settings = {**_DEFAULTS, **settings}
+        return cls(packing, settings, layers, inner, config, checkpoint.file)
 
     def _of(self, module: str) -> Mapping[str, Any]:
         """The settings of one layer: by its name, else by the first pattern that matches."""
-        found = dict(self.layers).get(module)
+        found = self.layers.get(module)
         if found is None:
-            found = next((v for name, v in self.layers if _matches(name, module)), {})
+            found = next((v for name, v in self.layers.items() if _matches(name, module)), {})
         return {**self.settings, **found}
 
+    def _inner(self, module: str) -> QuantizationConfig | None:
+        """The format that reads a layer, for packings that are formats of their own."""
+        if self.packing != "auto_round:llm_compressor":
+            return self.inner
+        return _compressed_tensors(self._of(module), self.file)
+
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
-        if self.inner is not None:
-            weight = stored.get("weight")
-            if weight is not None and weight.qtype in PLAIN:
-                return None
-            layer = self.inner.layer(module, stored, shape)
+        weight = stored.get("weight")
+        if weight is not None and weight.qtype in PLAIN:
+            return None
+        inner = self._inner(module)
+        if inner is not None:
+            layer = inner.layer(module, stored, shape)
             return layer if layer is None else replace(layer, decode=_floor_scales(layer.decode))
         if "qweight" not in stored:
             return None
@@ -133,28 +147,53 @@ class AutoRound(QuantizationConfig):
         bits, size = settings["bits"], settings["group_size"]
         if bits >= 16:
             raise fault(stored["qweight"], "is quantized, but extra_config says 16 bits")
+        if bits not in range(2, 9) or not isinstance(size, int):
+            raise UnsupportedError(
+                f"{module}: {bits} bits in groups of {size} are not supported in {self.packing}"
+            )
         if self.packing == "auto_round:auto_awq":
             if bits != 4:
                 raise UnsupportedError(f"{module}: AWQ's packing of {bits} bits is not supported")
-            return awq.gemm(module, stored, shape, size)
-        offset = 1 if self.packing == "auto_round:auto_gptq" else 0
-        return gptq.layer(module, stored, shape, gptq.Settings(bits, size, offset))
+            return awq.gemm(module, stored, shape, size, settings["sym"])
+        return gptq.layer(module, stored, shape, _gptq(settings, self.packing))
 
     def to_config(self) -> dict[str, Any]:
         return dict(self.values)
 
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
-        if self.inner is not None:
-            return self.inner.encode(module, weight)
+        inner = self._inner(module)
+        if inner is not None:
+            return inner.encode(module, weight)
         settings = self._of(module)
         if self.packing == "auto_round:auto_awq":
             return awq.AWQ(settings["group_size"], "gemm", (), {}).encode(module, weight)
-        offset = 1 if self.packing == "auto_round:auto_gptq" else 0
-        inner = gptq.Settings(settings["bits"], settings["group_size"], offset)
-        tensors = gptq.encode(module, weight, inner)
+        tensors = gptq.encode(module, weight, _gptq(settings, self.packing))
         if "perm" not in weight.aux:
             del tensors["g_idx"]
         return tensors
+
+
+def _settings(keys: Keys, done: bool = False) -> dict[str, Any]:
+    """The settings that are given, of the model or of a layer (`done`: and nothing else is)."""
+    found = {}
+    for name, default in _DEFAULTS.items():
+        kinds = (int, list) if name == "group_size" else type(default)
+        value = keys.get(name, kinds)
+        if value is not None:
+            found[name] = value
+    keys.ignore(*_LAYER_HISTORY)
+    if done:
+        keys.done()
+    size = found.get("group_size", -1)
+    if isinstance(size, int) and size < 1 and size != -1 and found.get("data_type", "int") == "int":
+        raise keys.error("group_size", f"{size} is neither above 0 nor -1")
+    return found
+
+
+def _block(settings: Mapping[str, Any]) -> list[int] | None:
+    """Blocks of weights may be given as a group size of two numbers."""
+    size = settings.get("group_size")
+    return size if isinstance(size, list) else None
 
 
 def _floor_scales(decode: Callable[[Arrays], QArray]) -> Callable[[Arrays], QArray]:
@@ -169,6 +208,13 @@ def _floor_scales(decode: Callable[[Arrays], QArray]) -> Callable[[Arrays], QArr
     return decode_with
 
 
+def _gptq(settings: Mapping[str, Any], packing: str) -> gptq.Settings:
+    """Of a layer in GPTQ's layout, whose first version stores zero points less 1."""
+    offset = 1 if packing == "auto_round:auto_gptq" else 0
+    asymmetric = not settings["sym"]
+    return gptq.Settings(settings["bits"], settings["group_size"], offset, asymmetric=asymmetric)
+
+
 def _matches(pattern: str, module: str) -> bool:
     try:
         return re.fullmatch(pattern, module) is not None or re.search(pattern, module) is not None
@@ -176,11 +222,10 @@ def _matches(pattern: str, module: str) -> bool:
         return pattern in module
 
 
-def _compressed_tensors(
-    settings: Mapping[str, Any], file: str, values: Mapping[str, Any]
-) -> CompressedTensors:
+def _compressed_tensors(given: Mapping[str, Any], file: str) -> CompressedTensors:
     """The scheme that the exports for LLM Compressor mean."""
     kinds = {"mx_fp": ("group", 32, "torch.uint8"), "nv_fp": ("tensor_group", 16, None)}
+    settings = {**_DEFAULTS, **given}
     kind = settings["data_type"]
 
     def args(kind: str, bits: int, dynamic: bool | str) -> QuantizationArgs:
@@ -198,4 +243,4 @@ def _compressed_tensors(
     if settings["act_bits"] < 16:
         local = "local" if weight.strategy == "tensor_group" else True
         act = args(settings["act_data_type"] or kind, settings["act_bits"], local)
-    return CompressedTensors((QuantizationScheme(("Linear",), weight, act),), (), (), values)
+    return CompressedTensors((QuantizationScheme(("Linear",), weight, act),), (), (), {})

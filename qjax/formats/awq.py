@@ -51,6 +51,7 @@ class AWQ(QuantizationConfig):
     Attributes:
       group_size: columns that share a scale; -1 for all.
       version: one of `VERSIONS`.
+      symmetric: whether the config says that there are no zero points.
       excluded: parts of the names of layers that are not quantized.
       values: the configuration as it was read.
     """
@@ -59,6 +60,7 @@ class AWQ(QuantizationConfig):
     version: str
     excluded: tuple[str, ...]
     values: Mapping[str, Any]
+    symmetric: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
@@ -79,10 +81,10 @@ class AWQ(QuantizationConfig):
             version = "gemm"  # names of kernels, which all read this layout
         if str(config.get("backend", "")) == "llm-awq" and "version" not in config:
             version = "llm-awq"
-        keys.get("zero_point", bool, True)
+        symmetric = not keys.get("zero_point", bool, True)
         excluded = keys.get("modules_to_not_convert", list, [])
         keys.done()
-        return cls(size, version, tuple(map(str, excluded)), config)
+        return cls(size, version, tuple(map(str, excluded)), config, symmetric)
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         if "qweight" not in stored:
@@ -92,9 +94,9 @@ class AWQ(QuantizationConfig):
                 stored["qweight"], "is quantized, but modules_to_not_convert names this layer"
             )
         if self.version == "gemm":
-            return gemm(module, stored, shape, self.group_size)
+            return gemm(module, stored, shape, self.group_size, self.symmetric)
         if self.version == "gemv":
-            return _gemv(module, stored, shape, self.group_size)
+            return _gemv(module, stored, shape, self.group_size, self.symmetric)
         return _gemv_fast(module, stored, shape, self.group_size)
 
     def to_config(self) -> dict[str, Any]:
@@ -122,7 +124,9 @@ def _size(group_size: int, k: int) -> int:
     return k if group_size == -1 else group_size
 
 
-def gemm(module: str, stored: Stored, shape: tuple[int, ...], group_size: int) -> Layer:
+def gemm(
+    module: str, stored: Stored, shape: tuple[int, ...], group_size: int, symmetric: bool
+) -> Layer:
     """Words along N with interleaved columns; other formats use it, too."""
     n, k = shape[-2:]
     size = _size(group_size, k)
@@ -133,14 +137,16 @@ def gemm(module: str, stored: Stored, shape: tuple[int, ...], group_size: int) -
     expect(module, stored, "qweight", ("i32", "u32"), (k, n // 8))
     expect(module, stored, "scales", PLAIN, (groups, n))
     reads = ["qweight", "scales"]
-    if "qzeros" in stored:
+    if "qzeros" in stored or not symmetric:
         expect(module, stored, "qzeros", ("i32", "u32"), (groups, n // 8))
         reads.append("qzeros")
 
     def decode(arrays: Arrays) -> QArray:
-        values = _columns(arrays["qweight"])
-        zero = _columns(arrays["qzeros"]) if "qzeros" in arrays else None
-        return _weight(values.T, arrays["scales"].T, None if zero is None else zero.T, shape, size)
+        values = _columns(arrays["qweight"]).T
+        zero = _columns(arrays["qzeros"]).T if "qzeros" in arrays else None
+        if symmetric:
+            zero = _no_zeros(stored, zero)
+        return _weight(values, arrays["scales"].T, zero, shape, size)
 
     return Layer(tuple(reads), decode)
 
@@ -155,7 +161,7 @@ def _columns(words: np.ndarray) -> np.ndarray:
 def _interleave(values: np.ndarray) -> np.ndarray:
     """What `_columns` undoes: int32 [R, N / 8]."""
     parts = values.reshape(values.shape[0], -1, 8).astype(np.uint32) << (_NIBBLES * 4)
-    return np.bitwise_or.reduce(parts, axis=-1).astype(np.uint32).view(np.int32)
+    return np.ascontiguousarray(np.bitwise_or.reduce(parts, axis=-1), np.uint32).view(np.int32)
 
 
 def _weight(
@@ -166,15 +172,20 @@ def _weight(
     size: int,
 ) -> QArray:
     """Codes [N, K], scales [N, G] and zero points [N, G] as a QArray."""
-    symmetric = zero is None or bool((zero == 8).all())
     return weights.coded(
         codes.pack(np.ascontiguousarray(values), 4),
-        "uint4b8" if symmetric else "uint4",
+        "uint4b8" if zero is None else "uint4",
         shape,
         np.ascontiguousarray(scale),
         (1, size),
-        zero_point=None if symmetric or zero is None else np.ascontiguousarray(zero),
+        zero_point=None if zero is None else np.ascontiguousarray(zero),
     )
+
+
+def _no_zeros(stored: Stored, zero: np.ndarray | None) -> None:
+    """Zero points that may be stored where the config says that there are none."""
+    if zero is not None and (zero != 8).any():
+        raise fault(stored["qzeros"], "has other zero points than 8, but the config has none")
 
 
 def _padded_groups(groups: int, size: int) -> int:
@@ -183,7 +194,9 @@ def _padded_groups(groups: int, size: int) -> int:
     return -(-groups // room) * room
 
 
-def _gemv(module: str, stored: Stored, shape: tuple[int, ...], group_size: int) -> Layer:
+def _gemv(
+    module: str, stored: Stored, shape: tuple[int, ...], group_size: int, symmetric: bool
+) -> Layer:
     """Words along K in natural order."""
     n, k = shape[-2:]
     size = _size(group_size, k)
@@ -198,6 +211,8 @@ def _gemv(module: str, stored: Stored, shape: tuple[int, ...], group_size: int) 
         zero_stream = np.ascontiguousarray(arrays["qzeros"]).view(np.uint8)
         zero = codes.unpack(zero_stream, 4, room, np)[:, :groups]
         values = codes.unpack(stream, 4, k, np)
+        if symmetric:
+            zero = _no_zeros(stored, zero)
         return _weight(values, arrays["scales"][:, :groups], zero, shape, size)
 
     return Layer(("qweight", "qzeros", "scales"), decode)

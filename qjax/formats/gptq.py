@@ -57,6 +57,8 @@ class Settings:
     Attributes:
       zero_offset: what stored zero points lack (1 in the first version of the format).
       planar: the widths in bits whose codes lie in planes.
+      asymmetric: whether zero points are kept even where all of them mean the middle code, so that
+        layers of one checkpoint (experts) are alike.
       scale_dtype: the dtype that scales are rounded to when they are read, or "" for none:
         GPTQModel and vLLM hold them in the dtype of the model.
     """
@@ -65,6 +67,7 @@ class Settings:
     group_size: int
     zero_offset: int = 1
     planar: tuple[int, ...] = ()
+    asymmetric: bool = False
     scale_dtype: str = ""
 
 
@@ -103,6 +106,7 @@ class GPTQ(QuantizationConfig):
             _group_size(keys, keys.get("group_size", int, 128)),
             1 if layout == "gptq" else 0,
             tuple(_PLANES) if layout == "gptq_p" else _planar_widths(config),
+            not keys.get("sym", bool, True),
             checkpoint.dtype if checkpoint.dtype in ("bfloat16", "float16") else "",
         )
         dynamic = []
@@ -181,6 +185,15 @@ def layer(module: str, stored: Stored, shape: tuple[int, ...], settings: Setting
     word = 8 * np.dtype({"i64": "i8", "i16": "i2", "i8": "i1"}.get(record.qtype, "i4")).itemsize
     if k * bits % word or n * bits % word:
         raise fault(record, f"{(n, k)} weights of {bits} bits do not fill whole words")
+    if bits in settings.planar and (word != 32 or k % 32 or n % 32):
+        raise fault(
+            record, f"{(n, k)} codes in {record.qtype} are not blocks of 32 in 32-bit words"
+        )
+    if word != 32 and word % bits:
+        raise UnsupportedError(
+            f"{record.file}, {record.name}: {bits} bits in words of {word} bits are not supported; "
+            "in words of 32 bits they are"
+        )
     expect(module, stored, "qweight", WORDS, (k * bits // word, n))
     expect(module, stored, "qzeros", record.qtype, (groups, n * bits // word))
     expect(module, stored, "scales", PLAIN, (groups, n))
@@ -200,7 +213,7 @@ def layer(module: str, stored: Stored, shape: tuple[int, ...], settings: Setting
                 stream = codes.pack(codes.unpack(stream, bits, k, np)[..., order], bits)
                 aux["perm"] = order.astype(np.int32)[None]
         half = 1 << (bits - 1)
-        symmetric = bool((zero == half).all())
+        symmetric = not settings.asymmetric and bool((zero == half).all())
         return weights.coded(
             stream,
             f"uint{bits}b{half}" if symmetric else f"uint{bits}",
@@ -267,6 +280,12 @@ def encode(module: str, weight: QArray, settings: Settings) -> dict[str, np.ndar
         raise UnsupportedError(
             f"{module}: GPTQ of {bits} bits has no layout for {weight.qtype} in groups of {group}"
         )
+    if group[1] != (k if settings.group_size == -1 else settings.group_size):
+        raise UnsupportedError(
+            f"{module}: has groups of {group[1]}, but the config says {settings.group_size}"
+        )
+    if k * bits % 32 or n * bits % 32 or weight.aux.keys() - {"perm"}:
+        raise UnsupportedError(f"{module}: GPTQ has no layout for {(n, k)} weights as these")
     stream, aux = np.asarray(weight.qvalue), weight.aux
     groups = np.arange(k) // group[1]
     g_idx = groups
