@@ -102,7 +102,9 @@ class Fp8(QuantizationConfig):
         scale = expect(module, stored, suffix, _SCALES)
         block = self.block or _inferred_block(tuple(scale.shape), shape)
         group = weights.scale_group(scale, shape, block)
-        act = self.act(group[1] if group == block else None)
+        # Scales [N, 1] are one a row, not blocks, though both have two axes.
+        blocks = group == block and (self.block is not None or group[0] > 1)
+        act = self.act(group[1] if blocks else None)
         reads = ["weight", suffix]
         ignores = []
         if "input_scale" in stored and not act.dynamic:
