@@ -1,0 +1,69 @@
+"""Layers as a checkpoint stores them, from arrays that a test has packed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pallas_kernels.matmul.spec import decode
+from qjax.formats.base import Checkpoint
+from qjax.registry import quantization_config
+
+MODULE = "model.layers.0.mlp.up_proj"
+_DTYPES = {"bfloat16": "bf16", "float8_e4m3fn": "f8_e4m3", "float8_e8m0fnu": "f8_e8m0"}
+
+
+@dataclass(frozen=True)
+class Record:
+    name: str
+    qtype: str
+    shape: tuple[int, ...]
+    file: str = "model.safetensors"
+    offset: int = 0
+
+
+def record(name, array):
+    dtype = array.dtype
+    return Record(name, _DTYPES.get(dtype.name, f"{dtype.kind}{8 * dtype.itemsize}"), array.shape)
+
+
+def quantization(config, tensors=None, module=MODULE, dtype=""):
+    """The format that a quantization config asks for."""
+    named = {f"{module}.{suffix}": array for suffix, array in (tensors or {}).items()}
+    records = {name: record(name, array) for name, array in named.items()}
+    checkpoint = Checkpoint("config.json", records, {}, named.__getitem__, "llama", dtype)
+    return quantization_config(config["quant_method"]).from_config(config, checkpoint)
+
+
+def planned(config, tensors, shape, module=MODULE, dtype=""):
+    """How one layer with these tensors (by suffix) is read."""
+    stored = {suffix: record(f"{module}.{suffix}", array) for suffix, array in tensors.items()}
+    return quantization(config, tensors, module, dtype).layer(module, stored, shape)
+
+
+def decoded(config, tensors, shape, module=MODULE, dtype=""):
+    """The QArray that one layer becomes; every tensor is read or known."""
+    layer = planned(config, tensors, shape, module, dtype)
+    assert layer is not None
+    assert {*layer.reads} <= {*tensors} <= {*layer.reads, *layer.ignores}
+    return layer.decode({suffix: tensors[suffix] for suffix in layer.reads})
+
+
+def weight_of(weight):
+    """float64 [N, K] of a decoded weight, rows and columns in the model's order."""
+    values = decode(weight.spec, weight.arrays, np).astype(np.float64)
+    if "output_perm" in weight.aux:
+        values = values[weight.aux["output_perm"][0]]
+    if "perm" in weight.aux:
+        values = values[:, np.argsort(weight.aux["perm"][0])]
+    return values
+
+
+def words(codes, bits, word=32):
+    """Codes along the last axis as one number, the first in its lowest bits, cut into words."""
+    result = []
+    for row in codes.reshape(-1, codes.shape[-1]):
+        stream = sum(int(code) << (bits * i) for i, code in enumerate(row))
+        count = codes.shape[-1] * bits // word
+        result.append([(stream >> (word * i)) & ((1 << word) - 1) for i in range(count)])
+    unsigned = np.array(result, f"u{word // 8}").reshape(*codes.shape[:-1], -1)
+    return unsigned.view(f"i{word // 8}")
