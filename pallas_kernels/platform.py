@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import jax
 
+_assumed: ContextVar[str | None] = ContextVar("assumed_device", default=None)
+
+
+@contextmanager
+def assume(kind: str | None) -> Iterator[None]:
+    """Has implementations answer, while they are traced, as on a device of this kind; None lifts
+    it. To ask what would run elsewhere: what is traced so is not meant to be run.
+    """
+    token = _assumed.set(kind)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
 
 def device_kind() -> str:
     """Kind of the device that jax puts arrays on by default: "cpu", "gpu" or "tpu"."""
+    if (assumed := _assumed.get()) is not None:
+        return assumed
     device = jax.config.jax_default_device
     if device is None:
         return jax.default_backend()

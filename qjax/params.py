@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,78 @@ import jax
 
 if TYPE_CHECKING:
     from qjax.models.config import ModelConfig
+
+
+PLAIN = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class Use:
+    """All weights of one kind.
+
+    Attributes:
+      method: that they are quantized with, or "".
+      qtype: key of QTYPES, or the dtype of what is no matrix.
+      activation: type that their inputs are rounded to, or "".
+      tensors, weights: how many.
+      nbytes: in memory.
+      stored: bytes in the checkpoint, or 0 where there is none.
+    """
+
+    method: str
+    qtype: str
+    activation: str
+    tensors: int
+    weights: int
+    nbytes: int
+    stored: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / max(1, self.weights)
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes in memory for each that is stored."""
+        return self.nbytes / self.stored if self.stored else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model's weights take, by kind, the largest first; its text is a table."""
+
+    uses: tuple[Use, ...]
+
+    @property
+    def total(self) -> Use:
+        sums = [
+            sum(getattr(use, name) for use in self.uses)
+            for name in ("tensors", "weights", "nbytes", "stored")
+        ]
+        return Use("total", "", "", *sums)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'method':<20}{'type':<12}{'inputs':<10}{'tensors':>8}{'weights':>16}{'bits':>7}"
+            f"{'MB':>10}{'stored MB':>11}{'ratio':>7}"
+        ]
+        for use in (*self.uses, self.total):
+            ratio = "-" if use.ratio is None else f"{use.ratio:.2f}"
+            lines.append(
+                f"{use.method or '-':<20}{use.qtype:<12}{use.activation or '-':<10}"
+                f"{use.tensors:>8}{use.weights:>16,}{use.bits_per_weight:>7.2f}"
+                f"{use.nbytes / 1e6:>10.2f}{use.stored / 1e6:>11.2f}{ratio:>7}"
+            )
+        return "\n".join(lines)
+
+
+def _weights(leaf: Any) -> int:
+    """Elements of a QArray, experts included, or of an array."""
+    if not hasattr(leaf, "qtype"):
+        return leaf.size
+    # Padding of a private layout hides in its rows, never in the leading axes (experts).
+    leading = leaf.qvalue.shape[:-2] if leaf.qvalue.ndim > 2 else ()
+    return math.prod(leading) * math.prod(leaf.shape)
 
 
 @dataclass(eq=False)
@@ -76,6 +149,27 @@ class Params:
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.tree))
+
+    def summary(self) -> Summary:
+        """What the weights take, by method and type; `print` shows it as a table."""
+        origin = self.host.origin
+        method = "" if origin is None else origin.quantization.name
+        stored = {} if origin is None else origin.stored_bytes()
+        uses: dict[tuple[str, str, str], list[int]] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            self.tree, is_leaf=lambda node: hasattr(node, "qtype")
+        ):
+            name = ".".join(str(key.key) for key in path)
+            if hasattr(leaf, "qtype"):
+                plain = leaf.qtype in PLAIN and leaf.act is None
+                key = ("" if plain else method, leaf.qtype, leaf.act.dtype if leaf.act else "")
+            else:
+                key = ("", str(leaf.dtype), "")
+            use = uses.setdefault(key, [0, 0, 0, 0])
+            amounts = (1, _weights(leaf), leaf.nbytes, stored.get(name, 0))
+            uses[key] = [a + b for a, b in zip(use, amounts, strict=True)]
+        rows = [Use(*key, *use) for key, use in uses.items()]
+        return Summary(tuple(sorted(rows, key=lambda row: -row.nbytes)))
 
     def tree_flatten_with_keys(self):
         return ((jax.tree_util.GetAttrKey("tree"), self.tree),), (self.config, self.host)

@@ -27,6 +27,8 @@ _ACTIVATION = {None: 0, "silu": 1, "gelu_tanh": 2}
 def require_tiles(spec: WeightSpec) -> int:
     """ggml's number of the weight's type; refuses a weight that is not tiled for these kernels."""
     native.require()
+    if spec.layout == CANONICAL and spec.qtype not in native.TYPE_IDS:
+        raise NotImplementedError(f"no native kernel reads weights of type {spec.qtype}")
     if spec.layout != LAYOUT:
         raise NotImplementedError(f"a weight in the {spec.layout!r} layout, not {LAYOUT!r}")
     return native.TYPE_IDS[spec.qtype]
