@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels import codes
 from qjax.errors import UnsupportedError
-from qjax.formats import weights
+from qjax.formats import marlin, weights
 from qjax.formats.base import PLAIN, Arrays, Layer, Record, Stored, expect, fault
 from qjax.qarray import QArray
 from qjax.scheme import QuantizationArgs
@@ -22,17 +22,14 @@ Shape = tuple[int, ...]
 def layout(module: str, stored: Stored, shape: Shape) -> str | None:
     """Which layout a layer has, from its tensors; None for a plain weight."""
     packed = stored.get("weight_packed")
+    if "scale_packed" in stored:
+        return "marlin-24"
     if packed is not None:
         if packed.qtype in ("i32", "u32"):
             return "pack"
         if "weight_global_scale" in stored:
             return "nvfp4"
         return "mxfp6" if packed.shape[-1] * 4 == shape[-1] * 3 else "mxfp4"
-    if "scale_packed" in stored or "meta" in stored:
-        raise UnsupportedError(
-            f"{module}: 2:4 sparse weights (marlin-24) are not supported; save the model with "
-            "dense weights"
-        )
     record = expect(module, stored, "weight")
     if record.qtype in PLAIN:
         return None
@@ -226,6 +223,15 @@ def _mx(
     return Layer((suffix, "weight_scale"), decode)
 
 
+def _marlin_24(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:
+    """2:4 sparse codes, laid out for the Marlin kernels."""
+    if args.type != "int" or not args.symmetric or args.strategy not in ("group", "channel"):
+        record = expect(module, stored, "weight_packed")
+        raise fault(record, f"is marlin-24, which has no layout for {args}")
+    size = args.group_size if args.strategy == "group" and args.group_size else -1
+    return marlin.sparse(module, stored, shape, args.num_bits, size)
+
+
 LAYOUTS: dict[str, Callable[[str, Stored, Shape, QuantizationArgs], Layer]] = {
     "pack": _pack,
     "int": _int,
@@ -234,6 +240,7 @@ LAYOUTS: dict[str, Callable[[str, Stored, Shape, QuantizationArgs], Layer]] = {
     "mxfp4": partial(_mx, suffix="weight_packed", qtype="fp4_e2m1"),
     "mxfp6": partial(_mx, suffix="weight_packed", qtype="fp6_e2m3"),
     "mxfp8": partial(_mx, suffix="weight", qtype="fp8_e4m3"),
+    "marlin-24": _marlin_24,
 }
 
 

@@ -93,9 +93,12 @@ def sparse(bits, strategy):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sparse(bits, strategy):
     tensors, weight = sparse(bits, strategy)
-    stored = {suffix: record(suffix, array) for suffix, array in tensors.items()}
     size = 128 if strategy == "group" else -1
-    found = marlin.sparse("m", stored, (64, 512), bits, size).decode(tensors)
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy}
+    weights |= {"group_size": size} if size > 0 else {}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    config = {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": groups}
+    found = decoded(config, tensors, (64, 512))
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
     # The names that GPTQ's "marlin_24" has.
     names = {"weight_packed": "B_24", "scale_packed": "s", "meta": "B_meta"}
