@@ -242,7 +242,7 @@ class QArray:
     @property
     def bits_per_weight(self) -> float:
         """Bits of storage a weight, padding of the layout included."""
-        leading = self.qvalue.shape[:-2] if self.layout == CANONICAL else ()
+        leading = self.qvalue.shape[:-2]
         return 8 * self.nbytes / (np.prod(leading, dtype=np.int64) * self.shape[0] * self.shape[1])
 
     def dequantize(self) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.matmul import native, ref, xla
+from pallas_kernels.matmul import native, ref, tiles, xla
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
@@ -123,13 +123,13 @@ def prepare(spec: WeightSpec, arrays: WeightArrays | np.ndarray) -> tuple[Weight
     arrays = as_arrays(arrays)
     if spec.layout != CANONICAL or dispatch.named() not in (None, "native"):
         return spec, arrays
-    return native.prepare(spec, arrays) or (spec, arrays)
+    return tiles.prepare(spec, arrays) or (spec, arrays)
 
 
 def unprepare(spec: WeightSpec, arrays: WeightArrays | Any) -> tuple[WeightSpec, WeightArrays]:
     """The canonical weight that `prepare` was given."""
     arrays = as_arrays(arrays)
-    return (spec, arrays) if spec.layout == CANONICAL else native.unprepare(spec, arrays)
+    return (spec, arrays) if spec.layout == CANONICAL else tiles.unprepare(spec, arrays)
 
 
 def _check(

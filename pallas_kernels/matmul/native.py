@@ -1,37 +1,20 @@
-"""Native CPU kernels of the quantized matrix product, as XLA custom calls.
-
-They read weights in the "tile16" layout (native/tile.h): 16 rows side by side, codes and scales as
-the file has them, so that `unprepare` gives back the file's bytes.
-"""
+"""Native CPU kernels of the quantized matrix product, as XLA custom calls on tiled weights."""
 
 from __future__ import annotations
 
-import mmap
-import threading
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import native
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
+from pallas_kernels.matmul import tiles
+from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 
-LAYOUT = "tile16"
 MAX_WEIGHTS = 8
 _PRECISION = {"float32": 0, "int16": 1, "int8": 2}
 _ACTIVATION = {None: 0, "silu": 1, "gelu_tanh": 2}
-
-
-def require_tiles(spec: WeightSpec) -> int:
-    """ggml's number of the weight's type; refuses a weight that is not tiled for these kernels."""
-    native.require()
-    if spec.layout == CANONICAL and spec.qtype not in native.TYPE_IDS:
-        raise NotImplementedError(f"no native kernel reads weights of type {spec.qtype}")
-    if spec.layout != LAYOUT:
-        raise NotImplementedError(f"a weight in the {spec.layout!r} layout, not {LAYOUT!r}")
-    return native.TYPE_IDS[spec.qtype]
 
 
 def matmul(
@@ -50,7 +33,7 @@ def matmul(
     inputs: Inputs | None = None,
 ) -> tuple[jax.Array, ...]:
     """See `pallas_kernels.matmul.api.matmul`."""
-    types = [require_tiles(spec) for spec, _ in weights]
+    described = describe(weights)
     if len(weights) > MAX_WEIGHTS:
         raise NotImplementedError(f"{len(weights)} weights in one call, at most {MAX_WEIGHTS}")
     rows = x.shape[0]
@@ -60,7 +43,7 @@ def matmul(
     given = [bias for bias in biases if bias is not None]
     if act is not None and not rounds_inputs(act):
         raise NotImplementedError(f"inputs rounded to {act}")
-    optional = [norm, residual, post_norm, *_input_arrays(inputs)]
+    optional = [norm, residual, post_norm, *input_arrays(inputs)]
     extra = [array for array in optional if array is not None]
     flags = sum((array is not None) << bit for bit, array in enumerate(optional))
     call = jax.ffi.ffi_call(
@@ -70,16 +53,29 @@ def matmul(
     )
     return tuple(
         call(
-            x, num_rows, *(arrays.qvalue for _, arrays in weights), *given, *extra,
-            types=np.array(types, np.int32),
+            x, num_rows, *weight_arrays(weights), *given, *extra,
+            **described,
             biases=np.int32(sum((b is not None) << i for i, b in enumerate(biases))),
             flags=np.int32(flags),
             activation=np.int32(_ACTIVATION[activation]),
             precision=np.int32(_PRECISION[activation_dtype]),
             eps=np.float32(norm_eps),
-            **_act_attributes(act),
+            **act_attributes(act),
         )
     )  # fmt: skip
+
+
+def describe(weights: Sequence[tuple[WeightSpec, WeightArrays]]) -> dict[str, np.ndarray]:
+    """What a kernel is told of its weights; refuses those that are not tiled for it."""
+    return {
+        "types": np.array([tiles.require(spec).number for spec, _ in weights], np.int32),
+        "beside": np.array([tiles.beside(*weight) for weight in weights], np.int32).reshape(-1),
+    }
+
+
+def weight_arrays(weights: Sequence[tuple[WeightSpec, WeightArrays]]) -> list[jax.Array]:
+    """All arrays of all weights, one after the other."""
+    return [array for _, arrays in weights for array in tiles.given(arrays)]
 
 
 # Bits of mantissa, exponents of the smallest normal and of the largest number, largest number.
@@ -109,17 +105,19 @@ def rounds_inputs(act: ActSpec) -> bool:
 
 def takes_inputs(specs: Sequence[WeightSpec], act: ActSpec | None) -> bool:
     """Whether `matmul` takes these weights together with what is to happen to their inputs."""
-    return all(spec.layout == LAYOUT for spec in specs) and (act is None or rounds_inputs(act))
+    return all(spec.layout == tiles.LAYOUT for spec in specs) and (
+        act is None or rounds_inputs(act)
+    )
 
 
-def _input_arrays(inputs: Inputs | None) -> list[jax.Array | None]:
+def input_arrays(inputs: Inputs | None) -> list[jax.Array | None]:
     if inputs is None:
         return []
     *floats, perm = inputs
     return [*(None if each is None else each.astype(jnp.float32) for each in floats), perm]
 
 
-def _act_attributes(act: ActSpec | None) -> dict[str, np.ndarray]:
+def act_attributes(act: ActSpec | None) -> dict[str, np.ndarray]:
     """What native/ffi.cc reads as `Inputs`."""
     if act is None:
         return {"act": np.zeros(0, np.int32), "act_values": np.zeros(0, np.float32)}
@@ -139,68 +137,3 @@ def _act_attributes(act: ActSpec | None) -> dict[str, np.ndarray]:
         ),
         "act_values": np.array([bottom, top, act.divisor or top, act.upper_bound or 0], np.float32),
     }
-
-
-def prepare(spec: WeightSpec, arrays: WeightArrays) -> tuple[WeightSpec, WeightArrays] | None:
-    """Tiles a canonical weight; None where the native kernels do not run.
-
-    The bytes are in memory of their own, which jax takes over without a copy.
-    """
-    try:
-        library = native.require()
-    except NotImplementedError:
-        return None
-    if spec.qtype not in native.TYPE_IDS:
-        return None
-    kind, (n, k) = native.TYPE_IDS[spec.qtype], spec.shape
-    raw = np.ascontiguousarray(arrays.qvalue)
-    tiles = _arena.take(library.qjax_tile_bytes(kind, n, k))
-    library.qjax_pack(kind, raw.ctypes.data, n, k, tiles.ctypes.data)
-    tiles = tiles.reshape(-(-n // 16), -1)
-    return WeightSpec(spec.qtype, spec.shape, LAYOUT), WeightArrays(tiles)
-
-
-def unprepare(spec: WeightSpec, arrays: WeightArrays) -> tuple[WeightSpec, WeightArrays]:
-    """The canonical bytes that `prepare` was given."""
-    kind, (n, k) = require_tiles(spec), spec.shape
-    canonical = WeightSpec(spec.qtype, spec.shape, CANONICAL)
-    raw = np.empty(canonical.canonical_shape, np.uint8)
-    tiles = np.ascontiguousarray(arrays.qvalue)
-    native.require().qjax_unpack(kind, tiles.ctypes.data, n, k, raw.ctypes.data)
-    return canonical, WeightArrays(raw)
-
-
-class _Arena:
-    """Memory for tiles, cut from large blocks that the system may back by huge pages.
-
-    Tiles are small and read once a step from end to end: with pages of 4 KiB the processor would
-    spend its time on looking up addresses. A block lives as long as one of its tiles does.
-    """
-
-    BLOCK, ALIGNMENT = 1 << 25, 64
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._block = np.empty(0, np.uint8)
-
-    def take(self, size: int) -> np.ndarray:
-        """uint8 [size] at a multiple of 64 bytes, which lets jax take it over without a copy."""
-        step = -(-size // self.ALIGNMENT) * self.ALIGNMENT
-        with self._lock:
-            if step > self._block.size:
-                self._block = _huge(max(step, self.BLOCK))
-            taken, self._block = self._block[:size], self._block[step:]
-        return taken
-
-
-def _huge(size: int, page: int = 1 << 21) -> np.ndarray:
-    """Zeroed memory that starts at a huge page. What is not written to takes no memory."""
-    memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    block = np.frombuffer(memory, np.uint8)
-    start = -block.ctypes.data % page
-    return block[start : start + size]
-
-
-_arena = _Arena()

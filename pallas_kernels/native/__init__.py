@@ -18,7 +18,7 @@ from pallas_kernels.native.build import ISAS, library_name
 from pallas_kernels.platform import cpu_features
 
 ENVIRONMENT_VARIABLE = "QJAX_CPU_KERNELS"
-CALLS = ("qjax_matmul", "qjax_embedding", "qjax_attention")
+CALLS = ("qjax_matmul", "qjax_matmul_grouped", "qjax_embedding", "qjax_attention")
 
 # Numbers of ggml for the types whose tiles the kernels read.
 TYPE_IDS = {
@@ -63,7 +63,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         loaded.qjax_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
         for convert in (loaded.qjax_pack, loaded.qjax_unpack):
             convert.argtypes = [
-                ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
+                ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+                ctypes.c_int,
             ]  # fmt: skip
         return loaded, isa
     return None, "native kernels are not built (a C++17 compiler at install time builds them)"

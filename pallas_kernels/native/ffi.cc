@@ -12,7 +12,6 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
-using Bytes = ffi::Buffer<ffi::U8>;
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("qjax: " + what); }
 
@@ -41,12 +40,84 @@ Inputs read_inputs(ffi::Span<const int32_t> act, ffi::Span<const float> act_valu
   return in;
 }
 
-// Arguments: x, num_rows, tiles of each weight, bias of each weight whose bit of `biases` is set,
-// then norm, residual and post_norm, and what inputs are treated with, as `flags` says.
+// What matmul/native.py says of the arrays beside the tiles of one weight.
+enum BesideField {
+  kScaleType, kZeroType, kHasGlobal, kHasCodebook, kAdditive, kZeroShift, kOffset, kGroupRows,
+  kGroupColumns, kBesideFields,
+};
+
+// Reads the arguments of a call one after the other. Where weights are those of several experts,
+// all their arrays have a leading axis.
+struct Arguments {
+  ffi::RemainingArgs& args;
+  int64_t experts;  // 0: no leading axis
+  size_t next = 0;
+  std::string problem = {};
+
+  const float* floats(int64_t count) {
+    auto buffer = args.get<Floats>(next++);
+    if (!buffer.has_value() || int64_t(buffer->element_count()) != count * lead())
+      return fail("a float32 argument has the wrong type or size"), nullptr;
+    return buffer->typed_data();
+  }
+  const int32_t* ints(int64_t count) {
+    auto buffer = args.get<Ints>(next++);
+    if (!buffer.has_value() || int64_t(buffer->element_count()) != count * lead())
+      return fail("an int32 argument has the wrong type or size"), nullptr;
+    return buffer->typed_data();
+  }
+  const uint8_t* bytes(int64_t count) {
+    auto buffer = args.get<ffi::AnyBuffer>(next++);
+    if (!buffer.has_value() || int64_t(buffer->size_bytes()) != count * lead())
+      return fail("weight bytes do not match its shape"), nullptr;
+    return static_cast<const uint8_t*>(buffer->untyped_data());
+  }
+  void weight(Weight& w, int type, const int32_t* field, int64_t n, int64_t k) {
+    w.traits = find_traits(type);
+    w.n = n;
+    w.bias = nullptr;
+    if (!w.traits) return fail("unknown weight type " + std::to_string(type));
+    w.tiles = bytes(panels_of(n) * panel_bytes(*w.traits, k));
+    if (!w.traits->beside()) return;
+    Beside& b = w.beside;
+    b.scale_type = ElementType(field[kScaleType]);
+    b.zero_type = ElementType(field[kZeroType]);
+    b.additive = field[kAdditive];
+    b.zero_shift = field[kZeroShift];
+    b.offset = float(field[kOffset]);
+    b.rows = field[kGroupRows];
+    b.columns = field[kGroupColumns];
+    if (b.rows < 1 || b.columns < 1) return fail("groups of scales have no size");
+    b.groups = (k + b.columns - 1) / b.columns;
+    const int64_t count = b.groups * (b.rows == 1 ? 16 * panels_of(n) : (n + b.rows - 1) / b.rows);
+    b.scale = bytes(count * element_bytes(b.scale_type));
+    if (b.zero_type) b.zero = bytes(count * element_bytes(b.zero_type));
+    if (field[kHasGlobal]) b.global_scale = floats(1);
+    if (field[kHasCodebook]) b.codebook = floats(16);
+  }
+  void inputs(Inputs& in, int flags, int64_t k) {
+    if (flags & kHasPreScale) in.pre_scale = floats(k);
+    if (flags & kHasActScale) in.scale = floats(1);
+    if (flags & kHasActZero) in.zero = floats(1);
+    if (flags & kHasActGlobal) in.global_scale = floats(1);
+    if (!(flags & kHasPerm) || !(in.perm = ints(k))) return;
+    for (int64_t i = 0; i < k * lead(); ++i)
+      if (in.perm[i] < 0 || in.perm[i] >= k) return fail("perm is out of range");
+  }
+
+ private:
+  int64_t lead() const { return experts ? experts : 1; }
+  void fail(const std::string& what) {
+    if (problem.empty()) problem = what;
+  }
+};
+
+// Arguments: x, num_rows, the arrays of each weight, bias of each weight whose bit of `biases` is
+// set, then norm, residual and post_norm, and what inputs are treated with, as `flags` says.
 ffi::Error matmul_call(Floats x, Ints num_rows, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                       ffi::Span<const int32_t> types, int32_t biases, int32_t flags,
-                       int32_t activation, int32_t precision, float eps,
-                       ffi::Span<const int32_t> act, ffi::Span<const float> act_values) {
+                       ffi::Span<const int32_t> types, ffi::Span<const int32_t> beside,
+                       int32_t biases, int32_t flags, int32_t activation, int32_t precision,
+                       float eps, ffi::Span<const int32_t> act, ffi::Span<const float> act_values) {
   Matmul a;
   const auto dims = x.dimensions();
   if (dims.size() != 2) return invalid("x must have two dimensions");
@@ -58,55 +129,100 @@ ffi::Error matmul_call(Floats x, Ints num_rows, ffi::RemainingArgs args, ffi::Re
   a.precision = kRoundsActivations ? Precision(precision) : kFloat32;
   a.count = int(types.size());
   if (a.count > Matmul::kMaxWeights) return invalid("too many weights in one product");
-  size_t next = 0;
-  auto floats = [&]() -> const float* {
-    auto buffer = args.get<Floats>(next++);
-    return buffer.has_value() ? buffer->typed_data() : nullptr;
-  };
+  if (beside.size() != types.size() * kBesideFields) return invalid("weights are not described");
+  Arguments read{args, 0};
   for (int i = 0; i < a.count; ++i) {
-    Weight& w = a.weights[i];
-    auto tiles = args.get<Bytes>(next++);
     auto y = rets.get<Floats>(activation ? 0 : i);
-    if (!tiles.has_value() || !y.has_value()) return invalid("weights must be uint8, y float32");
-    w.traits = find_traits(types[i]);
-    if (!w.traits) return invalid("unknown weight type " + std::to_string(types[i]));
-    w.tiles = tiles->typed_data();
-    w.y = (*y)->typed_data();
-    w.n = (*y)->dimensions()[1];
-    w.bias = nullptr;
-    if (int64_t(tiles->element_count()) != panels_of(w.n) * panel_bytes(*w.traits, a.k))
-      return invalid("weight bytes do not match its shape");
+    if (!y.has_value()) return invalid("results must be float32");
+    read.weight(a.weights[i], types[i], beside.begin() + i * kBesideFields,
+                (*y)->dimensions()[1], a.k);
+    a.weights[i].y = (*y)->typed_data();
   }
   for (int i = 0; i < a.count; ++i)
-    if (biases >> i & 1) a.weights[i].bias = floats();
-  if (flags & kHasNorm) a.norm = floats();
-  if (flags & kHasResidual) a.residual = floats();
-  if (flags & kHasPostNorm) a.post_norm = floats();
+    if (biases >> i & 1) a.weights[i].bias = read.floats(a.weights[i].n);
+  const int64_t n = a.weights[0].n;
+  if (flags & kHasNorm) a.norm = read.floats(a.k);
+  if (flags & kHasResidual) a.residual = read.floats(dims[0] * n);
+  if (flags & kHasPostNorm) a.post_norm = read.floats(n);
   a.inputs = read_inputs(act, act_values);
-  if (flags & kHasPreScale) a.inputs.pre_scale = floats();
-  if (flags & kHasActScale) a.inputs.scale = floats();
-  if (flags & kHasActZero) a.inputs.zero = floats();
-  if (flags & kHasActGlobal) a.inputs.global_scale = floats();
-  if (flags & kHasPerm) {
-    auto perm = args.get<Ints>(next++);
-    if (!perm.has_value() || int64_t(perm->element_count()) != a.k)
-      return invalid("perm must be int32, one for each column");
-    a.inputs.perm = perm->typed_data();
-    for (int64_t c = 0; c < a.k; ++c)
-      if (a.inputs.perm[c] < 0 || a.inputs.perm[c] >= a.k) return invalid("perm out of range");
-  }
+  read.inputs(a.inputs, flags, a.k);
+  if (!read.problem.empty()) return invalid(read.problem);
   matmul(a);
   return ffi::Error::Success();
 }
 
-ffi::Error embedding_call(Ints ids, Bytes tiles, ffi::Result<Floats> y, int32_t type, int64_t n) {
-  const Traits* t = find_traits(type);
+// Rows of x sorted by expert: group_sizes[e] of them meet the weights of expert e. Arguments as
+// above, each with a leading axis; no norm, residual or post_norm.
+ffi::Error grouped_call(Floats x, Ints group_sizes, ffi::RemainingArgs args,
+                        ffi::RemainingRets rets, ffi::Span<const int32_t> types,
+                        ffi::Span<const int32_t> beside, int32_t biases, int32_t flags,
+                        int32_t activation, int32_t precision, ffi::Span<const int32_t> act,
+                        ffi::Span<const float> act_values) {
+  Matmul first;
+  const auto dims = x.dimensions();
+  if (dims.size() != 2) return invalid("x must have two dimensions");
+  const int64_t experts = group_sizes.element_count();
+  first.x = x.typed_data();
+  first.k = dims[1];
+  first.activation = Activation(activation);
+  first.precision = kRoundsActivations ? Precision(precision) : kFloat32;
+  first.count = int(types.size());
+  if (first.count > Matmul::kMaxWeights) return invalid("too many weights in one product");
+  if (beside.size() != types.size() * kBesideFields) return invalid("weights are not described");
+  Arguments read{args, experts};
+  for (int i = 0; i < first.count; ++i) {
+    auto y = rets.get<Floats>(activation ? 0 : i);
+    if (!y.has_value()) return invalid("results must be float32");
+    read.weight(first.weights[i], types[i], beside.begin() + i * kBesideFields,
+                (*y)->dimensions()[1], first.k);
+    first.weights[i].y = (*y)->typed_data();
+  }
+  for (int i = 0; i < first.count; ++i)
+    if (biases >> i & 1) first.weights[i].bias = read.floats(first.weights[i].n);
+  first.inputs = read_inputs(act, act_values);
+  read.inputs(first.inputs, flags, first.k);
+  if (!read.problem.empty()) return invalid(read.problem);
+  int64_t row = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t left = dims[0] - row;
+    Matmul a = first;
+    a.rows = std::min<int64_t>(std::max<int32_t>(group_sizes.typed_data()[e], 0), left);
+    if (a.rows == 0) continue;
+    a.x += row * a.k;
+    for (int i = 0; i < a.count; ++i) {
+      Weight& w = a.weights[i];
+      Beside& b = w.beside;
+      w.tiles += e * panels_of(w.n) * panel_bytes(*w.traits, a.k);
+      w.y += row * w.n;
+      if (w.bias) w.bias += e * w.n;
+      const int64_t count =
+          b.groups * (b.rows == 1 ? 16 * panels_of(w.n) : (w.n + b.rows - 1) / b.rows);
+      if (b.scale) b.scale += e * count * element_bytes(b.scale_type);
+      if (b.zero) b.zero += e * count * element_bytes(b.zero_type);
+      if (b.global_scale) b.global_scale += e;
+      if (b.codebook) b.codebook += 16 * e;
+    }
+    Inputs& in = a.inputs;
+    if (in.pre_scale) in.pre_scale += e * a.k;
+    if (in.scale) in.scale += e;
+    if (in.zero) in.zero += e;
+    if (in.global_scale) in.global_scale += e;
+    if (in.perm) in.perm += e * a.k;
+    matmul(a);
+    row += a.rows;
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error embedding_call(Ints ids, ffi::RemainingArgs args, ffi::Result<Floats> y, int32_t type,
+                          ffi::Span<const int32_t> beside, int64_t n) {
   const auto dims = y->dimensions();
-  if (!t || dims.size() != 2) return invalid("embedding of an unknown type or rank");
-  if (int64_t(tiles.element_count()) != panels_of(n) * panel_bytes(*t, dims[1]))
-    return invalid("weight bytes do not match its shape");
-  embedding(
-      {ids.typed_data(), dims[0], n, dims[1], t, tiles.typed_data(), y->typed_data()});
+  if (dims.size() != 2 || beside.size() != kBesideFields) return invalid("embedding of a wrong rank");
+  Arguments read{args, 0};
+  Weight w = {};
+  read.weight(w, type, beside.begin(), n, dims[1]);
+  if (!read.problem.empty()) return invalid(read.problem);
+  embedding({ids.typed_data(), dims[0], n, dims[1], w.traits, w.tiles, w.beside, y->typed_data()});
   return ffi::Error::Success();
 }
 
@@ -173,6 +289,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul, matmul_call,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<ffi::Span<const int32_t>>("types")
+                                  .Attr<ffi::Span<const int32_t>>("beside")
                                   .Attr<int32_t>("biases")
                                   .Attr<int32_t>("flags")
                                   .Attr<int32_t>("activation")
@@ -181,12 +298,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul, matmul_call,
                                   .Attr<ffi::Span<const int32_t>>("act")
                                   .Attr<ffi::Span<const float>>("act_values"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul_grouped, grouped_call,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int32_t>>("types")
+                                  .Attr<ffi::Span<const int32_t>>("beside")
+                                  .Attr<int32_t>("biases")
+                                  .Attr<int32_t>("flags")
+                                  .Attr<int32_t>("activation")
+                                  .Attr<int32_t>("precision")
+                                  .Attr<ffi::Span<const int32_t>>("act")
+                                  .Attr<ffi::Span<const float>>("act_values"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_embedding, embedding_call,
                               ffi::Ffi::Bind()
                                   .Arg<Ints>()
-                                  .Arg<Bytes>()
+                                  .RemainingArgs()
                                   .Ret<Floats>()
                                   .Attr<int32_t>("type")
+                                  .Attr<ffi::Span<const int32_t>>("beside")
                                   .Attr<int64_t>("n"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_attention, attention_call,

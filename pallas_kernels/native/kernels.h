@@ -2,6 +2,7 @@
 // its own; see build.py.
 #pragma once
 #include "inputs.h"
+#include "scales.h"
 #include "tile.h"
 
 namespace qjax {
@@ -15,6 +16,7 @@ struct Weight {
   int64_t n;
   const float* bias;  // [n] or null
   float* y;           // [rows, n]
+  Beside beside = {};  // of types whose scales lie beside the tiles
 };
 
 // y_i = x' W_i^T + bias_i with x' = RMSNorm(x) when norm is given; see matmul/api.py.
@@ -53,6 +55,7 @@ struct Embedding {
   int64_t count, n, k;
   const Traits* traits;
   const uint8_t* tiles;
+  Beside beside;
   float* y;  // [count, k]
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "kernels.h"
 #include "matmul_f32.h"
@@ -16,6 +17,7 @@ namespace qjax {
 #if defined(__AVX512VNNI__)
 constexpr bool kRoundsActivations = true;
 constexpr int kTileMax = kTileF32 > kTileInt ? kTileF32 : kTileInt;
+static_assert(kTileFused <= kTileMax);
 #else
 constexpr bool kRoundsActivations = false;
 constexpr int kTileMax = kTileF32;
@@ -50,18 +52,30 @@ inline void rms_norm(const float* x, const float* weight, float eps, int64_t k, 
   for (; c < k; ++c) out[c] = x[c] * factor * weight[c];
 }
 
+// The group of columns that each unit (or half of one) belongs to.
+inline std::vector<int32_t> groups_of_units(const Weight& w, int64_t units) {
+  if (!w.traits->beside()) return {};
+  const int per_unit = w.traits->groups;
+  std::vector<int32_t> groups(units * per_unit);
+  for (int64_t i = 0; i < units * per_unit; ++i)
+    groups[i] = int32_t(std::min(i * (32 / per_unit) / w.beside.columns, w.beside.groups - 1));
+  return groups;
+}
+
 struct MatmulRun {
   const Matmul& a;
   int64_t units, padded;  // k rounded up to whole units
   float* x_f32 = nullptr;  // [rows][padded], normed
+  std::vector<int32_t> groups[Matmul::kMaxWeights];  // of columns, for each (half) unit
 #if defined(__AVX512VNNI__)
   std::unique_ptr<IntRows> ints;
 #endif
 
-  bool uses_f32(const Weight& w) const { return a.precision == kFloat32 || w.traits->dense(); }
+  bool uses_f32(const Weight& w) const { return a.precision == kFloat32 || w.traits->only_f32(); }
 
   explicit MatmulRun(const Matmul& a) : a(a), units(units_of(a.k)), padded(32 * units_of(a.k)) {
     bool f32 = false, rounded = false;
+    for (int i = 0; i < a.count; ++i) groups[i] = groups_of_units(a.weights[i], units);
     for (int i = 0; i < a.count; ++i) (uses_f32(a.weights[i]) ? f32 : rounded) = true;
     if (f32) x_f32 = reinterpret_cast<float*>(scratch<0>(a.rows * padded * 4));
 #if defined(__AVX512VNNI__)
@@ -92,21 +106,31 @@ struct MatmulRun {
   // The panel `p` of weight `w` against some rows, tile by tile.
   struct Panel {
     const Weight& w;
-    const uint8_t* tiles;
+    View view;
     const float* f32 = nullptr;
     const uint8_t* codes = nullptr;
     const float* sb = nullptr;
   };
 
   template <int Slot>
-  Panel open_panel(const Weight& w, int64_t p, bool many) {
-    Panel panel{w, w.tiles + p * panel_bytes(*w.traits, a.k)};
+  Panel open_panel(const Weight& w, int64_t p, int64_t rows) {
+    Panel panel{w, {w.tiles + p * panel_bytes(*w.traits, a.k)}};
+    if (w.traits->beside()) {
+      float* scales = reinterpret_cast<float*>(scratch<Slot + 3>(w.beside.groups * kScaleFloats * 4));
+      panel_scales(*w.traits, w.beside, p, scales);
+      panel.view.scales = {scales, groups[&w - a.weights].data()};
+      panel.view.beside = &w.beside;
+    }
+    const bool many = rows > tile_rows();
+#if defined(__AVX512F__)
+    if (w.traits->beside() && w.traits->only_f32() && rows <= kTileFused) return panel;
+#endif
     if (uses_f32(w)) {
       if (w.traits->type == F32) {
-        panel.f32 = reinterpret_cast<const float*>(panel.tiles);
+        panel.f32 = reinterpret_cast<const float*>(panel.view.tiles);
       } else {
         float* f32 = reinterpret_cast<float*>(scratch<Slot>(padded * 64));
-        decode_f32_for(w.traits)(panel.tiles, a.k, f32);
+        decode_f32_for(w.traits)(panel.view, a.k, f32);
         panel.f32 = f32;
       }
     }
@@ -116,7 +140,7 @@ struct MatmulRun {
       uint8_t* codes = scratch<Slot>(code_bytes + units * 2 * 128);
       panel.codes = codes;
       panel.sb = reinterpret_cast<float*>(codes + code_bytes);
-      int_kernels_for(w.traits, ints->bits).decode(panel.tiles, a.k, codes,
+      int_kernels_for(w.traits, ints->bits).decode(panel.view, a.k, codes,
                                                    reinterpret_cast<float*>(codes + code_bytes));
     }
 #endif
@@ -127,7 +151,7 @@ struct MatmulRun {
   void fetch_next(const Panel& panel, int64_t row, int64_t rows, int64_t all) const {
     if (!panel.codes) return;
     const int64_t bytes = panel_bytes(*panel.w.traits, a.k);
-    const uint8_t* next = panel.tiles + bytes;
+    const uint8_t* next = panel.view.tiles + bytes;
     for (int64_t at = bytes * row / all / 64 * 64; at < bytes * (row + rows) / all; at += 64)
       __builtin_prefetch(next + at, 0, 2);
   }
@@ -141,11 +165,16 @@ struct MatmulRun {
 
   void product(const Panel& panel, int64_t row, int rows, float (*out)[16]) {
     if (panel.f32) return tile_f32_n(rows, x_f32 + row * padded, padded, panel.f32, out);
+#if defined(__AVX512F__)
+    if (panel.w.traits->only_f32())
+      return fused_f32_for(panel.w.traits)
+          .rows[rows - 1](panel.view, a.k, x_f32 + row * padded, padded, out);
+#endif
 #if defined(__AVX512VNNI__)
     const IntKernels& kernels = int_kernels_for(panel.w.traits, ints->bits);
     const IntTile x = ints->tile(row / kTileInt, panel.w.traits->groups);
     if (panel.codes) kernels.decoded[rows - 1](panel.codes, panel.sb, units, x, out);
-    else kernels.fused[rows - 1](panel.tiles, a.k, x, out);
+    else kernels.fused[rows - 1](panel.view, a.k, x, out);
 #endif
   }
 
@@ -191,8 +220,7 @@ struct MatmulRun {
 
   void panels(int64_t p, const Weight& w, const Weight* up, int64_t row0, int64_t row1) {
     const int step = tile_rows();
-    const bool many = row1 - row0 > step;
-    const Panel panel = open_panel<3>(w, p, many);
+    const Panel panel = open_panel<3>(w, p, row1 - row0);
     alignas(64) float out[kTileMax][16], out_up[kTileMax][16];
     if (!up) {
       for (int64_t row = row0; row < row1; row += step) {
@@ -204,7 +232,7 @@ struct MatmulRun {
       if (streams(w)) finish_stores();
       return;
     }
-    const Panel panel_up = open_panel<4>(*up, p, many);
+    const Panel panel_up = open_panel<4>(*up, p, row1 - row0);
     for (int64_t row = row0; row < row1; row += step) {
       const int rows = int(std::min<int64_t>(step, row1 - row));
       product(panel, row, rows, out);
@@ -255,10 +283,19 @@ inline void matmul(const Matmul& a) {
 // Rows of a weight as float32. Decoding one row reads one lane of its panel.
 inline void embedding(const Embedding& a) {
   const Traits& t = *a.traits;
+  const std::vector<int32_t> groups =
+      groups_of_units({a.traits, a.tiles, a.n, nullptr, nullptr, a.beside}, units_of(a.k));
   parallel_for(a.count, [&](int64_t i) {
     float* panel = reinterpret_cast<float*>(scratch<3>(32 * units_of(a.k) * 64));
     const int64_t id = std::min<int64_t>(std::max<int64_t>(a.ids[i], 0), a.n - 1);
-    decode_f32_for(&t)(a.tiles + id / 16 * panel_bytes(t, a.k), a.k, panel);
+    View view{a.tiles + id / 16 * panel_bytes(t, a.k)};
+    if (t.beside()) {
+      float* scales = reinterpret_cast<float*>(scratch<6>(a.beside.groups * kScaleFloats * 4));
+      panel_scales(t, a.beside, id / 16, scales);
+      view.scales = {scales, groups.data()};
+      view.beside = &a.beside;
+    }
+    decode_f32_for(&t)(view, a.k, panel);
     for (int64_t c = 0; c < a.k; ++c) a.y[i * a.k + c] = panel[16 * c + id % 16];
   });
 }

@@ -43,38 +43,94 @@ QJAX_INLINE void unit_codes(const Traits& t, const uint8_t* panel, int64_t u,
           std::memcpy(&high, words(t.base + step / 8) + at, 2);
           code |= (high >> (2 * (step % 8)) & 3) << t.base;
         }
-        codes[column + 2 * w][r] = t.lookup ? kIQ4Codes[code] : uint8_t(code);
+        codes[column + 2 * w][r] = t.lookup == kIQ4   ? kIQ4Codes[code]
+                                   : t.lookup == kFP4 ? kFP4Codes[code]
+                                                      : uint8_t(code);
       }
   }
 }
 
-// Weights of a whole panel as float32 [32 * units][16].
+// 16 codes of an 8-bit float type; e4m3 without its factor 2 ** 8.
+template <QType T>
+QJAX_INLINE v16f small_floats16(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (T == E5M2) return (v16f)_mm512_cvtph_ps(_mm256_slli_epi16(w, 8));
+  const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(w, 8), _mm256_set1_epi16(int16_t(0x8000)));
+  const __m256i rest = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(0x3f80));
+  return (v16f)_mm512_cvtph_ps(_mm256_or_si256(sign, rest));
+#else
+  v16f r;
+  for (int i = 0; i < 16; ++i) {
+    const uint16_t b = p[i];
+    r[i] = half_to_float(T == E5M2 ? uint16_t(b << 8)
+                                   : uint16_t((b & 0x80) << 8 | (b & 0x7f) << 7));
+  }
+  return r;
+#endif
+}
+template <QType T>
+constexpr float kSmallFloatFactor = T == E4M3 ? 256.0f : 1.0f;
+
+// What the codes of unit `u` stand for before they are scaled, [32 columns][16 rows].
 template <int T>
-void decode_f32(const uint8_t* panel, int64_t k, float* w) {
+QJAX_INLINE void unit_values(const View& view, int64_t u, float* out) {
+  constexpr const Traits& t = kTraits[T];
+  if constexpr (t.small_float()) {
+    const uint8_t* unit = view.tiles + unit_offset(t, u);
+    for (int c = 0; c < 32; ++c)
+      store(out + 16 * c, small_floats16<t.type>(unit + 16 * c) * kSmallFloatFactor<t.type>);
+  } else {
+    uint8_t codes[32][16];
+    unit_codes(t, view.tiles, u, codes);
+    for (int c = 0; c < 32; ++c) {
+      if constexpr (t.lookup == kCodebook)
+        for (int r = 0; r < 16; ++r) out[16 * c + r] = view.beside->codebook[codes[c][r]];
+      else
+        store(out + 16 * c, bytes16(codes[c]) - float(t.zero));
+    }
+  }
+}
+
+// Weights of a whole panel as float32 [32 * units][16], each rounded as the format says.
+template <int T>
+void decode_f32(const View& view, int64_t k, float* w) {
   constexpr const Traits& t = kTraits[T];
   const int64_t units = units_of(k);
   if constexpr (t.dense()) {
     for (int64_t c = 0; c < 32 * units; ++c) {
-      const uint8_t* p = panel + c * 2 * t.base;
+      const uint8_t* p = view.tiles + c * 2 * t.base;
       store(w + 16 * c, t.type == F32 ? load(reinterpret_cast<const float*>(p))
                         : t.type == F16 ? half16(p) : bf16_16(p));
     }
   } else {
-    uint8_t codes[32][16];
     for (int64_t u = 0; u < units; ++u) {
-      unit_codes(t, panel, u, codes);
+      float* values = w + 512 * u;
+      unit_values<T>(view, u, values);
       for (int g = 0; g < t.groups; ++g) {
-        const GroupScale gs = group_scale(t, panel, u, g);
+        const GroupScale gs = group_scale(t, view, u, g);
+        v16f zero = {};
+        if (t.beside()) zero = load(view.scales.at(u * t.groups + g) + 32);
         for (int c = 32 / t.groups * g; c < 32 / t.groups * (g + 1); ++c) {
-          v16f value = gs.s * (bytes16(codes[c]) - float(t.zero));
-          store(w + 16 * (32 * u + c), t.has_min() ? value + gs.b : value);
+          const v16f value = load(values + 16 * c);
+          if constexpr (t.scale == kBesideZ) {
+            if (view.beside->additive) {
+              v16f product = (value - view.beside->offset) * gs.s;
+              asm volatile("" : "+m"(product));  // rounded before the sum
+              store(values + 16 * c, product + zero);
+            } else {
+              store(values + 16 * c, (value - zero) * gs.s);
+            }
+          } else {
+            store(values + 16 * c, t.has_min() ? gs.s * value + gs.b : gs.s * value);
+          }
         }
       }
     }
   }
 }
 
-using DecodeF32 = void (*)(const uint8_t*, int64_t, float*);
+using DecodeF32 = void (*)(const View&, int64_t, float*);
 template <int... T>
 constexpr DecodeF32 decode_table(int index, std::integer_sequence<int, T...>) {
   constexpr DecodeF32 table[] = {decode_f32<T>...};
@@ -84,6 +140,70 @@ constexpr int kNumTraits = sizeof(kTraits) / sizeof(kTraits[0]);
 inline DecodeF32 decode_f32_for(const Traits* t) {
   return decode_table(int(t - kTraits), std::make_integer_sequence<int, kNumTraits>{});
 }
+
+#if defined(__AVX512F__)
+// Few rows of x against small floats or a codebook: codes go from memory through registers into the
+// product, and a scale is applied to the sum of its columns.
+constexpr int kTileFused = 8;
+constexpr int kAheadF32 = 4;  // units to fetch ahead
+
+template <int T, int MR>
+void tile_fused_f32(const View& view, int64_t k, const float* x, int64_t stride, float (*out)[16]) {
+  constexpr const Traits& t = kTraits[T];
+  const int64_t units = units_of(k);
+  v16f total[MR];
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = v16f{};
+  v16f table = {};
+  if constexpr (t.lookup == kCodebook) table = load(view.beside->codebook);
+  for (int64_t u = 0; u < units; ++u) {
+    const uint8_t* unit = view.tiles + unit_offset(t, u);
+    for (int line = 0; line < t.unit_bytes(); line += 64)
+      _mm_prefetch((const char*)(unit + kAheadF32 * t.unit_bytes() + line), _MM_HINT_T0);
+    const float* column = x + 32 * u;
+    v16f acc[MR];
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] = v16f{};
+    auto enter = [&](v16f w, int c) QJAX_INLINED {
+      QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] += w * column[m * stride + c];
+    };
+    if constexpr (t.small_float()) {
+#pragma GCC unroll 8
+      for (int c = 0; c < 32; ++c) enter(small_floats16<t.type>(unit + 16 * c), c);
+    } else {
+      // Nibble n of a lane of vector j is column 8j + order[n].
+      constexpr int order[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+      for (int j = 0; j < 4; ++j) {
+        const __m512i codes = _mm512_loadu_si512(unit + 64 * j);
+        QJAX_UNROLL for (int n = 0; n < 8; ++n)
+          enter((v16f)_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * n), (__m512)table),
+                8 * j + order[n]);
+      }
+    }
+    const v16f s = group_scale(t, view, u, 0).s;
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] += acc[m] * s;
+  }
+  QJAX_UNROLL for (int m = 0; m < MR; ++m)
+    store(out[m], t.small_float() ? total[m] * kSmallFloatFactor<t.type> : total[m]);
+}
+
+using TileFusedF32 = void (*)(const View&, int64_t, const float*, int64_t, float (*)[16]);
+struct FusedF32 {
+  TileFusedF32 rows[kTileFused];  // [rows - 1]
+};
+template <int T, int... M>
+constexpr FusedF32 fused_f32(std::integer_sequence<int, M...>) {
+  if constexpr (kTraits[T].beside() && kTraits[T].only_f32()) return {{tile_fused_f32<T, M + 1>...}};
+  else return {};
+}
+template <int... T>
+const FusedF32& fused_f32_at(int index, std::integer_sequence<int, T...>) {
+  static constexpr FusedF32 table[] = {
+      fused_f32<T>(std::make_integer_sequence<int, kTileFused>{})...};
+  return table[index];
+}
+inline const FusedF32& fused_f32_for(const Traits* t) {
+  return fused_f32_at(int(t - kTraits), std::make_integer_sequence<int, kNumTraits>{});
+}
+#endif
 
 // out[m][16] = x[m] . w, MR rows of x with a stride of k floats.
 template <int MR>

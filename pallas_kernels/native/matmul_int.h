@@ -143,7 +143,7 @@ template <int T>
 struct Codes {
   static constexpr const Traits& t = kTraits[T];
   // 16-bit codes of Q8_0 are signed and IQ4 looks up signed values: no zero point is left.
-  static constexpr int zero16 = t.base == 8 || t.lookup ? 0 : t.zero;
+  static constexpr int zero16 = t.base == 8 || t.lookup != kNoLookup ? 0 : t.zero;
 
   // The 32 codes of step S as 16-bit integers.
   template <int S>
@@ -167,10 +167,12 @@ struct Codes {
       // (v & mask) | (h & high_mask), the masks being disjoint
       v = _mm512_or_si512(_mm512_and_si512(v, mask), _mm512_and_si512(h, high_mask));
     }
-    if constexpr (t.lookup) {
-      alignas(64) static constexpr int16_t table[32] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                                        1,    13,   25,  38,  53,  69,  89,  113};
-      v = _mm512_permutexvar_epi16(v, _mm512_load_si512(table));
+    if constexpr (t.lookup != kNoLookup) {
+      alignas(64) static constexpr int16_t iq4[32] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                      1,    13,   25,  38,  53,  69,  89,  113};
+      alignas(64) static constexpr int16_t fp4[32] = {0, 1,  2,  3,  4,  6,  8,  12,
+                                                      0, -1, -2, -3, -4, -6, -8, -12};
+      v = _mm512_permutexvar_epi16(v, _mm512_load_si512(t.lookup == kIQ4 ? iq4 : fp4));
     }
     return v;
   }
@@ -199,8 +201,9 @@ struct Codes {
     if constexpr (t.high == 2)
       v = _mm512_or_si512(
           v, spread(_mm512_srli_epi16(vector(t.base + j / 2), 2 * (4 * (j % 2) + half)), 2, t.base));
-    if constexpr (t.lookup) {
-      const __m128i table = _mm_loadu_si128((const __m128i*)kIQ4Codes);
+    if constexpr (t.lookup != kNoLookup) {
+      const __m128i table =
+          _mm_loadu_si128((const __m128i*)(t.lookup == kIQ4 ? kIQ4Codes : kFP4Codes));
       v = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v);
     }
     return v;
@@ -243,18 +246,18 @@ QJAX_INLINE void group_product(const IntTile& x, int64_t unit, int64_t group, __
 // Few rows: codes go from memory through registers into the product (16-bit activations only;
 // 8-bit ones are for many rows).
 template <int T, int MR>
-void tile_fused(const uint8_t* panel, int64_t k, const IntTile& x, float (*out)[16]) {
+void tile_fused(const View& view, int64_t k, const IntTile& x, float (*out)[16]) {
   constexpr const Traits& t = kTraits[T];
   constexpr int steps = 16 / t.groups;
   const int64_t units = units_of(k);
   __m512 total[MR];
   QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
   for (int64_t u = 0; u < units; ++u) {
-    const uint8_t* unit = panel + unit_offset(t, u);
+    const uint8_t* unit = view.tiles + unit_offset(t, u);
     fetch_ahead(t, unit);
     const int32_t* q = x.q + u * 16 * MR;
     unroll<t.groups>([&](auto g) QJAX_INLINED {
-      const GroupScale gs = group_scale(t, panel, u, g);
+      const GroupScale gs = group_scale(t, view, u, g);
       group_product<Codes<T>::zero16, t.has_min(), MR>(
           x, u, u * t.groups + g, (__m512)gs.s, (__m512)gs.b, total, [&](__m512i(&acc)[MR]) QJAX_INLINED {
             unroll<steps>([&](auto i) QJAX_INLINED {
@@ -271,11 +274,11 @@ void tile_fused(const uint8_t* panel, int64_t k, const IntTile& x, float (*out)[
 
 // Many rows: the panel is decoded once into `w` (codes) and `sb` (float32 s, b per group).
 template <int T, int Bits>
-void decode_int(const uint8_t* panel, int64_t k, uint8_t* w, float* sb) {
+void decode_int(const View& view, int64_t k, uint8_t* w, float* sb) {
   constexpr const Traits& t = kTraits[T];
   const int64_t units = units_of(k);
   for (int64_t u = 0; u < units; ++u) {
-    const uint8_t* unit = panel + unit_offset(t, u);
+    const uint8_t* unit = view.tiles + unit_offset(t, u);
     fetch_ahead(t, unit);
     unroll<Bits>([&](auto i) QJAX_INLINED {
       if constexpr (Bits == 16) _mm512_store_si512(w, Codes<T>::template step<i>(unit));
@@ -283,7 +286,7 @@ void decode_int(const uint8_t* panel, int64_t k, uint8_t* w, float* sb) {
       w += 64;
     });
     for (int g = 0; g < t.groups; ++g, sb += 32) {
-      const GroupScale gs = group_scale(t, panel, u, g);
+      const GroupScale gs = group_scale(t, view, u, g);
       store(sb, gs.s);
       if (t.has_min()) store(sb + 16, gs.b);
     }
@@ -339,8 +342,8 @@ void tile_decoded(const uint8_t* w, const float* sb, int64_t units, const IntTil
 
 // ---- tables by type ------------------------------------------------------------------------
 
-using TileFused = void (*)(const uint8_t*, int64_t, const IntTile&, float (*)[16]);
-using DecodeInt = void (*)(const uint8_t*, int64_t, uint8_t*, float*);
+using TileFused = void (*)(const View&, int64_t, const IntTile&, float (*)[16]);
+using DecodeInt = void (*)(const View&, int64_t, uint8_t*, float*);
 using TileDecoded = void (*)(const uint8_t*, const float*, int64_t, const IntTile&, float (*)[16]);
 
 struct IntKernels {
@@ -353,7 +356,7 @@ template <int T, int Bits, int... M>
 constexpr IntKernels int_kernels(std::integer_sequence<int, M...>) {
   constexpr const Traits& t = kTraits[T];
   IntKernels kernels = {};
-  if constexpr (!t.dense()) {
+  if constexpr (!t.only_f32()) {
     constexpr int zero = Bits == 16 ? Codes<T>::zero16 : t.zero;
     kernels = {{}, decode_int<T, Bits>, {tile_decoded<Bits, t.groups, zero, t.has_min(), M + 1>...}};
     if constexpr (Bits == 16) ((kernels.fused[M] = tile_fused<T, M + 1>), ...);

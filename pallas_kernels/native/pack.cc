@@ -256,6 +256,53 @@ void get_scales(const Traits& t, const uint8_t* panel, int64_t u, int row, Unit&
   else if (t.groups == 2) x.multiplier[1] = own[16 + row];
 }
 
+// 32 codes of `bits` bits from the stream of a row, of which `count` are there.
+void read_codes(const uint8_t* row, int bits, int64_t first, int64_t count, uint8_t* codes) {
+  std::memset(codes, 0, 32);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (first + i) * bits;
+    int value = row[at / 8] >> (at % 8);
+    if (at % 8 + bits > 8) value |= row[at / 8 + 1] << (8 - at % 8);
+    codes[i] = uint8_t(value & ((1 << bits) - 1));
+  }
+}
+void write_codes(uint8_t* row, int bits, int64_t first, int64_t count, const uint8_t* codes) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (first + i) * bits;
+    row[at / 8] |= uint8_t(codes[i] << (at % 8));
+    if (at % 8 + bits > 8) row[at / 8 + 1] |= uint8_t(codes[i] >> (8 - at % 8));
+  }
+}
+
+// Rows of plain codes. `flip` turns offset-binary bytes into signed ones.
+template <bool kPack>
+void convert_codes(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8_t* panel,
+                   uint8_t flip) {
+  const int bits = t.base + t.high;
+  const int64_t row_bytes = k * bits / 8;
+  for (int64_t r = 0; r < rows; ++r) {
+    uint8_t* row = raw + r * row_bytes;
+    if (t.small_float()) {
+      for (int64_t c = 0; c < k; ++c) kPack ? void(panel[c * 16 + r] = row[c]) : void(row[c] = panel[c * 16 + r]);
+      continue;
+    }
+    for (int64_t u = 0; u < units_of(k); ++u) {
+      uint8_t* unit = panel + unit_offset(t, u);
+      const int64_t count = k - 32 * u < 32 ? k - 32 * u : 32;
+      uint8_t codes[32];
+      if (kPack) {
+        read_codes(row, bits, 32 * u, count, codes);
+        for (uint8_t& code : codes) code ^= flip;
+        put_codes(t, unit, int(r), codes);
+      } else {
+        get_codes(t, unit, int(r), codes);
+        for (uint8_t& code : codes) code ^= flip;
+        write_codes(row, bits, 32 * u, count, codes);
+      }
+    }
+  }
+}
+
 template <bool kPack>
 void convert_panel(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8_t* panel) {
   const int64_t row_bytes = k / t.raw_elems * t.raw_bytes;
@@ -288,18 +335,23 @@ void convert_panel(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8
 }
 
 template <bool kPack>
-int convert(int type, uint8_t* raw, int64_t n, int64_t k, uint8_t* tiles) {
+int convert(int type, uint8_t* raw, int64_t n, int64_t k, uint8_t* tiles, int flip) {
   const Traits* t = find_traits(type);
-  if (!t || k % t->raw_elems) return 1;
-  const int64_t row_bytes = k / t->raw_elems * t->raw_bytes, bytes = panel_bytes(*t, k);
+  if (!t || k % t->raw_elems || (t->beside() && k * (t->base + t->high) % 8)) return 1;
+  const int64_t row_bytes =
+      t->beside() ? k * (t->base + t->high) / 8 : k / t->raw_elems * t->raw_bytes;
+  const int64_t bytes = panel_bytes(*t, k);
   parallel_for(panels_of(n), [&](int64_t p) {
     const int64_t rows = n - p * 16 < 16 ? n - p * 16 : 16;
     if (kPack) {
-      if (rows < 16 || t->dense()) std::memset(tiles + p * bytes, 0, bytes);
+      if (rows < 16 || t->dense() || t->beside()) std::memset(tiles + p * bytes, 0, bytes);
     } else {
       std::memset(raw + p * 16 * row_bytes, 0, rows * row_bytes);
     }
-    convert_panel<kPack>(*t, raw + p * 16 * row_bytes, rows, k, tiles + p * bytes);
+    if (t->beside())
+      convert_codes<kPack>(*t, raw + p * 16 * row_bytes, rows, k, tiles + p * bytes, uint8_t(flip));
+    else
+      convert_panel<kPack>(*t, raw + p * 16 * row_bytes, rows, k, tiles + p * bytes);
   });
   return 0;
 }
@@ -314,11 +366,12 @@ int64_t qjax_tile_bytes(int type, int64_t n, int64_t k) {
   if (!t || k % t->raw_elems) return -1;
   return qjax::panels_of(n) * qjax::panel_bytes(*t, k);
 }
-int qjax_pack(int type, const uint8_t* raw, int64_t n, int64_t k, uint8_t* tiles) {
-  return qjax::convert<true>(type, const_cast<uint8_t*>(raw), n, k, tiles);
+// `flip` is xored into codes of a byte: 128 turns offset-binary ones into signed ones.
+int qjax_pack(int type, const uint8_t* raw, int64_t n, int64_t k, uint8_t* tiles, int flip) {
+  return qjax::convert<true>(type, const_cast<uint8_t*>(raw), n, k, tiles, flip);
 }
-int qjax_unpack(int type, const uint8_t* tiles, int64_t n, int64_t k, uint8_t* raw) {
-  return qjax::convert<false>(type, raw, n, k, const_cast<uint8_t*>(tiles));
+int qjax_unpack(int type, const uint8_t* tiles, int64_t n, int64_t k, uint8_t* raw, int flip) {
+  return qjax::convert<false>(type, raw, n, k, const_cast<uint8_t*>(tiles), flip);
 }
 int qjax_num_threads() { return qjax::num_threads(); }
 void qjax_set_num_threads(int n) { qjax::set_num_threads(n); }

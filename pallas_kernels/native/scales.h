@@ -9,10 +9,126 @@ struct GroupScale {
   v16f s, b;  // b only where traits.has_min()
 };
 
+enum ElementType : int {  // as matmul/native.py numbers them
+  kNothing = 0, kElementF32, kElementF16, kElementBF16, kElementE4M3, kElementE8M0, kElementU8,
+  kElementI8,
+};
+constexpr int element_bytes(ElementType t) {
+  return t == kElementF32 ? 4 : t == kElementF16 || t == kElementBF16 ? 2 : 1;
+}
+
+// Scales and zero points that lie beside the codes, in groups of `rows` x `columns`.
+struct Beside {
+  ElementType scale_type = kNothing, zero_type = kNothing;
+  const uint8_t *scale = nullptr, *zero = nullptr;
+  const float* global_scale = nullptr;  // [1]
+  const float* codebook = nullptr;      // [16]
+  bool additive = false;                // w = code * s + zero, not (code - zero) * s
+  int zero_shift = 0;                   // added to zero points (of unsigned bytes stored signed)
+  float offset = 0;                     // what an additive weight's codes are too large by
+  int64_t rows = 1, columns = 0, groups = 0;  // `groups` of columns
+};
+
+inline float small_to_float(uint8_t byte, int exponent_bits, int mantissa_bits, int bias) {
+  const int exponent = byte >> mantissa_bits & ((1 << exponent_bits) - 1);
+  const int mantissa = byte & ((1 << mantissa_bits) - 1);
+  const float size = exponent
+      ? std::ldexp(float((1 << mantissa_bits) + mantissa), exponent - bias - mantissa_bits)
+      : std::ldexp(float(mantissa), 1 - bias - mantissa_bits);
+  return byte & 0x80 ? -size : size;
+}
+inline float element(ElementType t, const uint8_t* p) {
+  uint16_t half;
+  float value;
+  switch (t) {
+    case kElementF32: std::memcpy(&value, p, 4); return value;
+    case kElementF16: std::memcpy(&half, p, 2); return half_to_float(half);
+    case kElementBF16: std::memcpy(&half, p, 2); return from_bf16(half);
+    case kElementE4M3: return small_to_float(*p, 4, 3, 7);
+    case kElementE8M0: return std::ldexp(1.0f, int(*p) - 127);
+    case kElementU8: return float(*p);
+    case kElementI8: return float(int8_t(*p));
+    default: return 0;
+  }
+}
+// 16 neighbours.
+QJAX_INLINE v16f elements16(ElementType t, const uint8_t* p) {
+  v16f r;
+  switch (t) {
+    case kElementF32: return load(reinterpret_cast<const float*>(p));
+    case kElementF16: return half16(p);
+    case kElementBF16: return bf16_16(p);
+    case kElementU8: return bytes16(p);
+    case kElementI8: return signed_bytes16(p);
+    case kElementE4M3: {
+#if defined(__AVX512F__)
+      const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+      const __m256i h = _mm256_or_si256(
+          _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x80)), 8),
+          _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x7f)), 7));
+      return (v16f)_mm512_cvtph_ps(h) * 256.0f;
+#else
+      break;
+#endif
+    }
+    case kElementE8M0: {
+      // 2 ** -127 is no normal number: what is smaller than 2 ** -126 counts as that.
+      v16i bits;
+      for (int i = 0; i < 16; ++i) bits[i] = int32_t(p[i] ? p[i] : 1) << 23;
+      return as_float(bits);
+    }
+    default: break;
+  }
+  for (int i = 0; i < 16; ++i) r[i] = element(t, p + i * element_bytes(t));
+  return r;
+}
+
+// The scales of one panel as float32: for each group of columns s[16], b[16], zero[16].
+constexpr int kScaleFloats = 48;
+inline void panel_scales(const Traits& t, const Beside& beside, int64_t panel, float* out) {
+  const float factor = (beside.global_scale ? *beside.global_scale : 1.0f);
+  const int64_t row = panel * 16 / beside.rows;
+  const int sb = element_bytes(beside.scale_type), zb = element_bytes(beside.zero_type);
+  for (int64_t g = 0; g < beside.groups; ++g, out += kScaleFloats) {
+    const int64_t at = beside.rows == 1 ? (panel * beside.groups + g) * 16 : row * beside.groups + g;
+    v16f s = beside.rows == 1 ? elements16(beside.scale_type, beside.scale + at * sb)
+                              : splat(element(beside.scale_type, beside.scale + at * sb));
+    s = s * factor;
+    v16f z = {};
+    if (beside.zero)
+      z = (beside.rows == 1 ? elements16(beside.zero_type, beside.zero + at * zb)
+                            : splat(element(beside.zero_type, beside.zero + at * zb))) +
+          float(beside.zero_shift);
+    // Codes of FP4 are twice their values.
+    store(out, t.lookup == kFP4 ? s * 0.5f : s);
+    store(out + 16, beside.additive ? z - beside.offset * s : -(z * s));
+    store(out + 32, z);
+  }
+}
+
+// The scales of a panel: those inside it, or float32 ones of `panel_scales` with the group of each
+// (half) unit.
+struct Scales {
+  const float* beside = nullptr;
+  const int32_t* group = nullptr;  // [units * t.groups]
+  const float* at(int64_t index) const { return beside + kScaleFloats * group[index]; }
+};
+
+// A panel of a weight as the kernels read it.
+struct View {
+  const uint8_t* tiles;
+  Scales scales;
+  const Beside* beside = nullptr;
+};
+
 // `t` is a compile-time constant at every call, so the branches vanish.
-QJAX_INLINE GroupScale group_scale(const Traits& t, const uint8_t* panel, int64_t u, int g) {
-  const uint8_t* own = panel + unit_offset(t, u) + t.code_bytes();
-  const uint8_t* head = panel + header_offset(t, u);
+QJAX_INLINE GroupScale group_scale(const Traits& t, const View& view, int64_t u, int g) {
+  if (t.beside()) {
+    const float* own = view.scales.at(u * t.groups + g);
+    return {load(own), t.has_min() ? load(own + 16) : v16f{}};
+  }
+  const uint8_t* own = view.tiles + unit_offset(t, u) + t.code_bytes();
+  const uint8_t* head = view.tiles + header_offset(t, u);
   switch (t.scale) {
     case kD: return {half16(own), v16f{}};
     case kDM: return {half16(own), half16(own + 32)};
