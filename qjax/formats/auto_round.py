@@ -95,29 +95,25 @@ class AutoRound(QuantizationConfig):
         keys = Keys(config, checkpoint.file)
         keys.ignore(*_HISTORY)
         packing = keys.choice("packing_format", _PACKINGS, "auto_round:auto_gptq")
-        packing = _ALIASES.get(packing, packing)
+        packing = str(_ALIASES.get(packing, packing))
         settings = _settings(keys)
-        block = keys.get("weight_block_size", list) or _block(settings)
+        block = keys.get("weight_block_size", list)
         keys.choice("activation_scheme", ("static", "dynamic"), "dynamic")
         extra = keys.section("extra_config")
         layers = {name: _settings(extra.section(name), done=True) for name in extra.values}
         keys.done()
+        settings = {**_DEFAULTS, **settings}
+        for each in (settings, *({**settings, **own} for own in layers.values())):
+            if each["bits"] < 16:
+                _check(packing, each, checkpoint.file)
         inner: QuantizationConfig | None = None
-        if packing == "auto_round:llm_compressor":
-            for each in (settings, *layers.values()):
-                _compressed_tensors({**settings, **each}, checkpoint.file)
-        elif packing.startswith("auto_round:fp8"):
+        if packing.startswith("auto_round:fp8"):
             wanted = {k: config[k] for k in ("activation_scheme",) if k in config}
+            block = block or _block(settings)
             wanted |= {} if block is None else {"weight_block_size": block}
-            static = packing.endswith("static") or not settings.get("act_dynamic", True)
+            static = packing.endswith("static") or not settings["act_dynamic"]
             scheme = "static" if static else "dynamic"
             inner = Fp8.from_config({"activation_scheme": scheme, **wanted}, checkpoint)
-        elif settings.get("data_type", "int") != "int" or settings.get("act_bits", 16) < 16:
-            raise UnsupportedError(
-                f"{checkpoint.file}: packing_format {packing!r} with {settings} is not supported; "
-                "integers without activation quantization are"
-            )
-        settings = {**_DEFAULTS, **settings}
         return cls(packing, settings, layers, inner, config, checkpoint.file)
 
     def _of(self, module: str) -> Mapping[str, Any]:
@@ -190,9 +186,22 @@ def _settings(keys: Keys, done: bool = False) -> dict[str, Any]:
     return found
 
 
+def _check(packing: str, settings: Mapping[str, Any], file: str) -> None:
+    """Raises UnsupportedError where a packing has no layout for the settings of a layer."""
+    if packing == "auto_round:llm_compressor":
+        _compressed_tensors(settings, file)
+    elif not packing.startswith("auto_round:fp8") and (
+        settings["data_type"] != "int" or settings["act_bits"] < 16
+    ):
+        raise UnsupportedError(
+            f"{file}: packing_format {packing!r} with {dict(settings)} is not supported; integers "
+            "without activation quantization are"
+        )
+
+
 def _block(settings: Mapping[str, Any]) -> list[int] | None:
     """Blocks of weights may be given as a group size of two numbers."""
-    size = settings.get("group_size")
+    size = settings["group_size"]
     return size if isinstance(size, list) else None
 
 
@@ -222,10 +231,9 @@ def _matches(pattern: str, module: str) -> bool:
         return pattern in module
 
 
-def _compressed_tensors(given: Mapping[str, Any], file: str) -> CompressedTensors:
+def _compressed_tensors(settings: Mapping[str, Any], file: str) -> CompressedTensors:
     """The scheme that the exports for LLM Compressor mean."""
     kinds = {"mx_fp": ("group", 32, "torch.uint8"), "nv_fp": ("tensor_group", 16, None)}
-    settings = {**_DEFAULTS, **given}
     kind = settings["data_type"]
 
     def args(kind: str, bits: int, dynamic: bool | str) -> QuantizationArgs:

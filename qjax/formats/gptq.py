@@ -155,11 +155,11 @@ class GPTQ(QuantizationConfig):
 
 
 def _bits(keys: Keys, bits: int | None) -> int:
-    if bits not in range(2, 9):
+    if bits is None or bits not in range(2, 9):
         raise UnsupportedError(
             f"{keys.file}: {keys.prefix}bits {bits!r:.80} is not supported; 2 to 8 are"
         )
-    return int(bits)
+    return bits
 
 
 def _group_size(keys: Keys, size: int) -> int:

@@ -170,7 +170,7 @@ class _Settled:
     def array(self, suffix: str, *shapes: tuple[int, ...]) -> np.ndarray:
         dtypes = ("u8", "i32", "i64", "f32")
         record = expect(self.module, self.stored, suffix, dtypes, *shapes)
-        if record.shape and (len(record.shape) > 1 or record.shape[0] > 64):
+        if len(record.shape) > 1 or sum(record.shape) > 64:
             raise fault(record, f"has shape {tuple(record.shape)}, which no setting has")
         return self.checkpoint.read(record.name)
 

@@ -12,7 +12,7 @@ MODULE = "model.layers.0.mlp.up_proj"
 _DTYPES = {"bfloat16": "bf16", "float8_e4m3fn": "f8_e4m3", "float8_e8m0fnu": "f8_e8m0"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Record:
     name: str
     qtype: str

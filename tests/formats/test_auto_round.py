@@ -93,7 +93,12 @@ def test_mxfp4_and_mxfp8_in_one_checkpoint():
     mxfp4 = {"bits": 4, "group_size": 32, "data_type": "mx_fp", "sym": True}
     mxfp4 |= {"act_bits": 4, "act_data_type": "mx_fp", "act_dynamic": True, "act_sym": True}
     config = CONFIG | mxfp4 | {"packing_format": "auto_round:llm_compressor"}
-    config |= {"extra_config": {"model.layers.0.mlp.down_proj": {"bits": 8, "act_bits": 8}}}
+    config |= {
+        "extra_config": {
+            "model.layers.0.mlp.down_proj": {"bits": 8, "act_bits": 8},
+            "lm_head": {"bits": 16, "data_type": "float", "act_bits": 16},
+        }
+    }
     for name, kind in (("up_proj", "mxfp4"), ("down_proj", "mxfp8")):
         tensors, weight = mx(kind, 8, 64)
         found = decoded(config, tensors, (8, 64), f"model.layers.0.mlp.{name}")

@@ -7,7 +7,7 @@ from tests.formats.stored import MODULE, decoded, planned, quantization, weight_
 BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
 
 
-def config(nbits=4, group_size=64, axis=1, **more):
+def config(nbits=4, group_size: int | None = 64, axis=1, **more):
     params = {"nbits": nbits, "group_size": group_size, "axis": axis, "channel_wise": True}
     quant = {"weight_quant_params": params | more, "scale_quant_params": None}
     quant |= {"zero_quant_params": None, "offload_meta": False}
@@ -21,7 +21,8 @@ def packed(codes, packing):
     count = 10 if packing == "3bit_32" else 8 // bits
     codes = np.concatenate([codes, np.zeros((-len(codes) % count, codes.shape[1]), codes.dtype)])
     parts = codes.reshape(count, -1, codes.shape[1]).astype(np.int64)
-    word = sum(part << (bits * (count - 1 - i)) for i, part in enumerate(parts))
+    shifts = bits * np.arange(count - 1, -1, -1)
+    word = np.bitwise_or.reduce(parts << shifts[:, None, None])
     return word.astype(np.int32 if packing == "3bit_32" else np.uint8)
 
 
