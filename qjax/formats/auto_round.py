@@ -148,9 +148,9 @@ class AutoRound(QuantizationConfig):
                 f"{module}: {bits} bits in groups of {size} are not supported in {self.packing}"
             )
         if self.packing == "auto_round:auto_awq":
-            if bits != 4:
+            if bits not in (4, 5, 6, 7):
                 raise UnsupportedError(f"{module}: AWQ's packing of {bits} bits is not supported")
-            return awq.gemm(module, stored, shape, size, settings["sym"])
+            return awq.gemm(module, stored, shape, size, settings["sym"], bits)
         return gptq.layer(module, stored, shape, _gptq(settings, self.packing))
 
     def to_config(self) -> dict[str, Any]:
@@ -162,7 +162,8 @@ class AutoRound(QuantizationConfig):
             return inner.encode(module, weight)
         settings = self._of(module)
         if self.packing == "auto_round:auto_awq":
-            return awq.AWQ(settings["group_size"], "gemm", (), {}).encode(module, weight)
+            inner = awq.AWQ(settings["group_size"], "gemm", (), {}, bits=settings["bits"])
+            return inner.encode(module, weight)
         tensors = gptq.encode(module, weight, _gptq(settings, self.packing))
         if "perm" not in weight.aux:
             del tensors["g_idx"]

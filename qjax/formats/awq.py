@@ -1,7 +1,9 @@
-"""AWQ checkpoints of AutoAWQ, llm-awq, GPTQModel and AutoRound: 4 bits, in three layouts.
+"""AWQ checkpoints of AutoAWQ, llm-awq, GPTQModel and AutoRound, in three layouts.
 
 W[n, k] = (q - z) * s, with a scale and a zero point for each group of input columns (Lin et al.,
 arXiv 2306.00978). Scales of inputs are part of the layers before and need nothing at run time.
+Nearly all have 4 bits; of other widths, GPTQModel packs a plain stream, AutoRound (5 to 7 bits) one
+of interleaved columns, and what others do is not certain.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ _HISTORY = (
     *("format", "autoround_version", "iters", "provider", "data_type", "to_quant_block_names"),
     *("sym", "model_file_base_name", "dynamic", "block_name_to_quantize", "nsamples", "seqlen"),
 )
-# Where columns 0..7 of a word lie, in nibbles from the lowest.
-_NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)
+# Runs of 8 columns, in the order in which they are packed.
+_INTERLEAVED = [0, 2, 4, 6, 1, 3, 5, 7]
 # Columns in the order in which the fast layout stores runs of 32.
-_FAST = np.arange(32).reshape(4, 4, 2).swapaxes(0, 1).reshape(4, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]]
+_FAST = np.arange(32).reshape(4, 4, 2).swapaxes(0, 1).reshape(4, 8)[:, _INTERLEAVED]
 _FAST = _FAST.reshape(32)
 
 
@@ -52,6 +54,7 @@ class AWQ(QuantizationConfig):
       group_size: columns that share a scale; -1 for all.
       version: one of `VERSIONS`.
       symmetric: whether the config says that there are no zero points.
+      bits: of a code; `interleaved` says in which order columns are packed in the gemm layout.
       excluded: parts of the names of layers that are not quantized.
       values: the configuration as it was read.
     """
@@ -61,6 +64,8 @@ class AWQ(QuantizationConfig):
     excluded: tuple[str, ...]
     values: Mapping[str, Any]
     symmetric: bool = False
+    bits: int = 4
+    interleaved: bool = True
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
@@ -68,11 +73,6 @@ class AWQ(QuantizationConfig):
         keys.ignore(*_HISTORY)
         bits = keys.get("bits", int) or keys.get("w_bit", int, 4)
         keys.ignore("bits", "w_bit", "group_size", "q_group_size")
-        if bits != 4:
-            raise UnsupportedError(
-                f"{checkpoint.file}: AWQ of {bits!r:.80} bits is not supported, since tools do not "
-                "agree on how it is stored; 4 bits are"
-            )
         size = keys.get("group_size", int) or keys.get("q_group_size", int, 128)
         if size != -1 and size < 1:
             raise keys.error("group_size", f"{size} is neither above 0 nor -1")
@@ -84,7 +84,9 @@ class AWQ(QuantizationConfig):
         symmetric = not keys.get("zero_point", bool, True)
         excluded = keys.get("modules_to_not_convert", list, [])
         keys.done()
-        return cls(size, version, tuple(map(str, excluded)), config, symmetric)
+        interleaved = bits == 4 or _is_interleaved(bits, version, config, checkpoint.file)
+        excluded = tuple(map(str, excluded))
+        return cls(size, version, excluded, config, symmetric, bits, interleaved)
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         if "qweight" not in stored:
@@ -94,7 +96,8 @@ class AWQ(QuantizationConfig):
                 stored["qweight"], "is quantized, but modules_to_not_convert names this layer"
             )
         if self.version == "gemm":
-            return gemm(module, stored, shape, self.group_size, self.symmetric)
+            size, order = self.group_size, self.interleaved
+            return gemm(module, stored, shape, size, self.symmetric, self.bits, order)
         if self.version == "gemv":
             return _gemv(module, stored, shape, self.group_size, self.symmetric)
         return _gemv_fast(module, stored, shape, self.group_size)
@@ -105,19 +108,38 @@ class AWQ(QuantizationConfig):
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
         if self.version != "gemm":
             raise UnsupportedError(f"{module}: of AWQ's layouts qjax writes gemm only")
-        k = weight.shape[1]
-        if weight.qtype not in ("uint4", "uint4b8") or weight.additive or weight.aux:
+        (n, k), bits, half = weight.shape, self.bits, 1 << (self.bits - 1)
+        wanted = (f"uint{bits}", f"uint{bits}b{half}")
+        if weight.qtype not in wanted or weight.additive or weight.aux or n * bits % 32:
             raise UnsupportedError(f"{module}: AWQ has no layout for {weight.qtype} weights")
+        if weight.group != (1, _size(self.group_size, k)):
+            raise UnsupportedError(
+                f"{module}: has groups of {weight.group}, but the config says {self.group_size}"
+            )
         scale = np.asarray(weight.scale)
-        zero = np.full(scale.shape, 8, np.uint8)
+        zero = np.full(scale.shape, half, np.uint8)
         if weight.zero_point is not None:
             zero = np.asarray(weight.zero_point)
-        values = codes.unpack(np.asarray(weight.qvalue), 4, k, np)
+        values = codes.unpack(np.asarray(weight.qvalue), bits, k, np)
         return {
-            "qweight": _interleave(values.T),
-            "qzeros": _interleave(zero.T),
+            "qweight": _words(values.T, bits, self.interleaved),
+            "qzeros": _words(zero.T, bits, self.interleaved),
             "scales": np.ascontiguousarray(scale.T),
         }
+
+
+def _is_interleaved(bits: int, version: str, config: Mapping[str, Any], file: str) -> bool:
+    """The order of columns of another width than 4 bits, by the tool that wrote it."""
+    meta = config.get("meta")
+    tool = str(meta.get("quantizer", "")) if isinstance(meta, Mapping) else ""
+    if version == "gemm" and "gptqmodel" in tool and bits in range(2, 9):
+        return False
+    if version == "gemm" and config.get("provider") == "auto-round" and bits in (5, 6, 7):
+        return True
+    raise UnsupportedError(
+        f"{file}: AWQ of {bits!r:.80} bits is not supported, since tools do not agree on how it is "
+        "stored; 4 bits are, and where the config tells that GPTQModel or AutoRound wrote it"
+    )
 
 
 def _size(group_size: int, k: int) -> int:
@@ -125,43 +147,57 @@ def _size(group_size: int, k: int) -> int:
 
 
 def gemm(
-    module: str, stored: Stored, shape: tuple[int, ...], group_size: int, symmetric: bool
+    module: str,
+    stored: Stored,
+    shape: tuple[int, ...],
+    group_size: int,
+    symmetric: bool,
+    bits: int = 4,
+    interleaved: bool = True,
 ) -> Layer:
     """Words along N with interleaved columns; other formats use it, too."""
     n, k = shape[-2:]
     size = _size(group_size, k)
     groups = -(-k // size)
     record = expect(module, stored, "qweight", ("i32", "u32"))
-    if n % 8:
-        raise fault(record, f"{n} outputs do not fill whole words")
-    expect(module, stored, "qweight", ("i32", "u32"), (k, n // 8))
+    if n * bits % 32:
+        raise fault(record, f"{n} outputs of {bits} bits do not fill whole words")
+    words = n * bits // 32
+    expect(module, stored, "qweight", ("i32", "u32"), (k, words))
     expect(module, stored, "scales", PLAIN, (groups, n))
     reads = ["qweight", "scales"]
     if "qzeros" in stored or not symmetric:
-        expect(module, stored, "qzeros", ("i32", "u32"), (groups, n // 8))
+        expect(module, stored, "qzeros", ("i32", "u32"), (groups, words))
         reads.append("qzeros")
 
     def decode(arrays: Arrays) -> QArray:
-        values = _columns(arrays["qweight"]).T
-        zero = _columns(arrays["qzeros"]).T if "qzeros" in arrays else None
+        values, zero = _columns(arrays["qweight"], bits, interleaved).T, None
+        if "qzeros" in arrays:
+            zero = _columns(arrays["qzeros"], bits, interleaved).T
         if symmetric:
-            zero = _no_zeros(stored, zero)
-        return _weight(values, arrays["scales"].T, zero, shape, size)
+            zero = _no_zeros(stored, zero, bits)
+        return _weight(values, arrays["scales"].T, zero, shape, size, bits)
 
     return Layer(tuple(reads), decode)
 
 
-def _columns(words: np.ndarray) -> np.ndarray:
-    """[R, N / 8] words -> uint8 [R, N]."""
-    words = np.ascontiguousarray(words).view(np.uint32)
-    values = (words[..., None] >> (_NIBBLES * 4)) & np.uint32(15)
-    return values.astype(np.uint8).reshape(words.shape[0], -1)
+def _columns(words: np.ndarray, bits: int, interleaved: bool) -> np.ndarray:
+    """[R, N * bits / 32] words -> uint8 [R, N]."""
+    stream = np.ascontiguousarray(words).view(np.uint8)
+    packed = codes.unpack(stream, bits, 8 * stream.shape[1] // bits, np)
+    if not interleaved:
+        return packed
+    values = np.empty_like(packed).reshape(len(packed), -1, 8)
+    values[..., _INTERLEAVED] = packed.reshape(values.shape)
+    return values.reshape(packed.shape)
 
 
-def _interleave(values: np.ndarray) -> np.ndarray:
-    """What `_columns` undoes: int32 [R, N / 8]."""
-    parts = values.reshape(values.shape[0], -1, 8).astype(np.uint32) << (_NIBBLES * 4)
-    return np.ascontiguousarray(np.bitwise_or.reduce(parts, axis=-1), np.uint32).view(np.int32)
+def _words(values: np.ndarray, bits: int, interleaved: bool) -> np.ndarray:
+    """What `_columns` undoes: int32 [R, N * bits / 32]."""
+    if interleaved:
+        runs = values.reshape(len(values), -1, 8)
+        values = runs[..., _INTERLEAVED].reshape(len(values), -1)
+    return np.ascontiguousarray(codes.pack(np.ascontiguousarray(values), bits)).view(np.int32)
 
 
 def _weight(
@@ -170,11 +206,12 @@ def _weight(
     zero: np.ndarray | None,
     shape: tuple[int, ...],
     size: int,
+    bits: int = 4,
 ) -> QArray:
     """Codes [N, K], scales [N, G] and zero points [N, G] as a QArray."""
     return weights.coded(
-        codes.pack(np.ascontiguousarray(values), 4),
-        "uint4b8" if zero is None else "uint4",
+        codes.pack(np.ascontiguousarray(values), bits),
+        f"uint{bits}b{1 << (bits - 1)}" if zero is None else f"uint{bits}",
         shape,
         np.ascontiguousarray(scale),
         (1, size),
@@ -182,10 +219,11 @@ def _weight(
     )
 
 
-def _no_zeros(stored: Stored, zero: np.ndarray | None) -> None:
+def _no_zeros(stored: Stored, zero: np.ndarray | None, bits: int = 4) -> None:
     """Zero points that may be stored where the config says that there are none."""
-    if zero is not None and (zero != 8).any():
-        raise fault(stored["qzeros"], "has other zero points than 8, but the config has none")
+    half = 1 << (bits - 1)
+    if zero is not None and (zero != half).any():
+        raise fault(stored["qzeros"], f"has other zero points than {half}, but the config has none")
 
 
 def _padded_groups(groups: int, size: int) -> int:

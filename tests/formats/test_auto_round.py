@@ -63,6 +63,21 @@ def test_words_of_odd_widths(bits):
     np.testing.assert_array_equal(found, codes[None] - codes[:, None])
 
 
+def test_awq_layout_of_odd_widths():
+    """Codes of 8 columns are interleaved as at 4 bits, then packed as one stream."""
+    rng = np.random.default_rng(0)
+    codes, zero = rng.integers(0, 32, (32, 64)), rng.integers(0, 32, (32, 2))
+    order = np.arange(32).reshape(4, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
+    tensors = {
+        "qweight": words(codes.T[:, order], 5),
+        "qzeros": words(zero.T[:, order], 5),
+        "scales": np.ones((2, 32), np.float16),
+    }
+    config = CONFIG | {"bits": 5, "packing_format": "auto_round:auto_awq"}
+    found = weight_of(decoded(config, tensors, (32, 64)))
+    np.testing.assert_array_equal(found, codes - zero.repeat(32, 1))
+
+
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj", r".*layers\.0\..*up_proj"])
 def test_settings_of_single_layers(name):
     tensors, weight = layer(8, 32, 128, 64, 1)

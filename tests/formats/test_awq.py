@@ -10,27 +10,27 @@ from tests.formats.stored import MODULE, decoded, planned, quantization, weight_
 CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
 
 
-def layer(n, k, size, seed=0, zero=None):
+def layer(n, k, size, seed=0, zero=None, bits=4):
     """Codes, zero points and scales, [N, K] and [N, G], and the float64 weight they mean."""
     rng = np.random.default_rng(seed)
     groups = k // size
-    values = rng.integers(0, 16, (n, k))
-    zero = rng.integers(0, 16, (n, groups)) if zero is None else zero
+    values = rng.integers(0, 1 << bits, (n, k))
+    zero = rng.integers(0, 1 << bits, (n, groups)) if zero is None else zero
     scale = rng.uniform(0.5, 2, (n, groups)).astype(np.float16)
     spread = scale.astype(np.float64).repeat(size, 1)
     return values, zero, scale, (values - zero.repeat(size, 1)) * spread
 
 
-def interleaved(matrix):
+def interleaved(matrix, bits=4):
     """Words along the last axis: nibble i is column [0, 2, 4, 6, 1, 3, 5, 7][i]."""
     runs = matrix.reshape(*matrix.shape[:-1], -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
-    return words(runs.reshape(matrix.shape), 4)
+    return words(runs.reshape(matrix.shape), bits)
 
 
-def gemm(values, zero, scale):
+def gemm(values, zero, scale, packed=interleaved):
     return {
-        "qweight": interleaved(values.T),
-        "qzeros": interleaved(zero.T),
+        "qweight": packed(values.T),
+        "qzeros": packed(zero.T),
         "scales": np.ascontiguousarray(scale.T),
     }
 
@@ -52,6 +52,26 @@ def test_gemm(size):
     found = decoded(CONFIG | {"group_size": size}, gemm(values, zero, scale), (16, 256))
     assert (found.qtype, found.group) == ("uint4", (1, size))
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
+
+
+GPTQMODEL = {"meta": {"quantizer": ["gptqmodel:7.6.0"]}}
+AUTO_ROUND = {"provider": "auto-round"}
+
+
+@pytest.mark.parametrize(
+    ("bits", "tool", "pack"),
+    [(bits, GPTQMODEL, words) for bits in (2, 3, 5, 6, 7, 8)]
+    + [(bits, AUTO_ROUND, interleaved) for bits in (5, 6, 7)],
+)
+def test_other_widths_are_packed_as_their_tool_does(bits, tool, pack):
+    values, zero, scale, weight = layer(32, 64, 32, bits=bits)
+    tensors = gemm(values, zero, scale, lambda matrix: pack(matrix, bits))
+    config = CONFIG | tool | {"bits": bits}
+    found = decoded(config, tensors, (32, 64))
+    assert found.qtype == f"uint{bits}"
+    np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
+    for suffix, array in quantization(config).encode(MODULE, found).items():
+        np.testing.assert_array_equal(array, tensors[suffix], suffix)
 
 
 @given(st.integers(0, 2**32))
@@ -151,6 +171,8 @@ def test_layers_that_are_not_converted():
     ("change", "error", "message"),
     [
         ({"bits": 8}, UnsupportedError, "8 bits"),
+        ({"bits": 8} | AUTO_ROUND, UnsupportedError, "8 bits"),
+        ({"bits": 8, "version": "gemv"} | GPTQMODEL, UnsupportedError, "8 bits"),
         ({"group_size": -2}, CheckpointError, "group_size"),
         ({"zero_point": 1}, CheckpointError, "zero_point"),
         ({"new_key": 1}, UnsupportedError, "new_key"),
