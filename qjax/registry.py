@@ -107,6 +107,12 @@ def methods() -> list[str]:
     return sorted({*_BUILTIN, *_registered})
 
 
+def added() -> dict[str, type]:
+    """The methods that do not come with qjax: name -> class."""
+    load_plugins()
+    return {name: config for name, config in _registered.items() if name not in _BUILTIN}
+
+
 def load_plugins() -> None:
     """Imports what other packages bring, once a process, when a method is first looked up.
 

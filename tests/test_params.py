@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qjax
 from qjax.params import Host, Params
 
 
@@ -44,3 +45,24 @@ def test_tokenizer_is_made_once_and_late():
 
 def test_bytes():
     assert params_of(1.0).nbytes == 8
+
+
+def test_summary_counts_what_the_file_holds(golden):
+    params = qjax.load(golden / "gguf-Q4_1")
+    summary = params.summary()
+    found = {use.qtype: use for use in summary.uses}
+    # Two layers of width 256 with 4 heads, 2 of them for keys and values, of 64; 512 tokens.
+    weights = 2 * (256 * (256 + 128 + 128 + 256) + 3 * 256 * 512) + 512 * 256
+    q4_1 = found["q4_1"]
+    assert (q4_1.method, q4_1.tensors, q4_1.weights) == ("gguf", 15, weights)
+    assert q4_1.stored == weights // 32 * 20
+    assert found["float32"].method == ""
+    assert found["float32"].stored == 5 * 256 * 4
+    assert summary.total.nbytes == params.nbytes
+    assert all(0.95 < use.ratio <= 1.05 for use in summary.uses)
+    lines = str(summary).splitlines()
+    assert lines[0].split()[:3] == ["method", "type", "inputs"]
+    assert len(lines) == len(summary.uses) + 2
+    joined = qjax.load(golden / "base-tiny-phi3").summary()
+    assert joined.total.stored == 2 * joined.total.weights  # bfloat16, parts of joined ones too
+    assert params_of(1.0).summary().total.ratio is None

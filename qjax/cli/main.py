@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from qjax.cli import bench, chat, doctor, generate, inspect, pull
+from qjax.cli import bench, chat, doctor, generate, inspect, methods, pull
 from qjax.errors import QjaxError
 
 app = typer.Typer(
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, pull, inspect, bench, doctor):
+for command in (generate, chat, pull, inspect, methods, bench, doctor):
     app.command()(command.command)
 
 
