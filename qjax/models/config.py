@@ -157,6 +157,12 @@ def model_config(
     if model_type in deepseek_config.MODEL_TYPES:
         mla = deepseek_config.read_mla(fields, num_heads)
         head_dim, rotated = mla.cache_head_dim, mla.qk_rope_head_dim
+        if any(deepseek_config.sparse_layers(fields, model_type, num_layers)):
+            router = deepseek_config.read_router(fields, model_type)
+            raise UnsupportedError(
+                f"{file or 'config'}: n_routed_experts {router.num_experts}: models with experts "
+                "are not supported"
+            )
     else:
         named = "head_dim" in fields or "head_dim" in fields.defaults
         if not named and hidden_size % num_heads:
