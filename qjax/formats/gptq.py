@@ -59,6 +59,7 @@ class Settings:
       planar: the widths in bits whose codes lie in planes.
       asymmetric: whether zero points are kept even where all of them mean the middle code, so that
         layers of one checkpoint (experts) are alike.
+      act_order: whether columns were sorted by importance, so that their groups must be told.
       scale_dtype: the dtype that scales are rounded to when they are read, or "" for none:
         GPTQModel and vLLM hold them in the dtype of the model.
     """
@@ -68,6 +69,7 @@ class Settings:
     zero_offset: int = 1
     planar: tuple[int, ...] = ()
     asymmetric: bool = False
+    act_order: bool = False
     scale_dtype: str = ""
 
 
@@ -107,6 +109,7 @@ class GPTQ(QuantizationConfig):
             1 if layout == "gptq" else 0,
             tuple(_PLANES) if layout == "gptq_p" else _planar_widths(config),
             not keys.get("sym", bool, True),
+            keys.get("desc_act", bool, False),
             checkpoint.dtype if checkpoint.dtype in ("bfloat16", "float16") else "",
         )
         dynamic = []
@@ -133,7 +136,8 @@ class GPTQ(QuantizationConfig):
                 if overrides is None:
                     return None
                 given = {k: overrides[k] for k in ("bits", "group_size") if k in overrides}
-                return replace(self.settings, **given)
+                act_order = overrides.get("desc_act", self.settings.act_order)
+                return replace(self.settings, **given, act_order=bool(act_order))
         return self.settings
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
@@ -198,7 +202,7 @@ def layer(module: str, stored: Stored, shape: tuple[int, ...], settings: Setting
     expect(module, stored, "qzeros", record.qtype, (groups, n * bits // word))
     expect(module, stored, "scales", PLAIN, (groups, n))
     reads = ["qweight", "qzeros", "scales"]
-    if "g_idx" in stored:
+    if "g_idx" in stored or (settings.act_order and groups > 1):
         expect(module, stored, "g_idx", ("i32", "i64"), (k,))
         reads.append("g_idx")
 

@@ -128,6 +128,16 @@ def test_columns_in_any_order(seed):
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
 
 
+def test_order_of_columns_must_be_told():
+    tensors, _ = layer(4, 8, 96, 32)
+    with pytest.raises(CheckpointError, match="g_idx: missing"):
+        planned(CONFIG | {"desc_act": True}, tensors, (8, 96))
+    config = CONFIG | {"desc_act": True, "dynamic": {".*up_proj": {"desc_act": False}}}
+    assert "g_idx" not in planned(config, tensors, (8, 96)).reads
+    one_group = CONFIG | {"desc_act": True, "group_size": -1}
+    assert "g_idx" not in planned(one_group, layer(4, 8, 96, 96)[0], (8, 96)).reads
+
+
 def test_columns_in_order_need_no_permutation():
     tensors, weight = layer(4, 8, 96, 32, g_idx=np.arange(96) // 32)
     found = decoded(CONFIG | {"desc_act": True}, tensors, (8, 96))
