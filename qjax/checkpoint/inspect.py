@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from qjax import ops
+from qjax.checkpoint import detect, names, plan
 from qjax.checkpoint.gguf_config import gguf_config
 from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
 from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.safetensors_io import open_safetensors, parse_json
 from qjax.checkpoint.source import Source, resolve
 from qjax.errors import UnsupportedError
+from qjax.formats.base import PLAIN
 from qjax.models.config import ModelConfig, model_config
 from qjax.qtypes import QTYPES
 
@@ -31,6 +36,49 @@ class TypeUse:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Quantized layers that are stored alike.
+
+    Attributes:
+      layers: how many; joined layers and experts count one by one, as they are stored.
+      role: last part of their names, several joined by commas.
+      qtype, group: of the weights, as `QArray` has them.
+      activation: type that inputs are rounded to, or "".
+      nbytes: in memory, of all layers.
+      kernel: the implementation that would run here.
+      refused: why a better one does not, by its name.
+    """
+
+    layers: int
+    role: str
+    qtype: str
+    group: tuple[int, int] | None
+    activation: str
+    nbytes: int
+    kernel: str
+    refused: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A checkpoint's quantization.
+
+    Attributes:
+      method: its name.
+      settings: as the config says.
+      kinds: of layers.
+      nbytes: that all weights take in memory, plain ones included.
+      parameters: how many weights they stand for.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    kinds: tuple[Kind, ...]
+    nbytes: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Summary:
     """A checkpoint in numbers.
 
@@ -39,12 +87,13 @@ class Summary:
       architecture: as the file names it, "" where it does not.
       license: "" where unknown.
       types: by stored type, the one that takes most bytes first.
-      parameters: elements of all tensors.
-      nbytes: bytes of all tensors, which is what the weights take in memory.
+      parameters: weights that the tensors stand for.
+      nbytes: bytes of all tensors; `memory` is what the weights take once they are loaded.
       context_length: tokens the model was trained for, or None.
       kv_bytes_per_token: of a bfloat16 cache, over all layers, or None.
       free_memory: bytes that this process may still take, or None where the system does not say.
       problem: why qjax cannot run it, or None.
+      quantized: of a folder with a quantization config that can be read, or None.
     """
 
     source: Source
@@ -57,6 +106,12 @@ class Summary:
     kv_bytes_per_token: int | None
     free_memory: int | None
     problem: str | None
+    quantized: Quantized | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the weights take once they are loaded."""
+        return self.quantized.nbytes if self.quantized else self.nbytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -68,7 +123,7 @@ class Summary:
         """Tokens of context, over all sequences, that fit in the free memory beside the weights."""
         if self.free_memory is None or self.kv_bytes_per_token is None:
             return None
-        return max(0, self.free_memory - self.nbytes) // self.kv_bytes_per_token
+        return max(0, self.free_memory - self.memory) // self.kv_bytes_per_token
 
 
 def summarize(source: str | os.PathLike[str]) -> Summary:
@@ -95,11 +150,12 @@ def _summary(source: Source, files: TensorFiles) -> Summary:
     types = [TypeUse(qtype, *use) for qtype, use in uses.items()]
     types.sort(key=lambda use: -use.nbytes)
 
-    config, problem = None, None
+    config, problem, quantized = None, None, None
     try:
         config = _config(source, files)
+        quantized = None if isinstance(files, GGUFFile) else _quantized(source, files, config)
         unknown = [use.qtype for use in types if use.qtype not in QTYPES]
-        if unknown:
+        if unknown and quantized is None:
             problem = f"tensors of type {', '.join(unknown)} are not supported"
     except UnsupportedError as error:
         problem = str(error)
@@ -109,12 +165,13 @@ def _summary(source: Source, files: TensorFiles) -> Summary:
         architecture=architecture or (config.model_type if config else ""),
         license=source.license or files.metadata.get("general.license", ""),
         types=tuple(types),
-        parameters=sum(use.elements for use in types),
+        parameters=quantized.parameters if quantized else sum(use.elements for use in types),
         nbytes=sum(use.nbytes for use in types),
         context_length=config.max_position_embeddings if config else None,
         kv_bytes_per_token=_kv_bytes_per_token(config) if config else None,
         free_memory=free_memory(),
         problem=problem,
+        quantized=quantized,
     )
 
 
@@ -127,6 +184,50 @@ def _config(source: Source, files: TensorFiles) -> ModelConfig:
     if not file.is_file():
         raise UnsupportedError(f"{folder} has no config.json, which says what the model is")
     return model_config(parse_json(file.read_bytes(), file, "config", 0), file=os.fspath(file))
+
+
+def _quantized(source: Source, files: TensorFiles, config: ModelConfig) -> Quantized | None:
+    """Plans every weight from the headers, and decodes one layer of each kind to know its type."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    fields = detect.read_json(folder / "config.json")
+    settings, _ = detect.find(folder, fields)
+    if settings is None:
+        return None
+    quantization = detect.quantization(folder, fields, files, None)
+    ignored = frozenset(n for n in files.tensors if names.is_ignored(names.hf_name(n), config))
+    places = plan.plan(files, config, quantization, names.hf_name, ignored)
+    alike: dict[Hashable, dict[str, plan.Piece]] = {}
+    nbytes = 0
+    for place in places.values():
+        if isinstance(place, plan.Vector):
+            nbytes += 4 * math.prod(place.shape)
+            continue
+        for piece in place.pieces:
+            stored = tuple((s, r.qtype, r.shape) for s, r in sorted(piece.stored.items()))
+            alike.setdefault((piece.shape, stored), {})[piece.module] = piece
+    kinds: dict[Hashable, Kind] = {}
+    for pieces in alike.values():
+        piece = next(iter(pieces.values()))
+        weight = piece.layer.decode(plan.read(files, piece))
+        nbytes += weight.nbytes * len(pieces)
+        if weight.act is None and weight.qtype in PLAIN:
+            continue
+        found = ops.supports(weight)
+        roles = dict.fromkeys(module.rpartition(".")[2] for module in pieces)
+        key = (weight.qtype, weight.group, weight.act, found.implementation)
+        known = kinds.get(key)
+        kinds[key] = Kind(
+            len(pieces) + (known.layers if known else 0),
+            ", ".join(dict.fromkeys([*(known.role.split(", ") if known else []), *roles])),
+            weight.qtype,
+            weight.group,
+            weight.act.dtype if weight.act else "",
+            weight.nbytes * len(pieces) + (known.nbytes if known else 0),
+            found.implementation,
+            found.refused,
+        )
+    parameters = sum(math.prod(place.shape) for place in places.values())
+    return Quantized(quantization.name, settings, tuple(kinds.values()), nbytes, parameters)
 
 
 def _kv_bytes_per_token(config: ModelConfig) -> int:

@@ -35,6 +35,17 @@ def generate(
     ] = False,
     numerics: options.NumericsOption = options.Numerics.fast,
     max_model_len: options.MaxModelLen = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option("--quantization", help='Quantize full-precision weights, such as to "fp8".'),
+    ] = None,
+    quantize_activations: Annotated[
+        bool,
+        typer.Option(
+            "--quantize-activations/--no-quantize-activations",
+            help="Round activations where the checkpoint's method does, or leave them.",
+        ),
+    ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole result as JSON, at the end.")
     ] = False,
@@ -60,7 +71,7 @@ def generate(
         raise qjax.RequestError("prompt is empty: give at least one token.")
     if raw and system:
         raise qjax.RequestError("--system needs the chat template: leave out --raw.")
-    params = qjax.load(model)
+    params = qjax.load(model, quantization=quantization, quantize_activations=quantize_activations)
     asked: Any = text
     if not raw and params.tokenizer.has_chat_template:
         first = [{"role": "system", "content": system}] if system else []

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qjax.checkpoint.inspect import Summary
+    from qjax.checkpoint.inspect import Quantized, Summary
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 
@@ -34,7 +34,10 @@ def report(found: "Summary") -> list[str]:
     for use in found.types:
         mb = use.nbytes / 1e6
         lines.append(f"{use.qtype:<10}{use.tensors:>8}{use.elements:>16,}{mb:>10.1f}")
-    lines += ["", f"weights       {found.nbytes / 1e6:,.1f} MB in memory, as they are in the file"]
+    if found.quantized is not None:
+        lines += ["", *_quantized(found.quantized)]
+    same = "" if found.quantized else ", as they are in the file"
+    lines += ["", f"weights       {found.memory / 1e6:,.1f} MB in memory{same}"]
     if found.kv_bytes_per_token and found.context_length:
         lines.append(f"cache         {found.kv_bytes_per_token / 1e3:.1f} KB a token, in bfloat16")
         shorter = [tokens for tokens in CONTEXTS if tokens < found.context_length]
@@ -47,6 +50,29 @@ def report(found: "Summary") -> list[str]:
         lines.append(f"free memory   {found.free_memory / 1e6:,.0f} MB{room}")
     if found.problem:
         lines.append(f"\nqjax cannot run it: {found.problem}")
+    return lines
+
+
+def _quantized(found: "Quantized") -> list[str]:
+    """Method and settings, and what would run each kind of layer."""
+    settings = ", ".join(
+        f"{key} {value}"
+        for key, value in found.settings.items()
+        if key != "quant_method" and isinstance(value, str | int | float)
+    )
+    lines = [
+        f"method        {found.method}",
+        f"settings      {settings or 'see its config'}",
+        "",
+        f"{'weights':<12}{'group':<12}{'inputs':<10}{'layers':>7}{'MB':>10}  {'kernel':<8} of",
+    ]
+    for kind in found.kinds:
+        group = "x".join(map(str, kind.group)) if kind.group else "blocks"
+        lines.append(
+            f"{kind.qtype:<12}{group:<12}{kind.activation or '-':<10}{kind.layers:>7}"
+            f"{kind.nbytes / 1e6:>10.2f}  {kind.kernel:<8} {kind.role}"
+        )
+        lines += [f"{'':14}not {name}: {why}" for name, why in kind.refused.items()]
     return lines
 
 

@@ -2,8 +2,9 @@
 
 from qjax.ops.embedding import embedding
 from qjax.ops.linear import linear, prepare, unprepare
+from qjax.ops.support import supports
 
-__all__ = ["embedding", "linear", "paged_attention", "prepare", "unprepare"]
+__all__ = ["embedding", "linear", "paged_attention", "prepare", "supports", "unprepare"]
 
 
 def __getattr__(name: str):

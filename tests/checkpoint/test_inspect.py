@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qjax.checkpoint.inspect import TypeUse, free_memory, summarize
+from qjax.checkpoint.loader import load
 from qjax.errors import CheckpointError
 from tests.checkpoint.gguf_bytes import STRING, gguf, pair, tensor
 
@@ -47,6 +48,30 @@ def test_safetensors(golden, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"')
     with pytest.raises(CheckpointError, match=r"config\.json.*not valid JSON"):
         summarize(tmp_path)
+
+
+def test_quantized_folder(golden):
+    folder = golden / "gptq-4b-g32-desc"
+    summary = summarize(folder)
+    params = load(folder)
+    layer = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 256  # as in the base model's config
+    assert summary.problem is None
+    assert summary.quantized.method == "gptq"
+    assert summary.quantized.settings["bits"] == 4
+    (kind,) = summary.quantized.kinds
+    assert (kind.layers, kind.qtype, kind.group) == (21, "uint4b8", (1, 32))
+    assert set(kind.role.split(", ")) == {f"{name}_proj" for name in "qkvo"} | {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    # Codes, scales in 2 bytes, and the order of the columns.
+    assert kind.nbytes == 3 * (layer // 2 + layer // 32 * 2 + 4 * (6 * 128 + 256))
+    assert summary.parameters == sum(use.weights for use in params.summary().uses)
+    assert 0.98 <= summary.memory / params.nbytes <= 1.02
+    assert kind.kernel in ("native", "xla")
+    if kind.kernel == "xla":
+        assert kind.refused["native"]
 
 
 def test_what_cannot_run_is_still_described(tmp_path):

@@ -150,6 +150,30 @@ def test_inspect(run: Run, model: str) -> None:
     assert "q4_1" in out
 
 
+def test_inspect_tells_what_would_run(run: Run, golden: Path) -> None:
+    code, out, _ = run("inspect", str(golden / "gptq-4b-g32-desc"))
+    assert code == 0
+    assert "method        gptq" in out
+    assert "bits 4" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("uint4b8")]
+    assert line.split()[1:4] == ["1x32", "-", "21"]
+
+
+def test_quantization_is_asked_for(run: Run, golden: Path) -> None:
+    model = str(golden / "base-tiny-llama")
+    code, out, _ = run(
+        *("generate", "hello", "-m", model, "-n", "4", "--json", "--raw"),
+        *("--quantization", "fp8", "--no-quantize-activations"),
+    )
+    assert code == 0
+    params = qjax.load(model, quantization="fp8", quantize_activations=False)
+    expected = qjax.generate(params, "hello", max_tokens=4)
+    assert tuple(json.loads(out)["token_ids"]) == expected.token_ids
+    code, _, err = run("generate", "hello", "-m", model, "--quantization", "unheard_of")
+    assert code == 1
+    assert "'unheard_of' is not supported" in err
+
+
 @pytest.mark.parametrize("output", ["md", "csv", "json"])
 def test_bench(run: Run, model: str, output: str) -> None:
     sizes = ("-p", "16", "-n", "4", "-b", "1", "-r", "2")
