@@ -143,13 +143,13 @@ class AutoRound(QuantizationConfig):
         bits, size = settings["bits"], settings["group_size"]
         if bits >= 16:
             raise fault(stored["qweight"], "is quantized, but extra_config says 16 bits")
-        if bits not in range(2, 9) or not isinstance(size, int):
+        interleaved = self.packing == "auto_round:auto_awq"
+        if bits not in (range(4, 8) if interleaved else range(2, 9)) or not isinstance(size, int):
             raise UnsupportedError(
-                f"{module}: {bits} bits in groups of {size} are not supported in {self.packing}"
+                f"{stored['qweight'].file}, {module}: {bits} bits in groups of {size} are not "
+                f"supported in {self.packing}"
             )
-        if self.packing == "auto_round:auto_awq":
-            if bits not in (4, 5, 6, 7):
-                raise UnsupportedError(f"{module}: AWQ's packing of {bits} bits is not supported")
+        if interleaved:
             return awq.gemm(module, stored, shape, size, settings["sym"], bits)
         return gptq.layer(module, stored, shape, _gptq(settings, self.packing))
 
@@ -241,8 +241,11 @@ def _compressed_tensors(settings: Mapping[str, Any], file: str) -> CompressedTen
         strategy, size, scale_dtype = next(
             (value for name, value in kinds.items() if kind.startswith(name)), ("", 0, None)
         )
-        if not strategy:
-            raise UnsupportedError(f"{file}: data_type {kind!r:.80} is not supported here")
+        if not strategy or bits not in (4, 8):
+            raise UnsupportedError(
+                f"{file}: data_type {kind!r:.80} of {bits} bits is not supported here; mx_fp and "
+                "nv_fp of 4 and 8 bits are"
+            )
         return QuantizationArgs(
             bits, "float", True, strategy, size, dynamic=dynamic, scale_dtype=scale_dtype
         )

@@ -8,6 +8,9 @@ from tests.formats.stored import decoded, planned, quantization, weight_of, word
 CONFIG = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}
 CONFIG |= {"data_type": "int", "packing_format": "auto_round:auto_gptq"}
 
+MX = {"data_type": "mx_fp", "sym": True, "packing_format": "auto_round:llm_compressor"}
+MX |= {"act_bits": 4, "act_data_type": "mx_fp", "act_dynamic": True, "act_sym": True}
+
 
 def layer(bits, n, k, size, offset):
     """Tensors in GPTQ's layout, without g_idx, and the float64 weight that they mean."""
@@ -105,9 +108,7 @@ def mx(data_type, n, k):
 
 
 def test_mxfp4_and_mxfp8_in_one_checkpoint():
-    mxfp4 = {"bits": 4, "group_size": 32, "data_type": "mx_fp", "sym": True}
-    mxfp4 |= {"act_bits": 4, "act_data_type": "mx_fp", "act_dynamic": True, "act_sym": True}
-    config = CONFIG | mxfp4 | {"packing_format": "auto_round:llm_compressor"}
+    config = CONFIG | MX
     config |= {
         "extra_config": {
             "model.layers.0.mlp.down_proj": {"bits": 8, "act_bits": 8},
@@ -142,6 +143,8 @@ def test_blocks_of_8_bit_floats():
         ({"bits": "4"}, CheckpointError, "bits"),
         ({"group_size": 0}, CheckpointError, "group_size"),
         ({"act_bits": 8}, UnsupportedError, "activation"),
+        (MX | {"bits": -5}, UnsupportedError, "-5 bits"),
+        (MX | {"data_type": "fp"}, UnsupportedError, "'fp'"),
         ({"extra_config": {"a": {"new_key": 1}}}, UnsupportedError, "new_key"),
         ({"extra_config": {"a": {"bits": "8"}}}, CheckpointError, "extra_config.a.bits"),
     ],
