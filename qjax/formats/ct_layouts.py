@@ -88,16 +88,19 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
     if "weight_g_idx" in stored:
         expect(module, stored, "weight_g_idx", ("i32", "i64"), (k,))
         reads.append("weight_g_idx")
+    elif args.actorder == "group" and columns > 1:
+        expect(module, stored, "weight_g_idx")
 
     def decode(arrays: Arrays) -> QArray:
         told = tuple(arrays["weight_shape"].tolist()) if "weight_shape" in arrays else ()
         if told and told[-2:] != (n, k):
             raise fault(stored["weight_shape"], f"says {told}, the model's sizes ask for {(n, k)}")
-        packed = _bytes(arrays["weight_packed"], k, bits, dense)
+        packed = _bytes(arrays["weight_packed"], k, bits, dense, record)
         zero = None
         if "weight_zero_point" in arrays:
             along_n = np.swapaxes(arrays["weight_zero_point"], -1, -2)
-            stream = _bytes(np.ascontiguousarray(along_n), n, bits, zero_dense)
+            record_ = stored["weight_zero_point"]
+            stream = _bytes(np.ascontiguousarray(along_n), n, bits, zero_dense, record_)
             zero = np.ascontiguousarray(np.swapaxes(codes.unpack(stream, bits, n, np), -1, -2))
         aux = {}
         if "weight_g_idx" in arrays:
@@ -127,10 +130,12 @@ def _words(record: Record, rows: Shape, count: int, bits: int, after: Shape = ()
     )
 
 
-def _bytes(words: np.ndarray, count: int, bits: int, dense: bool) -> np.ndarray:
+def _bytes(words: np.ndarray, count: int, bits: int, dense: bool, record: Record) -> np.ndarray:
     """Codes in words [..., W] as a dense stream of bits: uint8 [..., row_bytes]."""
     if not dense:
         per_word = 32 // bits
+        if (words.view(np.uint32) >> np.uint32(per_word * bits)).any():
+            raise fault(record, f"has bits set that {per_word} codes of {bits} bits leave unused")
         shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
         parts = (words.view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
         parts = parts.reshape(*words.shape[:-1], -1)[..., :count].astype(np.uint8)

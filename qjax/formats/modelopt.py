@@ -135,15 +135,21 @@ class ModelOpt(QuantizationConfig):
         if algorithm.weight != found:
             raise fault(weight, f"is stored as {found}, which {name} does not mean")
         act = algorithm.act
-        if act is not None and not act.dynamic and "input_scale" not in stored:
-            act = None
+        if act is not None and not act.dynamic:
+            expect(module, stored, "input_scale")
         plan = _LAYOUTS[found](module, stored, shape)
         reads, ignores = list(plan.reads), list(plan.ignores)
+        *lead, _, k = shape
+        shapes = {
+            "input_scale": (tuple(lead), (*lead, 1), (*lead, 1, 1)),
+            "pre_quant_scale": ((*lead, k), (*lead, 1, k), (k,)),
+        }
         for suffix, wanted in (
             ("input_scale", act in (_FP8_STATIC, _NVFP4, _INT8_STATIC)),
             ("pre_quant_scale", True),
         ):
             if suffix in stored:
+                expect(module, stored, suffix, PLAIN, *shapes[suffix])
                 (reads if wanted else ignores).append(suffix)
         if act is _NVFP4:
             expect(module, stored, "input_scale", _SCALES)

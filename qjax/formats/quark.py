@@ -48,6 +48,7 @@ _DTYPES = (
     *("fp8_e4m3", "fp8_e5m2", "int8", "uint8", "int4", "uint4", "int3", "int2", "uint2"),
     *("fp4", "fp6_e2m3", "fp6_e3m2", "bfloat16", "float16", "float32"),
 )
+_ZEROS = ("i8", "u8", "i32", *PLAIN)
 _SAYS_NOTHING = (
     *("observer_cls", "round_method", "scale_type", "zero_point_type", "max_input_numel"),
     *("enable_buffer_reuse", "is_scale_quant", "mx_element_dtype", "is_mixed_dtypes", "axis"),
@@ -242,7 +243,11 @@ def _bytes(module: str, stored: Stored, shape: Shape, config: TensorConfig) -> L
         group = weights.scale_group(expect(module, stored, "weight_scale", PLAIN), shape)
     else:
         expect(module, stored, "weight_scale", PLAIN, (*shape[:-2], n, -(-k // group[1])))
-    reads = ("weight", "weight_scale", *_present(stored, "weight_zero_point"))
+    zeros = _present(stored, "weight_zero_point")
+    if zeros:
+        shapes = (tuple(stored["weight_scale"].shape),)
+        expect(module, stored, "weight_zero_point", _ZEROS, *shapes)
+    reads = ("weight", "weight_scale", *zeros)
 
     def decode(arrays: Arrays) -> QArray:
         zero = arrays.get("weight_zero_point")
@@ -284,7 +289,14 @@ def _integers(
     group = (n, k) if single else (1, size)
     zero_shape = (*lead, count, n)
     zero_unpack = _unpacker(config.dtype, zero_shape, order)
+    if not config.symmetric:
+        expect(module, stored, "weight_zero_point")
     zeros = _present(stored, "weight_zero_point")
+    if zeros and grouped:
+        shapes = (zero_unpack.stored, zero_shape)
+        expect(module, stored, "weight_zero_point", (*zero_unpack.dtypes, *_ZEROS), *shapes)
+    elif zeros:
+        expect(module, stored, "weight_zero_point", _ZEROS, *scale_shapes)
 
     def rows_first(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(np.swapaxes(array, -1, -2)) if grouped else array

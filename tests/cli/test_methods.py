@@ -34,11 +34,11 @@ def method_of(name: str) -> support.Method:
 
 @pytest.mark.parametrize("name", proofs())
 def test_weights_are_of_listed_kinds(name: str) -> None:
-    method = method_of(name)
     try:
         params = qjax.load(proofs()[name])
     except qjax.UnsupportedError as error:
         pytest.skip(str(error))
+    method = method_of(name)
     keys = {kind.key for kind in method.kinds}
     for leaf in jax.tree.leaves(params.tree, is_leaf=lambda node: hasattr(node, "qtype")):
         if hasattr(leaf, "qtype") and (leaf.act or leaf.qtype not in ("f32", "f16", "bf16")):
