@@ -137,6 +137,11 @@ def summarize(source: str | os.PathLike[str]) -> Summary:
     if found.kind == "gguf":
         with read_gguf(found.path) as files:
             return _summary(found, files)
+    if found.kind == "pickle":
+        from qjax.checkpoint.unpickle import open_pickled
+
+        with open_pickled(found.path) as files:
+            return _summary(found, files)
     with open_safetensors(found.path) as files:
         return _summary(found, files)
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from qjax import ops
 from qjax.checkpoint import detect, names, plan
+from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
 from qjax.errors import CheckpointError, UnsupportedError
@@ -140,8 +141,9 @@ def _write(
 ) -> None:
     source = Path(str(origin.folder))
     _write_configs(origin, target, source, work)
-    with open_safetensors(source) as files:
-        kept = {} if target.changed else files.metadata
+    with _open(source) as files:
+        texts = {} if target.changed else files.metadata
+        kept = {key: text for key, text in texts.items() if isinstance(text, str)}
         writer = SafetensorsWriter(work, {"format": "pt"} | kept, shard_bytes)
         try:
             for name, array in _tensors(params, origin, target):
@@ -151,6 +153,14 @@ def _write(
             writer.close()
         finally:
             writer.abandon()
+
+
+def _open(source: Path) -> TensorFiles:
+    if any(source.glob("*.safetensors")):
+        return open_safetensors(source)
+    from qjax.checkpoint.unpickle import open_pickled
+
+    return open_pickled(source)
 
 
 def _write_configs(origin: plan.Origin, target: _Target, source: Path, work: Path) -> None:

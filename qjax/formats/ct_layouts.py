@@ -255,7 +255,10 @@ def encode(module: str, weight: QArray) -> dict[str, np.ndarray]:
     lead = weight.qvalue.shape[:-2]
     code = codes.CODES.get(weight.qtype)
     scale, raw = np.asarray(weight.scale), np.asarray(weight.qvalue)
-    tensors = {"weight_scale": scale.reshape(*lead, 1) if weight.group == (n, k) else scale}
+    # A weight that is one block, which its activations tell, keeps both axes.
+    blocks = weight.act is not None and weight.act.strategy == "group"
+    single = weight.group == (n, k) and not blocks
+    tensors = {"weight_scale": scale.reshape(*lead, 1) if single else scale}
     if code is None or "perm" in weight.aux or weight.additive:
         raise UnsupportedError(f"{module}: compressed-tensors has no layout for {weight.qtype}")
     if weight.qtype == "int8":
