@@ -59,7 +59,7 @@ def test_summary_counts_what_the_file_holds(golden):
     assert found["float32"].method == ""
     assert found["float32"].stored == 5 * 256 * 4
     assert summary.total.nbytes == params.nbytes
-    assert all(0.95 < use.ratio <= 1.05 for use in summary.uses)
+    assert all(0.95 < (use.ratio or 0) <= 1.05 for use in summary.uses)
     lines = str(summary).splitlines()
     assert lines[0].split()[:3] == ["method", "type", "inputs"]
     assert len(lines) == len(summary.uses) + 2

@@ -188,6 +188,7 @@ def _tensors(
     parts: dict[str, list[tuple[int, Any]]] = {}  # of joined layers, with their first rows
     for name, place in origin.plan.items():
         leaf = _leaf(params, name)
+        value: Any
         if isinstance(place, plan.Vector):
             value, stored, whole = _vector(name, leaf, place, origin), place.record.name, place
             rows, total = place.rows, place.record.shape[0]

@@ -259,13 +259,22 @@ def encode(module: str, weight: QArray) -> dict[str, np.ndarray]:
     blocks = weight.act is not None and weight.act.strategy == "group"
     single = weight.group == (n, k) and not blocks
     tensors = {"weight_scale": scale.reshape(*lead, 1) if single else scale}
-    if code is None or "perm" in weight.aux or weight.additive:
+    sorted_ = "perm" in weight.aux
+    if code is None or weight.additive or (sorted_ and (code.kind != "uint" or lead)):
         raise UnsupportedError(f"{module}: compressed-tensors has no layout for {weight.qtype}")
     if weight.qtype == "int8":
         tensors["weight"] = raw.view(np.int8)
         if weight.zero_point is not None:
             tensors["weight_zero_point"] = np.asarray(weight.zero_point).astype(np.int8)
     elif code.kind == "uint":
+        if sorted_:
+            order = np.asarray(weight.aux["perm"])[0]
+            columns = np.empty((n, k), np.uint8)
+            columns[:, order] = codes.unpack(raw, code.bits, k, np)
+            raw, groups = codes.pack(columns, code.bits), np.empty(k, np.int32)
+            assert weight.group is not None
+            groups[order] = np.arange(k) // weight.group[1]
+            tensors["weight_g_idx"] = groups
         tensors["weight_packed"] = _to_words(raw)
         tensors["weight_shape"] = np.array([n, k], np.int64)
         if weight.zero_point is not None:

@@ -56,6 +56,7 @@ def test_quantized_folder(golden):
     params = load(folder)
     layer = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 256  # as in the base model's config
     assert summary.problem is None
+    assert summary.quantized is not None
     assert summary.quantized.method == "gptq"
     assert summary.quantized.settings["bits"] == 4
     (kind,) = summary.quantized.kinds
