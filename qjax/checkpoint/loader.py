@@ -27,6 +27,7 @@ from qjax.checkpoint.gguf_config import ROPE_TENSORS, gguf_config
 from qjax.checkpoint.gguf_io import read_gguf
 from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.safetensors_io import open_safetensors
+from qjax.checkpoint.unpickle import open_pickled
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats.base import QuantizationConfig
 from qjax.formats.gguf import GGUF
@@ -109,7 +110,8 @@ def load(
             raise UnsupportedError(f"{path}: quantization={quantization!r} needs safetensors")
         opened = _open_gguf(path, quantize_activations)
     else:
-        opened = _open_folder(path, quantization, quantize_activations)
+        pickled = found.kind == "pickle"
+        opened = _open_folder(path, quantization, quantize_activations, pickled)
     with closing(opened.files):
         places = plan.plan(
             opened.files, opened.config, opened.quantization, opened.rename, opened.ignored
@@ -151,13 +153,15 @@ def _open_gguf(path: Path, quantize_activations: bool) -> _Opened:
     )
 
 
-def _open_folder(path: Path, quantization: str | None, quantize_activations: bool) -> _Opened:
+def _open_folder(
+    path: Path, quantization: str | None, quantize_activations: bool, pickled: bool
+) -> _Opened:
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
     fields = read_json(file)
     config = model_config(fields, file=os.fspath(file))
     generation = folder / "generation_config.json"
-    files = open_safetensors(path)
+    files = open_pickled(folder) if pickled else open_safetensors(path)
 
     def load_tokenizer() -> Any:
         from qjax.checkpoint.tokenizer import load_tokenizer

@@ -137,7 +137,7 @@ def _read_index(index: Path) -> dict[str, Path]:
         )
     listed: dict[str, Path] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _stays_inside(file):
+        if not isinstance(file, str) or not stays_inside(file):
             raise CheckpointError(
                 f"names the file {str(file)[:80]!r}; only files inside the folder are opened",
                 file=index,
@@ -147,7 +147,8 @@ def _read_index(index: Path) -> dict[str, Path]:
     return listed
 
 
-def _stays_inside(file: str) -> bool:
+def stays_inside(file: str) -> bool:
+    """Whether a name in an index is that of a file inside the folder."""
     # Judged by the rules of both systems, so that an index means the same everywhere.
     return (
         bool(file)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qjax.checkpoint import builtin
+from qjax.checkpoint import builtin, detect, unpickle
 from qjax.errors import CheckpointError, DownloadError
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<variant>[\w.-]+))?")
@@ -25,13 +25,13 @@ class Source:
     """A model on this machine.
 
     Attributes:
-      kind: "gguf" or "safetensors".
-      path: the GGUF file, or the folder (or file) of safetensors.
+      kind: "gguf", "safetensors" or "pickle".
+      path: the GGUF file, the folder (or file) of safetensors, or the folder of pickles.
       name: as the user may call it, for messages.
       license: name of the licence, "" where the source does not say.
     """
 
-    kind: Literal["gguf", "safetensors"]
+    kind: Literal["gguf", "safetensors", "pickle"]
     path: Path
     name: str
     license: str = ""
@@ -84,9 +84,11 @@ def _local(path: Path) -> Source:
         if found:
             names = ", ".join(file.name for file in found)
             raise CheckpointError(f"holds several GGUF files, name one of them: {names}", file=path)
+        if unpickle.is_pickled(path) and _is_torchao(path):
+            return Source("pickle", path, path.resolve().name)
         raise CheckpointError(
             "folder holds neither safetensors nor GGUF files; pickled weights (.bin, .pt) are not "
-            "read: save them as safetensors first",
+            "read, but for those of TorchAO: save them as safetensors first",
             file=path,
         )
     if path.suffix == ".safetensors":
@@ -94,6 +96,15 @@ def _local(path: Path) -> Source:
     if path.suffix == ".gguf" or _starts_as_gguf(path):
         return Source("gguf", path, path.stem)
     raise CheckpointError("is neither a GGUF nor a safetensors file", file=path)
+
+
+def _is_torchao(folder: Path) -> bool:
+    """Whether tensors of TorchAO's classes are expected, which its older versions only pickled."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    found, _ = detect.find(folder, detect.read_json(config))
+    return found is not None and found.get("quant_method") == "torchao"
 
 
 def _starts_as_gguf(path: Path) -> bool:

@@ -77,7 +77,7 @@ def test_weights(name):
         assert error < (2e-3 if name in HALF else 1e-4)
     stored = sum(
         file.stat().st_size
-        for pattern in ("*.safetensors", "*.gguf")
+        for pattern in ("*.safetensors", "*.gguf", "*.bin")
         for file in path.glob(pattern)
     )
     assert params.nbytes <= 1.05 * stored
