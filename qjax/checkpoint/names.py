@@ -41,6 +41,8 @@ _PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
+_MIXTRAL = re.compile(r"(?<=\.block_sparse_moe)(\.experts\.\d+\.)(w[123])(?=\.)")
+_MIXTRAL_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _BARE = ("embed_tokens.", "layers.", "norm.")
 # The eyes of a multimodal model; what is loaded here is its language model.
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
@@ -66,7 +68,8 @@ def hf_name(name: str) -> str:
     for wrapped, plain in _PREFIXES:
         if name.startswith(wrapped):
             return plain + name.removeprefix(wrapped)
-    return "model." + name if name.startswith(_BARE) else name
+    name = "model." + name if name.startswith(_BARE) else name
+    return _MIXTRAL.sub(lambda match: match[1] + _MIXTRAL_PARTS[match[2]], name)
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:

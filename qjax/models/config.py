@@ -14,6 +14,7 @@ from typing import Any
 from qjax.errors import UnsupportedError
 from qjax.layers.mla import MLAConfig
 from qjax.layers.rope import RopeConfig
+from qjax.layers.router import RouterConfig
 from qjax.models import deepseek_config
 from qjax.models.fields import Fields
 from qjax.models.rope_config import read_rope
@@ -21,7 +22,8 @@ from qjax.models.rope_config import read_rope
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
-MODEL_TYPES += deepseek_config.MODEL_TYPES
+_SPARSE = ("mixtral", "qwen3_moe")
+MODEL_TYPES += (*_SPARSE, *deepseek_config.MODEL_TYPES)
 
 # `gemma3` is the multimodal wrapper of the text model, with the sizes in its `text_config`.
 _ALIASES = {"gemma3": "gemma3_text"}
@@ -69,6 +71,8 @@ class ModelConfig:
       attn_soft_cap, final_soft_cap: cap * tanh(x / cap) on attention scores and on logits, or None.
       embedding_scale: factor on the token embeddings.
       qk_norm: RMS norm of each head of q and k before rope.
+      router: how tokens choose experts, in the layers of `sparse_layers`, each of
+        `moe_intermediate_size`; None for a dense model.
       post_norms: the outputs of attention and feed-forward are normed too, before they join the
         residual.
       mla: sizes of latent attention, where the model has it; num_kv_heads and head_dim are then
@@ -102,6 +106,9 @@ class ModelConfig:
     qk_norm: bool = False
     post_norms: bool = False
     mla: MLAConfig | None = None
+    router: RouterConfig | None = None
+    sparse_layers: tuple[bool, ...] = ()
+    moe_intermediate_size: int = 0
     num_nextn_predict_layers: int = 0
 
     def rope_for(self, layer_type: str) -> RopeConfig:
@@ -143,7 +150,7 @@ def model_config(
         )
     fields = Fields(outer.values, file, outer.prefix, _DEFAULTS.get(model_type, {}), shown or {})
     gemma = model_type in ("gemma2", "gemma3_text")
-    _refuse_variants(fields)
+    _refuse_variants(fields, model_type)
 
     num_layers = fields.integer("num_hidden_layers", 1, 512)
     num_heads = fields.integer("num_attention_heads", 1, 1024)
@@ -191,7 +198,9 @@ def model_config(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=fields.number("rms_norm_eps", 0, 1, 1e-5 if model_type == "phi3" else 1e-6),
+        rms_norm_eps=fields.number(
+            "rms_norm_eps", 0, 1, 1e-5 if model_type in ("phi3", "mixtral") else 1e-6
+        ),
         max_position_embeddings=max_position_embeddings,
         layer_types=layer_types,
         sliding_window=sliding_window if SLIDING in layer_types else None,
@@ -205,9 +214,10 @@ def model_config(
         attn_soft_cap=_soft_cap(fields, "attn_logit_softcapping", model_type, 50.0),
         final_soft_cap=_soft_cap(fields, "final_logit_softcapping", model_type, 30.0),
         embedding_scale=hidden_size**0.5 if gemma else 1.0,
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         post_norms=gemma,
         mla=mla,
+        **_experts(fields, model_type, num_layers),
         num_nextn_predict_layers=(
             fields.integer("num_nextn_predict_layers", 0, 64, 1)
             if model_type == "deepseek_v3"
@@ -216,14 +226,39 @@ def model_config(
     )
 
 
-def _refuse_variants(fields: Fields) -> None:
+def _refuse_variants(fields: Fields, model_type: str) -> None:
     """Refuses the keys that turn a supported model type into another architecture."""
     for name in ("use_bidirectional_attention", "num_local_experts", "num_experts"):
-        if fields.get(name, None):
+        if fields.get(name, None) and (model_type not in _SPARSE or "experts" not in name):
             raise UnsupportedError(
                 f"{fields.file or 'config'}: {name} is set, but only dense causal decoders are "
                 "supported"
             )
+
+
+def _experts(fields: Fields, model_type: str, num_layers: int) -> dict[str, Any]:
+    """What a model with experts has beside others."""
+    if model_type not in _SPARSE:
+        return {}
+    name = "num_experts" if "num_experts" in fields else "num_local_experts"
+    count = fields.integer(name, 1, 1 << 14)
+    top_k = fields.integer("num_experts_per_tok", 1, count)
+    if model_type == "mixtral":
+        size = fields.integer("intermediate_size", 1, _MAX_SIZE)
+        sparse = (True,) * num_layers
+    else:
+        size = fields.integer("moe_intermediate_size", 1, _MAX_SIZE)
+        step = fields.integer("decoder_sparse_step", 1, 1 << 30, 1)
+        dense = fields.get("mlp_only_layers", [])
+        if not isinstance(dense, list | tuple) or not all(isinstance(i, int) for i in dense):
+            raise fields.error("mlp_only_layers", "must be a list of layers")
+        sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
+    normalize = model_type == "mixtral" or fields.flag("norm_topk_prob", False)
+    return {
+        "router": RouterConfig(count, top_k, "softmax", normalize),
+        "sparse_layers": sparse,
+        "moe_intermediate_size": size,
+    }
 
 
 def _activation(fields: Fields, name: str) -> str:
@@ -247,7 +282,9 @@ def _soft_cap(fields: Fields, name: str, model_type: str, gemma2_default: float)
 def _sliding_window(fields: Fields, model_type: str) -> int | None:
     if model_type == "llama" or model_type in deepseek_config.MODEL_TYPES:
         return None
-    if model_type in ("qwen2", "qwen3") and not fields.flag("use_sliding_window", False):
+    if model_type in ("qwen2", "qwen3", "qwen3_moe") and not fields.flag(
+        "use_sliding_window", False
+    ):
         return None
     # An explicit null means none, but a Mistral config without the key 4096, as in transformers.
     missing = model_type == "mistral" and "sliding_window" not in fields.values

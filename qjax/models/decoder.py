@@ -20,6 +20,7 @@ from qjax.layers.attention import Attention
 from qjax.layers.linear import Linear, Norm
 from qjax.layers.mla import LatentAttention
 from qjax.layers.mlp import GatedMLP
+from qjax.layers.moe import SparseMLP
 from qjax.layers.rope import RopeConfig, rope_tables
 from qjax.models.config import ModelConfig
 
@@ -57,13 +58,25 @@ class DecoderLayer(nnx.Module):
                 qk_norm=config.qk_norm,
                 eps=config.rms_norm_eps,
             )
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.hidden_act,
-            bias=config.mlp_bias,
-            eps=config.rms_norm_eps,
-        )
+        mlp: GatedMLP | SparseMLP
+        if config.router is not None and config.sparse_layers[layer]:
+            mlp = SparseMLP(
+                config.hidden_size,
+                config.moe_intermediate_size,
+                config.router,
+                activation=config.hidden_act,
+                eps=config.rms_norm_eps,
+            )
+        else:
+            mlp = GatedMLP(
+                config.hidden_size,
+                config.intermediate_size,
+                activation=config.hidden_act,
+                bias=config.mlp_bias,
+                eps=config.rms_norm_eps,
+            )
+        self.mlp_name = "block_sparse_moe" if config.model_type == "mixtral" else "mlp"
+        setattr(self, self.mlp_name, mlp)
         self.input_layernorm = Norm(config.hidden_size)
         self.post_attention_layernorm = Norm(config.hidden_size)
         self.post_norms = config.post_norms
@@ -90,7 +103,8 @@ class DecoderLayer(nnx.Module):
         x, layer_cache = self.self_attn(
             x, layer_cache, batch, tables, norm=self.input_layernorm.w, post_norm=after_attention
         )
-        return self.mlp(x, batch, norm=before_mlp, post_norm=after_mlp), layer_cache
+        mlp = getattr(self, self.mlp_name)
+        return mlp(x, batch, norm=before_mlp, post_norm=after_mlp), layer_cache
 
 
 class Backbone(nnx.Module):

@@ -1,0 +1,78 @@
+"""Feed-forward networks of experts: rows sorted by expert, grouped products, put back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.matmul_grouped import matmul_grouped
+from qjax.errors import UnsupportedError
+from qjax.kv_cache import Batch
+from qjax.ops import activations
+from qjax.ops.linear import ACTIVATION_DTYPES
+from qjax.qarray import QArray
+
+
+def experts(
+    x: jax.Array,
+    gate: QArray,
+    up: QArray,
+    down: QArray,
+    weights: jax.Array,
+    chosen: jax.Array,
+    *,
+    batch: Batch,
+    norm: jax.Array,
+    norm_eps: float,
+    activation: str,
+) -> jax.Array:
+    """Sum over the chosen experts e of weight * down_e(act(gate_e(z)) * up_e(z)), z = RMSNorm(x).
+
+    Args:
+      x: float32 [T, K]. norm: float32 [K].
+      gate, up, down: stacked weights [E, N, K].
+      weights: float32 [T, top_k]. chosen: int32 [T, top_k], experts.
+      batch: tokens from query_start_loc[-1] on are padding and go to no expert.
+      activation: "silu" or "gelu_tanh".
+
+    Returns:
+      float32 [T, K]; rows of padding are zero.
+    """
+    tokens, top_k = chosen.shape
+    count = gate.qvalue.shape[0]
+    real = jnp.arange(tokens) < batch.query_start_loc[-1]
+    owner = jnp.where(real[:, None], chosen, count).reshape(-1)
+    order = jnp.argsort(owner, stable=True)
+    owner = owner[order]
+    sizes = (owner[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
+
+    def product(x: jax.Array, w: QArray) -> jax.Array:
+        return matmul_grouped(
+            _inputs(x, w, jnp.minimum(owner, count - 1)),
+            sizes,
+            (w.spec, w.arrays),
+            activation_dtype=ACTIVATION_DTYPES[batch.numerics],
+        )
+
+    rows = activations.rms_norm(x, norm, norm_eps)[order // top_k]
+    act = jax.nn.silu if activation == "silu" else lambda v: jax.nn.gelu(v, approximate=True)
+    y = product(act(product(rows, gate)) * product(rows, up), down)
+    y = jnp.where((owner < count)[:, None], y, 0)
+    # Back in the order of tokens, so that a sum does not depend on what else is in the batch.
+    y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, top_k, -1)
+    return (y * weights[..., None]).sum(1)
+
+
+def _inputs(x: jax.Array, w: QArray, owner: jax.Array) -> jax.Array:
+    """Rows of x as the weights of their own experts want them."""
+    if {"lora_a", "output_perm"} & w.aux.keys() or any(w.hadamard):
+        raise UnsupportedError("experts with adapters, permuted outputs or rotations")
+    if not activations.treats_inputs(w):
+        return x
+
+    def one(row: jax.Array, aux: dict[str, jax.Array]) -> jax.Array:
+        return activations.inputs(row[None], replace(w, aux=aux))[0]
+
+    return jax.vmap(one)(x, {key: array[owner] for key, array in w.aux.items()})
