@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
@@ -32,6 +33,8 @@ _KEYS = {
     "num_attention_heads": "attention.head_count",
     "num_key_value_heads": "attention.head_count_kv",
     "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
     "head_dim": "attention.key_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "sliding_window": "attention.sliding_window",
@@ -75,6 +78,7 @@ def gguf_config(gguf: GGUFFile) -> tuple[dict[str, Any], dict[str, str]]:
     config = {field: fields.get(key, None) for field, key in shown.items()}
     config["model_type"] = model_type
     config["vocab_size"] = _vocab_size(gguf)
+    config["norm_topk_prob"] = True  # of Qwen3-MoE; files do not say
     config["tie_word_embeddings"] = "output.weight" not in gguf.tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
     config["mlp_bias"] = "blk.0.ffn_gate.bias" in gguf.tensors
