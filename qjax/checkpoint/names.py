@@ -47,6 +47,7 @@ _PREFIXES = (
 )
 _MIXTRAL = re.compile(r"(?<=\.block_sparse_moe)(\.experts\.\d+\.)(w[123])(?=\.)")
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_STACKED = (".experts.gate_up_proj", ".experts.down_proj")
 _BARE = ("embed_tokens.", "layers.", "norm.")
 # The eyes of a multimodal model; what is loaded here is its language model.
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
@@ -73,6 +74,8 @@ def hf_name(name: str) -> str:
         if name.startswith(wrapped):
             return plain + name.removeprefix(wrapped)
     name = "model." + name if name.startswith(_BARE) else name
+    if name.endswith(_STACKED):  # parameters without a module of their own
+        name += ".weight"
     return _MIXTRAL.sub(lambda match: match[1] + _MIXTRAL_PARTS[match[2]], name)
 
 
