@@ -28,6 +28,8 @@ TOLERANCE = 1e-5
 REFERENCES = (
     "base-tiny-qwen2",
     "base-tiny-qwen3",
+    "base-tiny-mixtral",
+    "base-tiny-qwen3moe",
     "tiny-mistral",
     "tiny-gemma2",
     "tiny-llama-llama3",
