@@ -22,7 +22,13 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 OUTSIDE = Path(os.environ.get("QJAX_FIXTURES", GOLDEN))
 
 # Where the only reference is llama.cpp's own, with activations in 8 bits.
-ROUNDED = ("gguf-gemma3-Q5_0", "gguf-qwen3moe-Q8_0", "gguf-gptoss-MXFP4_MOE")
+ROUNDED = (
+    "gguf-Q1_0",
+    "gguf-Q2_0",
+    "gguf-gemma3-Q5_0",
+    "gguf-qwen3moe-Q8_0",
+    "gguf-gptoss-MXFP4_MOE",
+)
 
 
 def checkpoints() -> list[str]:
