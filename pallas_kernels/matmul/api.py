@@ -12,6 +12,7 @@ import numpy as np
 from pallas_kernels import dispatch
 from pallas_kernels.inputs import ActSpec, Inputs
 from pallas_kernels.matmul import native, ref, tiles, xla
+from pallas_kernels.matmul.around import epilogue
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
@@ -81,6 +82,24 @@ def matmul(
     biases = tuple(biases) if biases is not None else (None,) * len(weights)
     _check(x, weights, norm, biases, activation, residual, post_norm, activation_dtype, num_rows)
     treated = act is not None or inputs is not None
+    if len({spec.layout for spec, _ in weights}) > 1 and not treated:
+        products = _by_layout(
+            x,
+            weights,
+            norm=norm,
+            norm_eps=norm_eps,
+            activation_dtype=activation_dtype,
+            num_rows=num_rows,
+            implementation=implementation,
+        )
+        return epilogue(
+            products,
+            biases=biases,
+            activation=activation,
+            post_norm=post_norm,
+            norm_eps=norm_eps,
+            residual=residual,
+        )
     return dispatch.call(
         "matmul " + "+".join(spec.qtype for spec, _ in weights),
         TREATING if treated else IMPLEMENTATIONS,
@@ -97,6 +116,21 @@ def matmul(
         implementation=implementation,
         **({"act": act, "inputs": inputs} if treated else {}),
     )
+
+
+def _by_layout(
+    x: jax.Array, weights: tuple[tuple[WeightSpec, WeightArrays], ...], **arguments: Any
+) -> list[jax.Array]:
+    """The products alone, in a call of `matmul` for each layout: no implementation takes them all.
+
+    A file may store, say, q and k in a type that one kernel tiles and v in another's.
+    """
+    products: dict[int, jax.Array] = {}
+    for layout in dict.fromkeys(spec.layout for spec, _ in weights):
+        chosen = [i for i, (spec, _) in enumerate(weights) if spec.layout == layout]
+        outputs = matmul(x, [weights[i] for i in chosen], **arguments)
+        products.update(zip(chosen, outputs, strict=True))
+    return [products[i] for i in range(len(weights))]
 
 
 def takes_inputs(specs: Sequence[WeightSpec], act: ActSpec | None) -> bool:

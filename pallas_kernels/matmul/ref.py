@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.matmul import ref_blocks
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, require_canonical
 
 _E32 = np.arange(32)
@@ -255,4 +256,4 @@ _DECODE = {
     "q6_k": (210, _q6_k),
     "iq4_nl": (18, lambda b: _half(b) * jnp.array(_IQ4)[_nibble32(b, 2)]),
     "iq4_xs": (136, _iq4_xs),
-}
+} | ref_blocks.DECODERS

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.matmul.around import epilogue, rms_norm
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, decode, require_canonical
 
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: about the second-level cache of a core
 EXTRA_BLOCKS = 2  # of a row, whose remainder is rounded to int8 too
-
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
 def matmul(
@@ -37,26 +36,18 @@ def matmul(
     """See `pallas_kernels.matmul.api.matmul`. Padding rows are computed like the others."""
     for spec, _ in weights:
         require_canonical(spec)
-    if norm is not None:
-        x = _rms_norm(x, norm, norm_eps)
-    x = _round(x, activation_dtype)
+    x = _round(rms_norm(x, norm, norm_eps), activation_dtype)
     rows = x.shape[0]
     if rows == 1:
         x = jnp.concatenate([x, jnp.zeros_like(x)])
-    outputs = tuple(_product(x, spec, arrays)[:rows] for spec, arrays in weights)
-    outputs = tuple(y if b is None else y + b for y, b in zip(outputs, biases, strict=True))
-    if activation is not None:
-        gate, up = outputs
-        outputs = (_ACTIVATIONS[activation](gate) * up,)
-    if post_norm is not None:
-        outputs = (_rms_norm(outputs[0], post_norm, norm_eps),)
-    if residual is not None:
-        outputs = (residual + outputs[0],)
-    return outputs
-
-
-def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return epilogue(
+        [_product(x, spec, arrays)[:rows] for spec, arrays in weights],
+        biases=biases,
+        activation=activation,
+        post_norm=post_norm,
+        norm_eps=norm_eps,
+        residual=residual,
+    )
 
 
 def _round(x: jax.Array, activation_dtype: str) -> jax.Array:

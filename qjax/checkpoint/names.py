@@ -7,12 +7,14 @@ from collections.abc import Mapping
 
 from qjax.models.config import ModelConfig
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias|scale|input_scale)")
 
 _GGUF_TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+    "output.scale": "lm_head.scale",
+    "output.input_scale": "lm_head.input_scale",
 }
 _GGUF_LAYER = {
     "attn_norm": "input_layernorm",

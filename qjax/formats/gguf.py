@@ -1,32 +1,87 @@
-"""GGUF: every tensor is blocks of a ggml type, scales included (or plain floats)."""
+"""GGUF: every tensor is blocks of a ggml type, scales included (or plain floats).
+
+Blocks stay as they are, but for those of the two formats that other checkpoints have as well, MXFP4
+and NVFP4: their codes and scales are taken apart, which costs no memory and lets them share kernels
+with these. Beside an NVFP4 weight may lie the scale of the whole tensor, "<name>.scale"; and
+"<name>.input_scale", with which some GPUs round activations. llama.cpp on a CPU leaves them alone,
+and so does qjax.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from qjax.errors import UnsupportedError
-from qjax.formats.base import Arrays, Layer, QuantizationConfig, Stored, expect
+from qjax.formats.base import Arrays, Layer, QuantizationConfig, Record, Stored, expect, fault
 from qjax.qarray import QArray
 from qjax.qtypes import QTYPES
 
 
+@dataclass(frozen=True)
+class _Fp4:
+    """Blocks of e2m1 codes: first the scales, then each group's codes, 4 bits each.
+
+    Half a group after the other: byte i of a group's n bytes holds codes i and i + n.
+
+    Attributes:
+      columns: codes that share a scale.
+      groups: of a block.
+      scale: dtype of the scales.
+    """
+
+    columns: int
+    groups: int
+    scale: type
+
+    @property
+    def nbytes(self) -> int:
+        return self.groups * (1 + self.columns // 2)
+
+
+_FP4 = {
+    "mxfp4": _Fp4(32, 1, ml_dtypes.float8_e8m0fnu),
+    "nvfp4": _Fp4(16, 4, ml_dtypes.float8_e4m3fn),
+}
+
+
 class GGUF(QuantizationConfig):
-    """Weights of a GGUF file, kept as its blocks."""
+    """Weights of a GGUF file."""
 
     name = "gguf"
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
         record = expect(module, stored, "weight")
-        supported = [t.name for t in QTYPES.values() if t.ggml_id is not None]
+        supported = [t.name for t in QTYPES.values() if t.ggml_id is not None] + list(_FP4)
         if record.qtype not in supported:
             raise UnsupportedError(
                 f"{record.file}, {record.name}: type {record.qtype} is not supported here; "
                 f"supported are {', '.join(supported)}"
             )
         expect(module, stored, "weight", record.qtype, shape)
-        return Layer(("weight",), _blocks(record.qtype, shape))
+        if record.qtype not in _FP4:
+            return Layer(("weight",), _blocks(record.qtype, shape))
+        reads = ("weight",)
+        if "scale" in stored:
+            expect(module, stored, "scale", "f32", (1,) if len(shape) == 2 else shape[:1])
+            reads = ("weight", "scale")
+        return Layer(reads, _fp4(record, shape), ignores=("input_scale",))
+
+    def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
+        if QTYPES[weight.qtype].is_blocks:
+            return {"weight": np.asarray(weight.qvalue)}
+        for fp4 in _FP4.values():
+            kept = (1, fp4.columns), np.dtype(fp4.scale), 0
+            odd = weight.shape[1] % (fp4.columns * fp4.groups)
+            if weight.qtype == "fp4_e2m1" and kept == (weight.group, weight.scale.dtype, odd):
+                tensors = {"weight": _joined(weight, fp4)}
+                if "global_scale" in weight.aux:
+                    tensors["scale"] = np.asarray(weight.aux["global_scale"]).reshape(-1)
+                return tensors
+        raise UnsupportedError(f"{module}: GGUF has no type for {weight.qtype} {weight.shape}")
 
 
 def _blocks(qtype: str, shape: tuple[int, ...]) -> Callable[[Arrays], QArray]:
@@ -35,3 +90,45 @@ def _blocks(qtype: str, shape: tuple[int, ...]) -> Callable[[Arrays], QArray]:
         return QArray(raw, qtype, (shape[-2], shape[-1]))
 
     return decode
+
+
+def _fp4(record: Record, shape: tuple[int, ...]) -> Callable[[Arrays], QArray]:
+    """Takes blocks apart into codes, packed in order, and scales."""
+    fp4 = _FP4[record.qtype]
+
+    def decode(arrays: Arrays) -> QArray:
+        raw = arrays["weight"]
+        blocks = raw.reshape(*raw.shape[:-1], -1, fp4.nbytes)
+        scale = blocks[..., : fp4.groups].reshape(*raw.shape[:-1], -1)
+        if record.qtype == "nvfp4":
+            if (scale & 0x80).any():
+                raise fault(record, "has a scale with a sign bit; NVFP4's have none")
+            # ggml takes the pattern that would be NaN for zero.
+            scale = np.where(scale == 0x7F, np.uint8(0), scale)
+        halves = blocks[..., fp4.groups :].reshape(*raw.shape[:-1], -1, fp4.columns // 2)
+        even, odd = halves[..., 0::2], halves[..., 1::2]
+        codes = np.concatenate([even & 15 | odd << 4, even >> 4 | odd & 0xF0], axis=-1)
+        aux = {}
+        if "scale" in arrays:
+            aux["global_scale"] = np.array(arrays["scale"]).reshape(*shape[:-2], 1, 1)
+        return QArray(
+            codes.reshape(*raw.shape[:-1], -1),
+            "fp4_e2m1",
+            (shape[-2], shape[-1]),
+            np.ascontiguousarray(scale).view(fp4.scale),
+            aux=aux,
+            group=(1, fp4.columns),
+        )
+
+    return decode
+
+
+def _joined(weight: QArray, fp4: _Fp4) -> np.ndarray:
+    """The blocks that `_fp4` takes apart."""
+    codes = np.asarray(weight.qvalue).reshape(*weight.qvalue.shape[:-1], -1, 2, fp4.columns // 4)
+    first, second = codes[..., 0, :], codes[..., 1, :]
+    halves = np.stack([first & 15 | second << 4, first >> 4 | second & 0xF0], axis=-1)
+    rows = weight.qvalue.shape[:-1]
+    scale = np.asarray(weight.scale).view(np.uint8).reshape(*rows, -1, fp4.groups)
+    blocks = [scale, halves.reshape(*rows, scale.shape[-2], -1)]
+    return np.concatenate(blocks, axis=-1).reshape(*rows, -1)

@@ -22,7 +22,13 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 OUTSIDE = Path(os.environ.get("QJAX_FIXTURES", GOLDEN))
 
 # Where the only reference is llama.cpp's own, with activations in 8 bits.
-ROUNDED = ("gguf-gemma3-Q5_0", "gguf-qwen3moe-Q8_0", "gguf-gptoss-MXFP4_MOE")
+ROUNDED = (
+    "gguf-Q1_0",
+    "gguf-Q2_0",
+    "gguf-gemma3-Q5_0",
+    "gguf-qwen3moe-Q8_0",
+    "gguf-gptoss-MXFP4_MOE",
+)
 # Where the only reference rounds activations as the method wants it.
 AS_IT_IS = ("ar-fp8-static", "ar-mxfp4", "ar-nvfp4")
 # Where the tool computes in float16, or holds scales of float16 in bfloat16.

@@ -5,12 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import unpack
+from pallas_kernels import native, unpack
 from pallas_kernels.embedding import embedding
 from pallas_kernels.matmul import WeightSpec, prepare
 
 
-@pytest.mark.parametrize("qtype", unpack.BLOCKS)
+@pytest.mark.parametrize(
+    ("implementation", "qtype"),
+    [
+        (name, qtype)
+        for qtype in unpack.BLOCKS
+        for name in ("native", "xla", "ref")
+        if name != "native" or qtype in native.TYPE_IDS
+    ],
+    indirect=["implementation"],
+)
 def test_rows_are_decoded_exactly(implementation, golden_weight, qtype):
     raw, decoded = golden_weight(qtype, 40, 512)
     spec, qvalue = prepare(WeightSpec(qtype, (40, 512)), raw)

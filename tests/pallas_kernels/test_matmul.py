@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, unpack
+from pallas_kernels import dispatch, native, unpack
 from pallas_kernels.matmul import WeightSpec, api, matmul, prepare, unprepare, xla
 
 # A norm computed in float32 now and then tips an activation over to the neighbouring code.
@@ -152,7 +152,20 @@ def check(cases, golden_weight):
         assert worst <= TOLERANCES[case.activation_dtype], case
 
 
-@pytest.mark.parametrize("qtype", unpack.BLOCKS)
+# Each type with the implementations that take it.
+EVERY_TYPE = pytest.mark.parametrize(
+    ("implementation", "qtype"),
+    [
+        (name, qtype)
+        for qtype in unpack.BLOCKS
+        for name in ("native", "xla", "ref")
+        if name != "native" or qtype in native.TYPE_IDS
+    ],
+    indirect=["implementation"],
+)
+
+
+@EVERY_TYPE
 def test_every_type(implementation, golden_weight, qtype):
     """Few and many rows, 40 outputs (no multiple of 16), one block wide, rounded activations."""
     case = Case(((qtype, 40),))
@@ -186,6 +199,20 @@ def test_fusions(implementation, golden_weight, case):
     check([replace(case, activation_dtype=dtype) for dtype in api.ACTIVATION_DTYPES], golden_weight)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((("q4_k", 40), ("iq3_s", 24), ("q8_0", 7)), norm=True, biases=(True, True, False)),
+        Case((("iq2_xs", 40), ("q2_k", 40)), norm=True, activation="silu", residual=True),
+        Case((("q2_k", 40), ("tq1_0", 40)), activation="gelu_tanh", post_norm=True),
+    ],
+    ids=lambda case: "+".join(qtype for qtype, _ in case.weights),
+)
+def test_weights_of_several_implementations(golden_weight, case):
+    """One call may take weights that no single implementation takes."""
+    check([case, replace(case, rows=1)], golden_weight)
+
+
 @pytest.mark.parametrize("activation_dtype", api.ACTIVATION_DTYPES)
 def test_activations_of_zeros(implementation, golden_weight, activation_dtype):
     """A block of zeros has no scale to divide by."""
@@ -212,7 +239,7 @@ def test_vmap(implementation, golden_weight):
     assert error(y, x.astype(np.float64) @ decoded.T) <= TOLERANCES["float32"]
 
 
-@pytest.mark.parametrize("qtype", unpack.BLOCKS)
+@EVERY_TYPE
 def test_prepare_is_undone_exactly(implementation, golden_weight, qtype):
     raw, _ = golden_weight(qtype, 40, 512)
     spec = WeightSpec(qtype, (40, 512))

@@ -1,4 +1,4 @@
-"""The decoder against the `gguf` package: hashes of fixed blocks, random blocks bit for bit."""
+"""The decoders against `gguf` and ggml: hashes of fixed blocks, random blocks bit for bit."""
 
 import hashlib
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import unpack
+from pallas_kernels.iq_grids import grid
 from pallas_kernels.matmul import ref
 
 # One block with bytes (73 i + 19) mod 256 and float16 fields set as listed, decoded by gguf 0.19:
@@ -25,6 +26,14 @@ FIXED = {
     "q6_k": ({208: 1.0}, [-855, 900, 495, -630, -1035, 1440], "0dac2ff12610a613"),
     "iq4_nl": ({0: 1.0}, [-35, 89, -10, -127, 13, -83], "ba3ec0b78757bb12"),
     "iq4_xs": ({0: 1.0}, [-342, 441, -621, 198, -1017, -9], "69cc609ab430546b"),
+    "iq2_xxs": ({0: 1.0}, [-21, 21, 65.625, -21, 21, 112.875], "546df5ff940e9257"),
+    "iq2_xs": ({0: 1.0}, [-11, -34.375, -34.375, 59.125, -34.375, -11], "377eeaeb97e154f7"),
+    "iq2_s": ({0: 1.0}, [-84.375, 145.125, -27, 27, 27, 84.375], "dd0c916212c41962"),
+    "iq3_xxs": ({0: 1.0}, [-25, 25, -275, 175, 25, -75], "a595cecbcdbec132"),
+    "iq3_s": ({0: 1.0}, [-189, 135, -135, -297, 189, -297], "7dd0502e3e3f7872"),
+    "iq1_s": ({0: 1.0}, [-0.875, 1.125, -0.875, 1.125, -0.875, -0.875], "07bece7679f0b30d"),
+    "tq1_0": ({52: 1.0}, [-1, 0, 0, 1, -1, 0], "273a1d8c9e4f44c2"),
+    "tq2_0": ({64: 1.0}, [2, -1, 0, 1, 2, -1], "de6ec88c1c2ef5eb"),
 }
 
 
@@ -46,6 +55,22 @@ def test_fixed_block(qtype):
     values = unpack.dequantize(block[None], qtype, np)[0]
     assert values[:6].tolist() == first
     assert hashlib.sha256(values.astype("<f4").tobytes()).hexdigest()[:16] == digest
+
+
+# SHA-256 of the grids of the `gguf` package, as int8 in the order of rows.
+GRIDS = {
+    "iq2_xxs": "05826b5d3e472a3a78f196be62ac78acf81df0f909626e12ab9fa2a5d490dd54",
+    "iq2_xs": "06e47aaca60b4dc1d9b5a3f34540437058a6b142b4d7a59d5ded769b4d1bf1de",
+    "iq2_s": "e1aa1473412b0552c2174c30ef22ab4073f6a181b85a17056e8249bd2932fd88",
+    "iq3_xxs": "46e35f5a997efdee6c99ce57854c8a0d4f0ff8ca57e5e8a60c0793ea580acf5d",
+    "iq3_s": "bd1af4945a1717c65610b0284e4628b9a1ba3b306fae3a06f6e5f597356e349f",
+    "iq1": "07540ffc1aeaf6ad4d97e96b0fcc765aae39671d4ae4a27bbd0e796fde167c6a",
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids(name):
+    assert hashlib.sha256(grid(name).tobytes()).hexdigest() == GRIDS[name]
 
 
 @pytest.mark.parametrize("qtype", unpack.BLOCKS)

@@ -5,7 +5,8 @@ import pytest
 from pallas_kernels import codes, unpack
 from qjax.qtypes import BY_GGML_ID, QTYPES
 
-# ggml number, elements and bytes of a block: GGMLQuantizationType, GGML_QUANT_SIZES of gguf 0.19.
+# ggml number, elements and bytes of a block: GGMLQuantizationType, GGML_QUANT_SIZES of gguf 0.19;
+# of q2_0, ggml_get_type_traits of llama.cpp.
 GGML = {
     "f32": (0, 1, 4),
     "f16": (1, 1, 2),
@@ -19,9 +20,20 @@ GGML = {
     "q4_k": (12, 256, 144),
     "q5_k": (13, 256, 176),
     "q6_k": (14, 256, 210),
+    "iq2_xxs": (16, 256, 66),
+    "iq2_xs": (17, 256, 74),
+    "iq3_xxs": (18, 256, 98),
+    "iq1_s": (19, 256, 50),
     "iq4_nl": (20, 32, 18),
+    "iq3_s": (21, 256, 110),
+    "iq2_s": (22, 256, 82),
     "iq4_xs": (23, 256, 136),
+    "iq1_m": (29, 256, 56),
     "bf16": (30, 1, 2),
+    "tq1_0": (34, 256, 54),
+    "tq2_0": (35, 256, 66),
+    "q1_0": (41, 128, 18),
+    "q2_0": (42, 64, 18),
 }
 
 
