@@ -108,6 +108,7 @@ struct MatmulRun {
     const Weight& w;
     View view;
     const float* f32 = nullptr;
+    const float* values = nullptr;  // decoded, but not scaled
     const uint8_t* codes = nullptr;
     const float* sb = nullptr;
   };
@@ -123,7 +124,14 @@ struct MatmulRun {
     }
     const bool many = rows > tile_rows();
 #if defined(__AVX512F__)
-    if (w.traits->beside() && w.traits->only_f32() && rows <= kTileFused) return panel;
+    if (w.traits->beside() && w.traits->only_f32()) {
+      if (rows > kTileFused) {
+        float* values = reinterpret_cast<float*>(scratch<Slot>(padded * 64));
+        float_kernels_for(w.traits).decode(panel.view, a.k, values);
+        panel.values = values;
+      }
+      return panel;
+    }
 #endif
     if (uses_f32(w)) {
       if (w.traits->type == F32) {
@@ -166,9 +174,16 @@ struct MatmulRun {
   void product(const Panel& panel, int64_t row, int rows, float (*out)[16]) {
     if (panel.f32) return tile_f32_n(rows, x_f32 + row * padded, padded, panel.f32, out);
 #if defined(__AVX512F__)
-    if (panel.w.traits->only_f32())
-      return fused_f32_for(panel.w.traits)
-          .rows[rows - 1](panel.view, a.k, x_f32 + row * padded, padded, out);
+    if (panel.w.traits->only_f32()) {
+      const FloatKernels& floats = float_kernels_for(panel.w.traits);
+      const TileFloats* tiles = panel.values ? floats.decoded : floats.fused;
+      for (int first = 0; first < rows; first += kTileFused) {
+        const int count = std::min(rows - first, kTileFused);
+        tiles[count - 1](panel.view, panel.values, a.k, x_f32 + (row + first) * padded, padded,
+                         out + first);
+      }
+      return;
+    }
 #endif
 #if defined(__AVX512VNNI__)
     const IntKernels& kernels = int_kernels_for(panel.w.traits, ints->bits);

@@ -54,11 +54,11 @@ QJAX_INLINE void unit_codes(const Traits& t, const uint8_t* panel, int64_t u,
 template <QType T>
 QJAX_INLINE v16f small_floats16(const uint8_t* p) {
 #if defined(__AVX512F__)
-  const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
-  if constexpr (T == E5M2) return (v16f)_mm512_cvtph_ps(_mm256_slli_epi16(w, 8));
-  const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(w, 8), _mm256_set1_epi16(int16_t(0x8000)));
-  const __m256i rest = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(0x3f80));
-  return (v16f)_mm512_cvtph_ps(_mm256_or_si256(sign, rest));
+  const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+  const __m256i h = T == E5M2 ? _mm256_slli_epi16(w, 8)
+                              : _mm256_and_si256(_mm256_slli_epi16(w, 7),
+                                                 _mm256_set1_epi16(int16_t(0xbf80)));
+  return (v16f)_mm512_cvtph_ps(h);
 #else
   v16f r;
   for (int i = 0; i < 16; ++i) {
@@ -142,13 +142,30 @@ inline DecodeF32 decode_f32_for(const Traits* t) {
 }
 
 #if defined(__AVX512F__)
-// Few rows of x against small floats or a codebook: codes go from memory through registers into the
-// product, and a scale is applied to the sum of its columns.
+// Rows of x against small floats or a codebook. A scale is applied to the sums of its columns, which
+// are two, of the even and of the odd ones, so that one need not wait for the other. With few rows,
+// codes go from memory through registers into the product; with many they are decoded once, to what
+// they stand for before they are scaled. Both add in the same order.
 constexpr int kTileFused = 8;
 constexpr int kAheadF32 = 4;  // units to fetch ahead
 
-template <int T, int MR>
-void tile_fused_f32(const View& view, int64_t k, const float* x, int64_t stride, float (*out)[16]) {
+template <int T>
+void decode_values(const View& view, int64_t k, float* w) {
+  constexpr const Traits& t = kTraits[T];
+  const int64_t units = units_of(k);
+  for (int64_t u = 0; u < units; ++u, w += 512) {
+    const uint8_t* unit = view.tiles + unit_offset(t, u);
+    if constexpr (t.small_float()) {
+      for (int c = 0; c < 32; ++c) store(w + 16 * c, small_floats16<t.type>(unit + 16 * c));
+    } else {
+      unit_values<T>(view, u, w);
+    }
+  }
+}
+
+template <int T, bool kDecoded, int MR>
+void tile_floats(const View& view, const float* decoded, int64_t k, const float* x, int64_t stride,
+                 float (*out)[16]) {
   constexpr const Traits& t = kTraits[T];
   const int64_t units = units_of(k);
   v16f total[MR];
@@ -157,51 +174,75 @@ void tile_fused_f32(const View& view, int64_t k, const float* x, int64_t stride,
   if constexpr (t.lookup == kCodebook) table = load(view.beside->codebook);
   for (int64_t u = 0; u < units; ++u) {
     const uint8_t* unit = view.tiles + unit_offset(t, u);
-    for (int line = 0; line < t.unit_bytes(); line += 64)
-      _mm_prefetch((const char*)(unit + kAheadF32 * t.unit_bytes() + line), _MM_HINT_T0);
     const float* column = x + 32 * u;
-    v16f acc[MR];
-    QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] = v16f{};
-    auto enter = [&](v16f w, int c) QJAX_INLINED {
-      QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] += w * column[m * stride + c];
+    v16f even[MR], odd[MR];
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) even[m] = odd[m] = v16f{};
+    // Columns c and c + 1.
+    auto enter = [&](v16f first, v16f second, int c) QJAX_INLINED {
+      QJAX_UNROLL for (int m = 0; m < MR; ++m) {
+        even[m] += first * column[m * stride + c];
+        odd[m] += second * column[m * stride + c + 1];
+      }
     };
-    if constexpr (t.small_float()) {
-#pragma GCC unroll 8
-      for (int c = 0; c < 32; ++c) enter(small_floats16<t.type>(unit + 16 * c), c);
+    if constexpr (kDecoded) {
+      const float* w = decoded + 512 * u;
+#pragma GCC unroll 4
+      for (int c = 0; c < 32; c += 2) enter(load(w + 16 * c), load(w + 16 * c + 16), c);
     } else {
-      // Nibble n of a lane of vector j is column 8j + order[n].
-      constexpr int order[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-      for (int j = 0; j < 4; ++j) {
-        const __m512i codes = _mm512_loadu_si512(unit + 64 * j);
-        QJAX_UNROLL for (int n = 0; n < 8; ++n)
-          enter((v16f)_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * n), (__m512)table),
-                8 * j + order[n]);
+      for (int line = 0; line < t.unit_bytes(); line += 64)
+        _mm_prefetch((const char*)(unit + kAheadF32 * t.unit_bytes() + line), _MM_HINT_T0);
+      if constexpr (t.small_float()) {
+#pragma GCC unroll 8
+        for (int c = 0; c < 32; c += 2) {
+          const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(unit + 16 * c)));
+          const __m512i h = t.type == E5M2
+                                ? _mm512_slli_epi16(w, 8)
+                                : _mm512_and_si512(_mm512_slli_epi16(w, 7),
+                                                   _mm512_set1_epi16(int16_t(0xbf80)));
+          enter((v16f)_mm512_cvtph_ps(_mm512_castsi512_si256(h)),
+                (v16f)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1)), c);
+        }
+      } else {
+        // Nibble n of a lane of vector j is column 8j + {0, 4, 1, 5, 2, 6, 3, 7}[n].
+        constexpr int nibble[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of columns 0..7
+        for (int j = 0; j < 4; ++j) {
+          const __m512i codes = _mm512_loadu_si512(unit + 64 * j);
+          auto value = [&](int c) QJAX_INLINED {
+            return (v16f)_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * nibble[c]),
+                                               (__m512)table);
+          };
+          QJAX_UNROLL for (int c = 0; c < 8; c += 2) enter(value(c), value(c + 1), 8 * j + c);
+        }
       }
     }
     const v16f s = group_scale(t, view, u, 0).s;
-    QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] += acc[m] * s;
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] += (even[m] + odd[m]) * s;
   }
   QJAX_UNROLL for (int m = 0; m < MR; ++m)
     store(out[m], t.small_float() ? total[m] * kSmallFloatFactor<t.type> : total[m]);
 }
 
-using TileFusedF32 = void (*)(const View&, int64_t, const float*, int64_t, float (*)[16]);
-struct FusedF32 {
-  TileFusedF32 rows[kTileFused];  // [rows - 1]
+using TileFloats = void (*)(const View&, const float*, int64_t, const float*, int64_t,
+                            float (*)[16]);
+struct FloatKernels {
+  DecodeF32 decode;
+  TileFloats fused[kTileFused], decoded[kTileFused];  // [rows - 1]
 };
 template <int T, int... M>
-constexpr FusedF32 fused_f32(std::integer_sequence<int, M...>) {
-  if constexpr (kTraits[T].beside() && kTraits[T].only_f32()) return {{tile_fused_f32<T, M + 1>...}};
-  else return {};
+constexpr FloatKernels float_kernels(std::integer_sequence<int, M...>) {
+  if constexpr (kTraits[T].beside() && kTraits[T].only_f32())
+    return {decode_values<T>, {tile_floats<T, false, M + 1>...}, {tile_floats<T, true, M + 1>...}};
+  else
+    return {};
 }
 template <int... T>
-const FusedF32& fused_f32_at(int index, std::integer_sequence<int, T...>) {
-  static constexpr FusedF32 table[] = {
-      fused_f32<T>(std::make_integer_sequence<int, kTileFused>{})...};
+const FloatKernels& float_kernels_at(int index, std::integer_sequence<int, T...>) {
+  static constexpr FloatKernels table[] = {
+      float_kernels<T>(std::make_integer_sequence<int, kTileFused>{})...};
   return table[index];
 }
-inline const FusedF32& fused_f32_for(const Traits* t) {
-  return fused_f32_at(int(t - kTraits), std::make_integer_sequence<int, kNumTraits>{});
+inline const FloatKernels& float_kernels_for(const Traits* t) {
+  return float_kernels_at(int(t - kTraits), std::make_integer_sequence<int, kNumTraits>{});
 }
 #endif
 

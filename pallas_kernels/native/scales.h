@@ -52,57 +52,90 @@ inline float element(ElementType t, const uint8_t* p) {
   }
 }
 // 16 neighbours.
-QJAX_INLINE v16f elements16(ElementType t, const uint8_t* p) {
-  v16f r;
-  switch (t) {
-    case kElementF32: return load(reinterpret_cast<const float*>(p));
-    case kElementF16: return half16(p);
-    case kElementBF16: return bf16_16(p);
-    case kElementU8: return bytes16(p);
-    case kElementI8: return signed_bytes16(p);
-    case kElementE4M3: {
+template <ElementType T>
+QJAX_INLINE v16f elements16(const uint8_t* p) {
+  if constexpr (T == kElementF32) return load(reinterpret_cast<const float*>(p));
+  if constexpr (T == kElementF16) return half16(p);
+  if constexpr (T == kElementBF16) return bf16_16(p);
+  if constexpr (T == kElementU8) return bytes16(p);
+  if constexpr (T == kElementI8) return signed_bytes16(p);
 #if defined(__AVX512F__)
-      const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
-      const __m256i h = _mm256_or_si256(
-          _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x80)), 8),
-          _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x7f)), 7));
-      return (v16f)_mm512_cvtph_ps(h) * 256.0f;
-#else
-      break;
-#endif
-    }
-    case kElementE8M0: {
-      // 2 ** -127 is no normal number: what is smaller than 2 ** -126 counts as that.
-      v16i bits;
-      for (int i = 0; i < 16; ++i) bits[i] = int32_t(p[i] ? p[i] : 1) << 23;
-      return as_float(bits);
-    }
-    default: break;
+  if constexpr (T == kElementE4M3) {
+    // As float16 the exponent is 8 too small.
+    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+    const __m256i h = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+    return (v16f)_mm512_cvtph_ps(h) * 256.0f;
   }
-  for (int i = 0; i < 16; ++i) r[i] = element(t, p + i * element_bytes(t));
+  if constexpr (T == kElementE8M0) {
+    // 2 ** -127 is no normal number: what is smaller than 2 ** -126 counts as that.
+    const __m512i exponent = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    return (v16f)_mm512_slli_epi32(_mm512_max_epi32(exponent, _mm512_set1_epi32(1)), 23);
+  }
+#endif
+  v16f r;
+  for (int i = 0; i < 16; ++i) r[i] = element(T, p + i * element_bytes(T));
   return r;
 }
 
-// The scales of one panel as float32: for each group of columns s[16], b[16], zero[16].
+// The scales of one panel as float32: for each group of columns s[16], b[16], zero[16]; the last
+// two where there are zero points.
 constexpr int kScaleFloats = 48;
-inline void panel_scales(const Traits& t, const Beside& beside, int64_t panel, float* out) {
+
+template <ElementType S, ElementType Z>
+void panel_scales(const Traits& t, const Beside& beside, int64_t panel, float* out) {
   const float factor = (beside.global_scale ? *beside.global_scale : 1.0f);
   const int64_t row = panel * 16 / beside.rows;
-  const int sb = element_bytes(beside.scale_type), zb = element_bytes(beside.zero_type);
+  const bool tiled = beside.rows == 1;
+  const int64_t first = tiled ? panel * beside.groups * 16 : row * beside.groups;
+  const uint8_t* scale = beside.scale + first * element_bytes(S);
+  const uint8_t* zero = beside.zero + first * element_bytes(Z);
+  const float half = t.lookup == kFP4 ? 0.5f : 1.0f;  // codes of FP4 are twice their values
   for (int64_t g = 0; g < beside.groups; ++g, out += kScaleFloats) {
-    const int64_t at = beside.rows == 1 ? (panel * beside.groups + g) * 16 : row * beside.groups + g;
-    v16f s = beside.rows == 1 ? elements16(beside.scale_type, beside.scale + at * sb)
-                              : splat(element(beside.scale_type, beside.scale + at * sb));
+    const int64_t at = tiled ? 16 * g : g;
+    v16f s = tiled ? elements16<S>(scale + at * element_bytes(S))
+                   : splat(element(S, scale + at * element_bytes(S)));
     s = s * factor;
-    v16f z = {};
+    store(out, s * half);
+    if constexpr (Z != kNothing) {
+      const v16f z = (tiled ? elements16<Z>(zero + at * element_bytes(Z))
+                            : splat(element(Z, zero + at * element_bytes(Z)))) +
+                     float(beside.zero_shift);
+      store(out + 16, beside.additive ? z - beside.offset * s : -(z * s));
+      store(out + 32, z);
+    }
+  }
+}
+
+template <ElementType S>
+void panel_scales(const Traits& t, const Beside& beside, int64_t panel, float* out) {
+  switch (beside.zero_type) {
+    case kElementU8: return panel_scales<S, kElementU8>(t, beside, panel, out);
+    case kElementI8: return panel_scales<S, kElementI8>(t, beside, panel, out);
+    case kElementF32: return panel_scales<S, kElementF32>(t, beside, panel, out);
+    case kElementF16: return panel_scales<S, kElementF16>(t, beside, panel, out);
+    case kElementBF16: return panel_scales<S, kElementBF16>(t, beside, panel, out);
+    default: return panel_scales<S, kNothing>(t, beside, panel, out);
+  }
+}
+
+// Also asks for those of the next panel, which this thread is likely to want next.
+inline void panel_scales(const Traits& t, const Beside& beside, int64_t panel, float* out) {
+  if (beside.rows == 1) {
+    const int64_t bytes = beside.groups * 16 * element_bytes(beside.scale_type);
+    for (int64_t at = 0; at < bytes; at += 64)
+      __builtin_prefetch(beside.scale + (panel + 1) * bytes + at, 0, 2);
+    const int64_t zeros = beside.groups * 16 * element_bytes(beside.zero_type);
     if (beside.zero)
-      z = (beside.rows == 1 ? elements16(beside.zero_type, beside.zero + at * zb)
-                            : splat(element(beside.zero_type, beside.zero + at * zb))) +
-          float(beside.zero_shift);
-    // Codes of FP4 are twice their values.
-    store(out, t.lookup == kFP4 ? s * 0.5f : s);
-    store(out + 16, beside.additive ? z - beside.offset * s : -(z * s));
-    store(out + 32, z);
+      for (int64_t at = 0; at < zeros; at += 64)
+        __builtin_prefetch(beside.zero + (panel + 1) * zeros + at, 0, 2);
+  }
+  switch (beside.scale_type) {
+    case kElementF32: return panel_scales<kElementF32>(t, beside, panel, out);
+    case kElementF16: return panel_scales<kElementF16>(t, beside, panel, out);
+    case kElementBF16: return panel_scales<kElementBF16>(t, beside, panel, out);
+    case kElementE4M3: return panel_scales<kElementE4M3>(t, beside, panel, out);
+    case kElementE8M0: return panel_scales<kElementE8M0>(t, beside, panel, out);
+    default: return;
   }
 }
 
