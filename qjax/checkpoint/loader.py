@@ -7,6 +7,7 @@ kernels read it as it is; one that is repacked is copied, and its pages are give
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.unpickle import open_pickled
 from qjax.errors import CheckpointError, UnsupportedError
+from qjax.formats import kv_scales
 from qjax.formats.base import QuantizationConfig
 from qjax.formats.gguf import GGUF
 from qjax.models.config import ModelConfig, model_config
@@ -168,11 +170,21 @@ def _open_folder(
 
         return load_tokenizer(folder)
 
+    hf_names = {tensor: names.hf_name(tensor) for tensor in files.tensors}
+    unused = {n for n, name in hf_names.items() if names.is_ignored(name, config)}
+    unused |= {n for n, name in hf_names.items() if kv_scales.is_other(name)}
+    scales = {n: kv_scales.canonical(name) for n, name in hf_names.items()}
+    scales = {n: name for n, name in scales.items() if name is not None}
+    if quantize_activations and scales:
+        sizes = [math.prod(files.tensors[n].shape) for n in scales]
+        config = replace(config, kv_scales=max(sizes))
+    else:
+        unused |= scales.keys()
     return _Opened(
         files,
         config,
-        names.hf_name,
-        frozenset(n for n in files.tensors if names.is_ignored(names.hf_name(n), config)),
+        lambda tensor: scales.get(tensor) or names.hf_name(tensor),
+        frozenset(unused),
         detect.quantization(folder, fields, files, quantization),
         quantize_activations,
         rotated_pairs=False,
@@ -269,6 +281,11 @@ def _vector(opened: _Opened, place: plan.Vector) -> np.ndarray:
             field=place.record.name,
             offset=place.record.offset,
         )
+    if place.name.endswith((".k_scale", ".v_scale")):
+        values = np.where(values == -1, np.float32(1), values).reshape(place.shape)  # -1: not given
+        if not (values > 0).all():
+            raise CheckpointError("is not above 0", file=place.record.file, field=place.record.name)
+        return values
     if place.name.endswith(".bias"):
         if not opened.rotated_pairs:
             return values

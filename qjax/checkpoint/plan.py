@@ -7,6 +7,7 @@ is an error. How the tensors of one layer become a weight is the format's busine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from qjax.checkpoint import names
 from qjax.checkpoint.mapped import TensorFiles, TensorRecord
 from qjax.errors import CheckpointError
-from qjax.formats.base import PLAIN, Layer, QuantizationConfig, dense_layer, expect
+from qjax.formats.base import PLAIN, Layer, QuantizationConfig, dense_layer, expect, fault
 from qjax.models import functional
 from qjax.models.config import ModelConfig
 
@@ -225,6 +226,8 @@ def _vector(
     config: ModelConfig,
     expected: Mapping[str, tuple[int, ...]],
 ) -> Vector | None:
+    if last in ("k_scale", "v_scale"):
+        return _cache_scale(name, module, last, shape, modules)
     if last in modules.of.get(module, {}):
         record = modules.of[module][last]
         expect(module, modules.of[module], last, PLAIN, shape)
@@ -236,6 +239,24 @@ def _vector(
             expect(fused, modules.of[fused], last, PLAIN, (total, *shape[1:]))
             modules.take(fused, last)
             return Vector(name, shape, modules.of[fused][last], rows)
+    return None
+
+
+def _cache_scale(
+    name: str, module: str, last: str, shape: tuple[int, ...], modules: _Modules
+) -> Vector | None:
+    """A scale of keys or values: its own, that of both, or else that of the other."""
+    stored = modules.of.get(module, {})
+    other = {"k_scale": "v_scale", "v_scale": "k_scale"}[last]
+    for suffix in (last, "kv_scale", other):
+        if suffix in stored:
+            record = expect(module, stored, suffix, PLAIN)
+            if math.prod(record.shape) != shape[0]:
+                raise fault(
+                    record, f"has shape {record.shape}, other layers have {shape[0]} scales"
+                )
+            modules.take(module, suffix)
+            return Vector(name, shape, record)
     return None
 
 

@@ -84,7 +84,7 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
         zero_dense = _words(zero, tuple(lead), n, bits, (columns,))
         reads.append("weight_zero_point")
     elif "weight_zero_point" in stored:
-        ignores.append("weight_zero_point")
+        raise fault(stored["weight_zero_point"], "is there, but the config says symmetric")
     if "weight_g_idx" in stored:
         expect(module, stored, "weight_g_idx", ("i32", "i64"), (k,))
         reads.append("weight_g_idx")

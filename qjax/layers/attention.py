@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.paged_attention import AttentionSpec
@@ -21,6 +22,7 @@ class Attention(nnx.Module):
       bias, output_bias: whether q, k, v and whether the output projection have biases.
       qk_norm: RMSNorm of each head of q and k before rope.
       eps: of all norms.
+      kv_scales: how many scales keys and values have, which are then rounded before they are cached.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Attention(nnx.Module):
         output_bias: bool,
         qk_norm: bool,
         eps: float,
+        kv_scales: int = 0,
     ):
         heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = Linear(hidden_size, heads, bias)
@@ -41,6 +44,8 @@ class Attention(nnx.Module):
         self.o_proj = Linear(heads, hidden_size, output_bias)
         self.q_norm = Norm(spec.head_dim) if qk_norm else None
         self.k_norm = Norm(spec.head_dim) if qk_norm else None
+        self.k_scale = nnx.Param(jnp.zeros((kv_scales,))) if kv_scales else None
+        self.v_scale = nnx.Param(jnp.zeros((kv_scales,))) if kv_scales else None
         self.spec, self.rope, self.eps = spec, rope, eps
 
     def __call__(
@@ -63,6 +68,9 @@ class Attention(nnx.Module):
             norm=norm,
             norm_eps=self.eps,
         )
+        scales = None
+        if self.k_scale is not None and self.v_scale is not None:
+            scales = self.k_scale.get_value(), self.v_scale.get_value()
         out, layer_cache = ops.paged_attention(
             q,
             k,
@@ -74,6 +82,7 @@ class Attention(nnx.Module):
             q_norm=self.q_norm and self.q_norm.w,
             k_norm=self.k_norm and self.k_norm.w,
             norm_eps=self.eps,
+            cache_scales=scales,
         )
         x = ops.linear(
             out,

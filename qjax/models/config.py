@@ -77,6 +77,8 @@ class ModelConfig:
         residual.
       mla: sizes of latent attention, where the model has it; num_kv_heads and head_dim are then
         those of the cache.
+      kv_scales: how many scales each layer has for its keys and for its values, which are rounded
+        to 8-bit floats before they are cached: 0 for none, 1, or one a kv head.
       num_nextn_predict_layers: layers behind the last that predict further tokens; a checkpoint may
         hold them, the model does not.
     """
@@ -110,6 +112,7 @@ class ModelConfig:
     sparse_layers: tuple[bool, ...] = ()
     moe_intermediate_size: int = 0
     num_nextn_predict_layers: int = 0
+    kv_scales: int = 0
 
     def rope_for(self, layer_type: str) -> RopeConfig:
         return dict(self.rope)[layer_type]

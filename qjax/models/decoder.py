@@ -57,6 +57,7 @@ class DecoderLayer(nnx.Module):
                 output_bias=config.attention_output_bias,
                 qk_norm=config.qk_norm,
                 eps=config.rms_norm_eps,
+                kv_scales=config.kv_scales,
             )
         mlp: GatedMLP | SparseMLP
         if config.router is not None and config.sparse_layers[layer]:

@@ -131,7 +131,7 @@ def _dynamic_scale(
         low = jnp.minimum(groups.min(axes, keepdims=True), 0)
         high = jnp.maximum(groups.max(axes, keepdims=True), 0)
         bottom, top = _bounds(act.dtype)
-        scale = _divide(high - low, top - bottom)
+        scale = divide(high - low, top - bottom)
         scale = jnp.where(scale == 0, jnp.finfo(jnp.float32).eps, scale)
         return scale, jnp.clip(jnp.round(bottom - low / scale), bottom, top)
     largest = jnp.abs(groups).max(axes, keepdims=True)
@@ -152,14 +152,14 @@ def _scale_of(largest: jax.Array, act: ActSpec, aux: dict[str, jax.Array]) -> ja
         exponent = _exponent(lax.bitcast_convert_type(bits, jnp.float32))
         return _power_of_two(exponent - _LARGEST_EXPONENT[act.dtype])
     top = act.divisor or _bounds(act.dtype)[1]
-    scale = _divide(largest, top)
+    scale = divide(largest, top)
     if act.scale == "e8m0_ceil":
         scale = jnp.maximum(scale, 1e-38)
         exponent = _exponent(scale)
         return _power_of_two(exponent + (scale > _power_of_two(exponent)))
     if act.scale == "fp8_e4m3":
         global_scale = aux["act_global_scale"].astype(jnp.float32).reshape(1, 1, 1)
-        local = jnp.clip(_divide(scale, global_scale), 2.0**-9, 448.0)
+        local = jnp.clip(divide(scale, global_scale), 2.0**-9, 448.0)
         return local.astype(jnp.float8_e4m3fn).astype(jnp.float32) * global_scale
     if act.scale != "float32":
         scale = scale.astype(act.scale).astype(jnp.float32)
@@ -176,7 +176,7 @@ def _bounds(dtype: str) -> tuple[float, float]:
 def _nearest(x: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: str) -> jax.Array:
     """x in multiples of scale that the type holds; half way, to the even code."""
     bottom, top = _bounds(dtype)
-    x = _divide(x, jnp.where(scale == 0, 1, scale))
+    x = divide(x, jnp.where(scale == 0, 1, scale))
     if dtype not in _FLOATS:
         if zero is None:
             return jnp.clip(jnp.round(x), bottom, top) * scale
@@ -203,7 +203,7 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
 
 
-def _divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
+def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     """x / by. XLA would multiply by the reciprocal of what is broadcast, which rounds otherwise."""
     spread = jnp.broadcast_to(jnp.asarray(by, jnp.float32), x.shape)
     return x / lax.optimization_barrier(spread)
