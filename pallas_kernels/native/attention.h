@@ -208,7 +208,10 @@ struct AttentionRun {
     for (int r = 0; r < rows; ++r) {
       const int64_t token = item.first + r / group, head = item.head * group + r % group;
       float* y = a.out + (token * a.heads + head) * d;
-      const float factor = 1.0f / norm[r];
+      float total = norm[r];
+      // A sink far above all scores leaves next to nothing: no need to be exact, nor to overflow.
+      if (a.sinks) total += std::exp(std::min(a.sinks[head] - top[r], 80.0f));
+      const float factor = 1.0f / total;
       for (int64_t c = 0; c < d; c += 16) store(y + c, load(out + r * d + c) * factor);
     }
   }

@@ -226,7 +226,7 @@ ffi::Error embedding_call(Ints ids, ffi::RemainingArgs args, ffi::Result<Floats>
   return ffi::Error::Success();
 }
 
-enum AttentionFlags { kHasRope = 1, kHasQNorm = 2, kHasKNorm = 4 };
+enum AttentionFlags { kHasRope = 1, kHasQNorm = 2, kHasKNorm = 4, kHasSinks = 8 };
 
 // The pages are donated: results 1 and 2 alias them. Optional arguments: cos and sin, q_norm,
 // k_norm, as `flags` says.
@@ -276,6 +276,7 @@ ffi::Error attention_call(Floats q, Floats k, Floats v, ffi::AnyBuffer k_pages, 
   }
   if (flags & kHasQNorm) a.q_norm = floats();
   if (flags & kHasKNorm) a.k_norm = floats();
+  if (flags & kHasSinks) a.sinks = floats();
   attention(a);
   return ffi::Error::Success();
 }

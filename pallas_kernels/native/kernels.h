@@ -47,6 +47,7 @@ struct Attention {
   int64_t window;              // 0: none
   const float *cos, *sin;      // [T, rotary_dim / 2] or null
   const float *q_norm, *k_norm;  // [head_dim] or null
+  const float* sinks;            // [heads] or null
   float* out;                  // [T, heads * head_dim]
 };
 

@@ -31,6 +31,7 @@ def paged_attention(
     q_norm: jax.Array | None = None,
     k_norm: jax.Array | None = None,
     norm_eps: float = 0.0,
+    sinks: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Writes the keys and values of new tokens into the cache, then attends with their queries.
@@ -51,6 +52,8 @@ def paged_attention(
         dimensions become (x1 cos - x2 sin, x2 cos + x1 sin) (RoFormer, arXiv 2104.09864, in the
         half-split order of Hugging Face).
       q_norm, k_norm: float32 [head_dim], RMSNorm of each head before rope, with `norm_eps`.
+      sinks: float32 [num_heads]. A score of each head that enters the sum of its softmax, and has
+        no value (attention sinks, arXiv 2309.17453, as gpt-oss learns them).
       implementation: "native", "xla" or "ref"; None for the first that takes the call.
 
     Returns:
@@ -72,6 +75,8 @@ def paged_attention(
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None:
             expected[name] = weight, (spec.head_dim,)
+    if sinks is not None:
+        expected["sinks"] = sinks, (spec.num_heads,)
     for name, (array, shape) in expected.items():
         if array.shape != shape or array.dtype != jnp.float32:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
@@ -100,5 +105,6 @@ def paged_attention(
         q_norm=q_norm,
         k_norm=k_norm,
         norm_eps=norm_eps,
+        sinks=sinks,
         implementation=implementation,
     )

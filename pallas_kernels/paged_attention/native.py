@@ -31,6 +31,7 @@ def paged_attention(
     q_norm: jax.Array | None,
     k_norm: jax.Array | None,
     norm_eps: float,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
     native.require()
@@ -41,8 +42,9 @@ def paged_attention(
         raise NotImplementedError(f"page size {page_size}: multiples of 16 to {MAX_PAGE_SIZE}")
     if spec.head_dim % 16:
         raise NotImplementedError(f"head_dim {spec.head_dim} is not a multiple of 16")
-    optional = [*(rope or ()), *(w for w in (q_norm, k_norm) if w is not None)]
+    optional = [*(rope or ()), *(w for w in (q_norm, k_norm, sinks) if w is not None)]
     flags = (rope is not None) | (q_norm is not None) << 1 | (k_norm is not None) << 2
+    flags |= (sinks is not None) << 3
     call = jax.ffi.ffi_call(
         "qjax_attention",
         [

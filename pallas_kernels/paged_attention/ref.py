@@ -27,6 +27,7 @@ def paged_attention(
     q_norm: jax.Array | None,
     k_norm: jax.Array | None,
     norm_eps: float,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
     if any(isinstance(x, jax.core.Tracer) for x in (q, block_table, query_start_loc, seq_lens)):
@@ -63,9 +64,10 @@ def paged_attention(
                 scores = keys_of[pages, h // group, slots].astype(np.float32) @ query
                 if spec.soft_cap is not None:
                     scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
-                weights = np.exp(scores - scores.max())
-                row = (
-                    weights / weights.sum() @ values_of[pages, h // group, slots].astype(np.float32)
-                )
+                sink = -np.inf if sinks is None else float(sinks[h])
+                top = max(scores.max(), sink)
+                weights = np.exp(scores - top)
+                total = weights.sum() + np.exp(sink - top)
+                row = weights / total @ values_of[pages, h // group, slots].astype(np.float32)
                 out[t, h * spec.head_dim : (h + 1) * spec.head_dim] = row
     return jnp.asarray(out), jnp.asarray(keys_of), jnp.asarray(values_of)

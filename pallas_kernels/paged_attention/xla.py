@@ -31,6 +31,7 @@ def paged_attention(
     q_norm: jax.Array | None,
     k_norm: jax.Array | None,
     norm_eps: float,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
     tokens, page_size = q.shape[0], k_pages.shape[2]
@@ -68,7 +69,11 @@ def paged_attention(
         if spec.sliding_window is not None:
             visible &= keys_at > position[:, None] - spec.sliding_window
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1)
+        if sinks is None:
+            weights = jax.nn.softmax(scores, axis=-1)
+        else:
+            sink = jnp.broadcast_to(sinks.reshape(1, -1, group, 1), (*scores.shape[:3], 1))
+            weights = jax.nn.softmax(jnp.concatenate([scores, sink], -1), axis=-1)[..., :-1]
         out = jnp.einsum("mhgk,mhkd->mhgd", weights, gathered(v_pages), precision=precision)
         return out.reshape(len(q), -1)
 

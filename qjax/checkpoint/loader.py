@@ -257,7 +257,11 @@ def _decode(opened: _Opened, piece: plan.Piece) -> QArray:
                 file=next(iter(piece.stored.values())).file,
                 field=piece.module,
             )
-    return weight if piece.rows is None else weight.rows(piece.rows.start, piece.rows.stop)
+    if piece.rows is None:
+        return weight
+    if piece.rows.step is not None:
+        return weight.take_rows(np.arange(weight.shape[0])[piece.rows])
+    return weight.rows(piece.rows.start, piece.rows.stop)
 
 
 def without_activation_quantization(weight: QArray) -> QArray:
@@ -272,7 +276,7 @@ def _vector(opened: _Opened, place: plan.Vector) -> np.ndarray:
     """A norm weight or a bias: float32, copied."""
     values = opened.files.array(place.record.name)
     if place.rows is not None:
-        values = values[place.rows]
+        values = values[..., place.rows]
     values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise CheckpointError(

@@ -50,6 +50,8 @@ _PREFIXES = (
 _MIXTRAL = re.compile(r"(?<=\.block_sparse_moe)(\.experts\.\d+\.)(w[123])(?=\.)")
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _STACKED = (".experts.gate_up_proj", ".experts.down_proj")
+# Likewise, with what is stored of them joined by "_": "experts.down_proj_blocks".
+_STACKED_PART = re.compile(r"(\.experts\.(?:gate_up|down)_proj)_(blocks|scales|bias)")
 _BARE = ("embed_tokens.", "layers.", "norm.")
 # The eyes of a multimodal model; what is loaded here is its language model.
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
@@ -78,6 +80,7 @@ def hf_name(name: str) -> str:
     name = "model." + name if name.startswith(_BARE) else name
     if name.endswith(_STACKED):  # parameters without a module of their own
         name += ".weight"
+    name = _STACKED_PART.sub(r"\1.\2", name)
     return _MIXTRAL.sub(lambda match: match[1] + _MIXTRAL_PARTS[match[2]], name)
 
 
@@ -124,8 +127,15 @@ def rows_of(
     parent, _, joined = fused.rpartition(".")
     sizes = [expected[f"{parent}.{part}.weight"][-2] for part in _FUSED[joined]]
     index = _FUSED[joined].index(module.rpartition(".")[2])
+    if transposed_experts(parent, config):  # its parts lie row by row in turn
+        return slice(index, None, len(sizes)), sum(sizes)
     start = sum(sizes[:index])
     return slice(start, start + sizes[index]), sum(sizes)
+
+
+def transposed_experts(module: str, config: ModelConfig) -> bool:
+    """Whether plain weights of these experts are stored as (experts, in, out)."""
+    return config.model_type == "gpt_oss" and ".experts" in module
 
 
 def expert_modules(module: str, count: int) -> list[str]:

@@ -85,7 +85,7 @@ class Origin:
 
 def _stored_bytes(place: Weight | Vector) -> int:
     if isinstance(place, Vector):
-        share = 1.0 if place.rows is None else place.shape[0] / place.record.shape[0]
+        share = 1.0 if place.rows is None else place.shape[-1] / place.record.shape[-1]
         return round(place.record.nbytes * share)
     total = 0.0
     for piece in place.pieces:
@@ -190,16 +190,17 @@ def _weight(
     expected: Mapping[str, tuple[int, ...]],
 ) -> Weight | None:
     if module in modules.of:
-        return Weight(name, shape, (_piece(module, shape, quantization, modules),))
+        return Weight(name, shape, (_piece(module, shape, quantization, modules, config),))
     for fused in names.fused_into(module, config):
         if fused in modules.of:
             rows, total = names.rows_of(module, fused, config, expected)
             whole = (*shape[:-2], total, shape[-1])
-            return Weight(name, shape, (_piece(fused, whole, quantization, modules, rows),))
+            piece = _piece(fused, whole, quantization, modules, config, rows)
+            return Weight(name, shape, (piece,))
     if len(shape) == 3:
         experts = names.expert_modules(module, shape[0])
         if any(expert in modules.of for expert in experts):
-            pieces = tuple(_piece(e, shape[1:], quantization, modules) for e in experts)
+            pieces = tuple(_piece(e, shape[1:], quantization, modules, config) for e in experts)
             return Weight(name, shape, pieces)
     return None
 
@@ -209,10 +210,13 @@ def _piece(
     shape: tuple[int, ...],
     quantization: QuantizationConfig,
     modules: _Modules,
+    config: ModelConfig,
     rows: slice | None = None,
 ) -> Piece:
     stored = {key: r for key, r in modules.of.get(module, {}).items() if key != "bias"}
-    layer = quantization.layer(module, stored, shape) or dense_layer(module, stored, shape)
+    layer = quantization.layer(module, stored, shape) or dense_layer(
+        module, stored, shape, transposed=names.transposed_experts(module, config)
+    )
     modules.take(module, *layer.reads, *(s for s in layer.ignores if s in stored))
     return Piece(module, shape, stored, layer, rows)
 
@@ -236,7 +240,7 @@ def _vector(
     for fused in names.fused_into(module, config):
         if last in modules.of.get(fused, {}):
             rows, total = names.rows_of(module, fused, config, expected)
-            expect(fused, modules.of[fused], last, PLAIN, (total, *shape[1:]))
+            expect(fused, modules.of[fused], last, PLAIN, (*shape[:-1], total))
             modules.take(fused, last)
             return Vector(name, shape, modules.of[fused][last], rows)
     return None

@@ -105,6 +105,8 @@ def _check(params: Params, folder: Path) -> None:
             f"{where}: only models that were loaded from a folder with config.json and safetensors "
             "can be saved"
         )
+    if origin.fields.get("model_type") == "gpt_oss":
+        raise UnsupportedError(f"{params.source}: gpt-oss models cannot be saved yet")
     if not origin.folder.is_dir():
         raise CheckpointError(
             "has gone: config and tokenizer are copied from where the model was loaded",

@@ -158,7 +158,10 @@ METHODS = (
     Method(
         "torchao",
         "TorchAO",
-        (*_integers(4), W4A8, W8A8_INT8, W8A16_INT8, W8A8_FP8, W8A16_FP8),
+        (
+            *_integers(2, 3, 4, 5, 6, 7, asymmetric=(4,)),
+            *(W4A8, W8A8_INT8, W8A16_INT8, W8A8_FP8, W8A16_FP8),
+        ),
         ("ao-",),
     ),
     Method(
@@ -190,6 +193,7 @@ METHODS = (
         ),
     ),
     Method("experts_int8", "at load", (W8A16_INT8,)),
+    Method("mxfp4", "gpt-oss", (MXFP4_A16,), ("gptoss-",)),
     Method(
         "gguf",
         "llama.cpp",

@@ -127,13 +127,23 @@ class Dense(QuantizationConfig):
     """A checkpoint without a quantization config."""
 
 
-def dense_layer(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
-    """An unquantized layer: one weight of a plain dtype."""
+def dense_layer(
+    module: str, stored: Stored, shape: tuple[int, ...], transposed: bool = False
+) -> Layer:
+    """An unquantized layer: one weight of a plain dtype, maybe stored as (..., in, out)."""
     record = expect(module, stored, "weight")
     if record.qtype not in PLAIN:
         raise UnsupportedError(
             f"{record.file}, {record.name}: type {record.qtype} is not supported here without a "
             f"quantization config; supported are {', '.join(PLAIN)}"
+        )
+    if transposed:
+        expect(module, stored, "weight", PLAIN, (*shape[:-2], shape[-1], shape[-2]))
+        return Layer(
+            ("weight",),
+            lambda arrays: QArray.from_dense(
+                np.ascontiguousarray(arrays["weight"].swapaxes(-1, -2))
+            ),
         )
     expect(module, stored, "weight", PLAIN, shape)
     return Layer(("weight",), lambda arrays: QArray.from_dense(arrays["weight"]))

@@ -70,7 +70,7 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
     if args.type != "int":
         raise fault(record, f"holds integers, but the config says {args.type}")
     dense = _words(record, (*lead, n), k, bits)
-    reads, ignores = ["weight_packed", "weight_scale"], []
+    reads = ["weight_packed", "weight_scale"]
     if "weight_shape" in stored:
         expect(module, stored, "weight_shape", ("i64", "i32"), (len(shape),), (2,))
         reads.append("weight_shape")
@@ -112,7 +112,7 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
         scale = arrays["weight_scale"]
         return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, aux=aux)
 
-    return Layer(tuple(reads), decode, tuple(ignores))
+    return Layer(tuple(reads), decode)
 
 
 def _words(record: Record, rows: Shape, count: int, bits: int, after: Shape = ()) -> bool:

@@ -22,7 +22,8 @@ class Attention(nnx.Module):
       bias, output_bias: whether q, k, v and whether the output projection have biases.
       qk_norm: RMSNorm of each head of q and k before rope.
       eps: of all norms.
-      kv_scales: how many scales keys and values have, which are then rounded before they are cached.
+      kv_scales: how many scales keys and values have, which are then rounded for the cache.
+      sinks: a score for each head that takes its share of attention and gives nothing back.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Attention(nnx.Module):
         qk_norm: bool,
         eps: float,
         kv_scales: int = 0,
+        sinks: bool = False,
     ):
         heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = Linear(hidden_size, heads, bias)
@@ -46,6 +48,7 @@ class Attention(nnx.Module):
         self.k_norm = Norm(spec.head_dim) if qk_norm else None
         self.k_scale = nnx.Param(jnp.zeros((kv_scales,))) if kv_scales else None
         self.v_scale = nnx.Param(jnp.zeros((kv_scales,))) if kv_scales else None
+        self.sinks = nnx.Param(jnp.zeros((spec.num_heads,))) if sinks else None
         self.spec, self.rope, self.eps = spec, rope, eps
 
     def __call__(
@@ -83,6 +86,7 @@ class Attention(nnx.Module):
             k_norm=self.k_norm and self.k_norm.w,
             norm_eps=self.eps,
             cache_scales=scales,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
         )
         x = ops.linear(
             out,

@@ -16,23 +16,28 @@ from qjax.ops.moe import experts
 
 
 class StackedLinear(nnx.Module):
-    """weight (experts, out, in)."""
+    """weight (experts, out, in) and, maybe, bias (experts, out)."""
 
-    def __init__(self, count: int, in_features: int, out_features: int):
+    def __init__(self, count: int, in_features: int, out_features: int, bias: bool):
         self.weight = nnx.Param(jnp.zeros((count, out_features, in_features)))
+        self.bias = nnx.Param(jnp.zeros((count, out_features))) if bias else None
 
     @property
     def w(self):
         return self.weight.get_value()
 
+    @property
+    def b(self):
+        return None if self.bias is None else self.bias.get_value()
+
 
 class Experts(nnx.Module):
     """The weights of all experts of a layer."""
 
-    def __init__(self, count: int, hidden_size: int, intermediate_size: int):
-        self.gate_proj = StackedLinear(count, hidden_size, intermediate_size)
-        self.up_proj = StackedLinear(count, hidden_size, intermediate_size)
-        self.down_proj = StackedLinear(count, intermediate_size, hidden_size)
+    def __init__(self, count: int, hidden_size: int, intermediate_size: int, bias: bool):
+        self.gate_proj = StackedLinear(count, hidden_size, intermediate_size, bias)
+        self.up_proj = StackedLinear(count, hidden_size, intermediate_size, bias)
+        self.down_proj = StackedLinear(count, intermediate_size, hidden_size, bias)
 
 
 class SparseMLP(nnx.Module):
@@ -40,7 +45,9 @@ class SparseMLP(nnx.Module):
 
     Args:
       intermediate_size: of one expert.
-      activation: "silu" or "gelu_tanh".
+      activation: "silu", "gelu_tanh" or "clipped_swiglu".
+      bias: whether router and experts have biases.
+      router_name: of the router's weights.
     """
 
     def __init__(
@@ -51,10 +58,13 @@ class SparseMLP(nnx.Module):
         *,
         activation: str,
         eps: float,
+        bias: bool = False,
+        router_name: str = "gate",
     ):
-        self.gate = Linear(hidden_size, router.num_experts)
-        self.experts = Experts(router.num_experts, hidden_size, intermediate_size)
-        self.router, self.activation, self.eps = router, activation, eps
+        setattr(self, router_name, Linear(hidden_size, router.num_experts, bias))
+        self.experts = Experts(router.num_experts, hidden_size, intermediate_size, bias)
+        self.routing, self.activation, self.eps = router, activation, eps
+        self.router_name = router_name
 
     def __call__(
         self, x: jax.Array, batch: Batch, *, norm: jax.Array, post_norm: jax.Array | None
@@ -62,10 +72,16 @@ class SparseMLP(nnx.Module):
         """x + experts(norm(x)). x is float32 [T, E]."""
         assert post_norm is None
         # Which experts a token takes shall not hang on the rounding of activations.
+        router = getattr(self, self.router_name)
         logits = linear(
-            x, self.gate.w, batch=replace(batch, numerics="exact"), norm=norm, norm_eps=self.eps
+            x,
+            router.w,
+            bias=router.b,
+            batch=replace(batch, numerics="exact"),
+            norm=norm,
+            norm_eps=self.eps,
         )
-        weights, chosen = route(logits, self.router)
+        weights, chosen = route(logits, self.routing)
         own = self.experts
         return x + experts(
             x,
@@ -74,6 +90,7 @@ class SparseMLP(nnx.Module):
             own.down_proj.w,
             weights,
             chosen,
+            biases=(own.gate_proj.b, own.up_proj.b, own.down_proj.b),
             batch=batch,
             norm=norm,
             norm_eps=self.eps,

@@ -22,7 +22,7 @@ from qjax.models.rope_config import read_rope
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
-_SPARSE = ("mixtral", "qwen3_moe")
+_SPARSE = ("mixtral", "qwen3_moe", "gpt_oss")
 MODEL_TYPES += (*_SPARSE, *deepseek_config.MODEL_TYPES)
 
 # `gemma3` is the multimodal wrapper of the text model, with the sizes in its `text_config`.
@@ -77,6 +77,8 @@ class ModelConfig:
         residual.
       mla: sizes of latent attention, where the model has it; num_kv_heads and head_dim are then
         those of the cache.
+      moe_bias, router_name: of layers with experts.
+      attention_sinks: each head has a score that takes a share of its attention.
       kv_scales: how many scales each layer has for its keys and for its values, which are rounded
         to 8-bit floats before they are cached: 0 for none, 1, or one a kv head.
       num_nextn_predict_layers: layers behind the last that predict further tokens; a checkpoint may
@@ -113,6 +115,9 @@ class ModelConfig:
     moe_intermediate_size: int = 0
     num_nextn_predict_layers: int = 0
     kv_scales: int = 0
+    moe_bias: bool = False
+    router_name: str = "gate"
+    attention_sinks: bool = False
 
     def rope_for(self, layer_type: str) -> RopeConfig:
         return dict(self.rope)[layer_type]
@@ -209,7 +214,9 @@ def model_config(
         sliding_window=sliding_window if SLIDING in layer_types else None,
         rope=rope,
         query_scale=query_scale,
-        hidden_act=_activation(fields, "hidden_activation" if gemma else "hidden_act"),
+        hidden_act=_activation(fields, "hidden_activation" if gemma else "hidden_act")
+        if model_type != "gpt_oss"
+        else _clipped_swiglu(fields),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         attention_bias=attention_bias,
         attention_output_bias=attention_bias and model_type != "qwen2",
@@ -246,7 +253,7 @@ def _experts(fields: Fields, model_type: str, num_layers: int) -> dict[str, Any]
     name = "num_experts" if "num_experts" in fields else "num_local_experts"
     count = fields.integer(name, 1, 1 << 14)
     top_k = fields.integer("num_experts_per_tok", 1, count)
-    if model_type == "mixtral":
+    if model_type in ("mixtral", "gpt_oss"):
         size = fields.integer("intermediate_size", 1, _MAX_SIZE)
         sparse = (True,) * num_layers
     else:
@@ -256,12 +263,26 @@ def _experts(fields: Fields, model_type: str, num_layers: int) -> dict[str, Any]
         if not isinstance(dense, list | tuple) or not all(isinstance(i, int) for i in dense):
             raise fields.error("mlp_only_layers", "must be a list of layers")
         sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
-    normalize = model_type == "mixtral" or fields.flag("norm_topk_prob", False)
-    return {
+    normalize = model_type in ("mixtral", "gpt_oss") or fields.flag("norm_topk_prob", False)
+    found: dict[str, Any] = {
         "router": RouterConfig(count, top_k, "softmax", normalize),
         "sparse_layers": sparse,
         "moe_intermediate_size": size,
     }
+    if model_type == "gpt_oss":
+        found |= {"moe_bias": True, "router_name": "router", "attention_sinks": True}
+    return found
+
+
+def _clipped_swiglu(fields: Fields) -> str:
+    """The gate of gpt-oss, whose limits are the same in all its models."""
+    for name, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+        value = fields.number(name, 0, 1e6, only)
+        if value != only:
+            raise UnsupportedError(
+                f"{fields.file or 'config'}: {name} {value}; {only} is supported"
+            )
+    return "clipped_swiglu"
 
 
 def _activation(fields: Fields, name: str) -> str:
@@ -317,6 +338,8 @@ def _layer_types(
     if model_type in ("qwen2", "qwen3"):
         first = fields.integer("max_window_layers", 0, 1 << 30, 28)
         return tuple(SLIDING if i >= first else FULL for i in range(num_layers))
+    if model_type == "gpt_oss":
+        return tuple(FULL if i % 2 else SLIDING for i in range(num_layers))
     if model_type in ("gemma2", "gemma3_text"):
         # In each run of `period` layers the last one sees everything.
         period = (

@@ -58,6 +58,7 @@ class DecoderLayer(nnx.Module):
                 qk_norm=config.qk_norm,
                 eps=config.rms_norm_eps,
                 kv_scales=config.kv_scales,
+                sinks=config.attention_sinks,
             )
         mlp: GatedMLP | SparseMLP
         if config.router is not None and config.sparse_layers[layer]:
@@ -67,6 +68,8 @@ class DecoderLayer(nnx.Module):
                 config.router,
                 activation=config.hidden_act,
                 eps=config.rms_norm_eps,
+                bias=config.moe_bias,
+                router_name=config.router_name,
             )
         else:
             mlp = GatedMLP(

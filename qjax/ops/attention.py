@@ -26,6 +26,7 @@ def paged_attention(
     k_norm: jax.Array | None = None,
     norm_eps: float = 0.0,
     cache_scales: tuple[jax.Array, jax.Array] | None = None,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Writes k and v of the batch's tokens to the cache and attends with q.
 
@@ -36,6 +37,7 @@ def paged_attention(
       q_norm, k_norm: float32 [head_dim], norms of each head before rope, with `norm_eps`.
       cache_scales: of k and of v, float32 [1] or [num_kv_heads]. Both are then rounded to
         float8_e4m3 in multiples of these on their way into the cache, k after rope.
+      sinks: float32 [num_heads], see the kernel.
 
     Returns:
       float32 [T, num_heads * head_dim], and the layer's cache.
@@ -60,6 +62,7 @@ def paged_attention(
         q_norm=q_norm,
         k_norm=k_norm,
         norm_eps=norm_eps,
+        sinks=sinks,
     )
     return out, (k_pages, v_pages)
 

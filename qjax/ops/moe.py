@@ -15,6 +15,19 @@ from qjax.ops.linear import ACTIVATION_DTYPES
 from qjax.qarray import QArray
 
 
+def _clipped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Of gpt-oss: (up + 1) * gate * sigmoid(1.702 gate), with gate at most 7 and |up| at most 7."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+_GATES = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "clipped_swiglu": _clipped_swiglu,
+}
+
+
 def experts(
     x: jax.Array,
     gate: QArray,
@@ -23,6 +36,7 @@ def experts(
     weights: jax.Array,
     chosen: jax.Array,
     *,
+    biases: tuple[jax.Array | None, jax.Array | None, jax.Array | None],
     batch: Batch,
     norm: jax.Array,
     norm_eps: float,
@@ -35,7 +49,8 @@ def experts(
       gate, up, down: stacked weights [E, N, K].
       weights: float32 [T, top_k]. chosen: int32 [T, top_k], experts.
       batch: tokens from query_start_loc[-1] on are padding and go to no expert.
-      activation: "silu" or "gelu_tanh".
+      biases: of gate, up and down, float32 [E, N] or None.
+      activation: "silu", "gelu_tanh" or "clipped_swiglu".
 
     Returns:
       float32 [T, K]; rows of padding are zero.
@@ -48,17 +63,18 @@ def experts(
     owner = owner[order]
     sizes = (owner[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
 
-    def product(x: jax.Array, w: QArray) -> jax.Array:
+    def product(x: jax.Array, w: QArray, bias: jax.Array | None) -> jax.Array:
         return matmul_grouped(
             _inputs(x, w, jnp.minimum(owner, count - 1)),
             sizes,
             (w.spec, w.arrays),
+            bias=bias,
             activation_dtype=ACTIVATION_DTYPES[batch.numerics],
         )
 
     rows = activations.rms_norm(x, norm, norm_eps)[order // top_k]
-    act = jax.nn.silu if activation == "silu" else lambda v: jax.nn.gelu(v, approximate=True)
-    y = product(act(product(rows, gate)) * product(rows, up), down)
+    gated = _GATES[activation](product(rows, gate, biases[0]), product(rows, up, biases[1]))
+    y = product(gated, down, biases[2])
     y = jnp.where((owner < count)[:, None], y, 0)
     # Back in the order of tokens, so that a sum does not depend on what else is in the batch.
     y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, top_k, -1)

@@ -42,7 +42,7 @@ def checkpoint(request, golden) -> Path:
     if request.param in BROUGHT:
         return golden / request.param
     folder = os.environ.get("QJAX_FIXTURES")
-    if folder is None:
+    if not folder:
         pytest.skip("QJAX_FIXTURES names no folder of further checkpoints")
     return Path(folder) / request.param
 
