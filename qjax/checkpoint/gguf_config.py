@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
+    "gpt-oss": "gpt_oss",
 }
 
 # Hugging Face field -> GGUF key below the architecture.

@@ -41,6 +41,7 @@ _GGUF_POST_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_GGUF_GPT_OSS = {"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"}
 
 _PREFIXES = (
     ("model.language_model.", "model."),
@@ -67,6 +68,10 @@ def gguf_name(name: str, config: ModelConfig) -> str | None:
         return None
     layer, part, kind = match.groups()
     names = _GGUF_LAYER | _GGUF_POST_NORMS if config.post_norms else _GGUF_LAYER
+    if config.model_type == "gpt_oss":
+        if part == "attn_sinks":
+            return f"model.layers.{layer}.self_attn.sinks"
+        names = _GGUF_LAYER | _GGUF_GPT_OSS
     if config.model_type == "phi3" and part == "ffn_up":
         return f"model.layers.{layer}.mlp.gate_up_proj.{kind}"
     return f"model.layers.{layer}.{names[part]}.{kind}" if part in names else None
