@@ -197,10 +197,14 @@ METHODS = (
     Method(
         "gguf",
         "llama.cpp",
-        tuple(
-            _blocks(qtype.name)
-            for qtype in QTYPES.values()
-            if qtype.ggml_id is not None and qtype.name not in PLAIN
+        (
+            *(
+                _blocks(qtype.name)
+                for qtype in QTYPES.values()
+                if qtype.ggml_id is not None and qtype.name not in PLAIN
+            ),
+            *(_codes("MXFP4", "fp4_e2m1", (1, 32), "float8_e8m0fnu"),),
+            *(_codes("NVFP4", "fp4_e2m1", (1, 16), "float8_e4m3fn"),),
         ),
         ("gguf-",),
     ),

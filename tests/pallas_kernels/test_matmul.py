@@ -1,7 +1,6 @@
 """One set of cases for every implementation of the quantized matrix product.
 
-The oracle is numpy in float64 on weights that the `gguf` package decoded. The error of a row is the
-Euclidean norm of its difference, relative to the norm of the row; the largest over the rows counts.
+The oracle is numpy in float64 on weights that the `gguf` package decoded.
 """
 
 from dataclasses import dataclass, replace
@@ -14,9 +13,8 @@ import pytest
 
 from pallas_kernels import dispatch, native, unpack
 from pallas_kernels.matmul import WeightSpec, api, matmul, prepare, unprepare, xla
+from tests.pallas_kernels.products import TOLERANCES, error, rounded
 
-# A norm computed in float32 now and then tips an activation over to the neighbouring code.
-TOLERANCES = {"float32": 1e-5, "int16": 3e-5, "int8": 2e-3}
 EPS = 1e-5
 
 
@@ -63,11 +61,6 @@ class Case:
         }
 
 
-def nearest(blocks, top):
-    scale = np.abs(blocks).max(-1, keepdims=True) / top
-    return np.rint(blocks / scale) * scale, scale
-
-
 def oracle(case, decoded):
     x, arrays = case.arguments
 
@@ -77,14 +70,7 @@ def oracle(case, decoded):
     x = x.astype(np.float64)
     if case.norm:
         x = rms(x, arrays["norm"])
-    if case.activation_dtype != "float32":
-        blocks = x.reshape(len(x), -1, 32)
-        rounded, scale = nearest(blocks, np.iinfo(case.activation_dtype).max)
-        if case.activation_dtype == "int8":
-            again = np.argsort(-scale[..., 0], axis=1, kind="stable")[:, :2]
-            for row, chosen in enumerate(again):
-                rounded[row, chosen] += nearest((blocks - rounded)[row, chosen], 127)[0]
-        x = rounded.reshape(x.shape)
+    x = rounded(x, case.activation_dtype)
     ys = [x @ w.astype(np.float64).T for w in decoded]
     if arrays["biases"]:
         ys = [y if b is None else y + b for y, b in zip(ys, arrays["biases"], strict=True)]
@@ -107,11 +93,6 @@ def allowed(case):
         if case.activation_dtype == "float32"
         else [case, replace(case, activation_dtype="float32")]
     )
-
-
-def error(got, wanted):
-    difference = np.linalg.norm(np.asarray(got, np.float64) - wanted, axis=-1)
-    return (difference / np.linalg.norm(wanted, axis=-1)).max()
 
 
 def prepared(qtype, raw, k):

@@ -1,0 +1,101 @@
+"""Random weights made of codes, and what they stand for in float64 by formulas of their own."""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.codes import CODES
+from pallas_kernels.matmul import WeightArrays, WeightSpec
+
+_FLOATS = {
+    "fp4_e2m1": ml_dtypes.float4_e2m1fn,
+    "fp6_e2m3": ml_dtypes.float6_e2m3fn,
+    "fp6_e3m2": ml_dtypes.float6_e3m2fn,
+    "fp8_e4m3": ml_dtypes.float8_e4m3fn,
+    "fp8_e5m2": ml_dtypes.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A kind of weight; the fields are those of `WeightSpec`."""
+
+    qtype: str
+    group: tuple[int, int]
+    scale: str = "float32"
+    zero_point: str | None = None
+    additive: bool = False
+    has_global_scale: bool = False
+    shape: tuple[int, int] = (40, 320)
+
+    @property
+    def spec(self):
+        return WeightSpec(
+            self.qtype,
+            self.shape,
+            group=self.group,
+            scale=self.scale,
+            zero_point=self.zero_point,
+            has_global_scale=self.has_global_scale,
+            additive=self.additive,
+        )
+
+
+def draw(kind, seed=0):
+    """(canonical arrays, float64 [N, K])."""
+    rng = np.random.default_rng(seed)
+    (n, k), bits = kind.shape, CODES[kind.qtype].bits
+    codes = rng.integers(0, 1 << bits, (n, k), np.uint8)
+    codebook = None
+    if kind.qtype in _FLOATS:
+        values = codes.view(_FLOATS[kind.qtype]).astype(np.float64)
+        # The few that are no numbers become zeros; all others occur, subnormal ones too.
+        codes = np.where(np.isfinite(values), codes, 0).astype(np.uint8)
+        values = np.where(np.isfinite(values), values, 0.0)
+    elif kind.qtype == "lookup4":
+        codebook = rng.standard_normal((1, 16)).astype(np.float32)
+        values = codebook[0].astype(np.float64)[codes]
+    elif kind.qtype == "int8":
+        values = codes.view(np.int8).astype(np.float64)
+    else:
+        values = codes.astype(np.float64) - int(kind.qtype.partition("b")[2] or 0)
+    grid = -(-n // kind.group[0]), -(-k // kind.group[1])
+    scale = _scales(rng, kind.scale, grid)
+    zero = None if kind.zero_point is None else _zeros(rng, kind, bits, grid)
+    whole = np.full((1, 1), 0.37, np.float32) if kind.has_global_scale else None
+    bit = codes[..., None] >> np.arange(bits, dtype=np.uint8) & 1
+    stream = np.packbits(bit.reshape(n, -1), axis=1, bitorder="little")
+
+    def spread(array):
+        wide = np.repeat(np.repeat(array, kind.group[0], 0)[:n], kind.group[1], 1)[:, :k]
+        return wide.astype(np.float64)
+
+    s = spread(scale if whole is None else scale.astype(np.float32) * whole)
+    if zero is None:
+        decoded = values * s
+    elif kind.additive:
+        decoded = values * s + spread(zero)
+    else:
+        decoded = (values - spread(zero)) * s
+    return WeightArrays(stream, scale, zero, whole, codebook), decoded
+
+
+def _scales(rng, dtype, grid):
+    dtype = np.dtype(dtype)
+    if dtype == ml_dtypes.float8_e8m0fnu:
+        return np.exp2(rng.integers(-6, 3, grid)).astype(np.float32).astype(dtype)
+    return (rng.uniform(0.1, 1, grid) * rng.choice([-1, 1], grid)).astype(dtype)
+
+
+def _zeros(rng, kind, bits, grid):
+    dtype = np.dtype(kind.zero_point)
+    if kind.additive:
+        return rng.standard_normal(grid).astype(dtype)
+    # About the middle of the codes, as in real weights.
+    middle = 0 if kind.qtype == "int8" or "b" in kind.qtype else 1 << (bits - 1)
+    if dtype == np.uint8:
+        return np.maximum(middle + rng.integers(-2, 3, grid), 0).astype(dtype)
+    if dtype == np.int8:
+        return np.minimum(middle + rng.integers(-2, 3, grid), 127).astype(dtype)
+    return (middle + rng.normal(size=grid)).astype(dtype)

@@ -1,0 +1,31 @@
+"""What tests of products share: rounding of activations in float64, and the error of a result."""
+
+import numpy as np
+
+# Of `error`. A norm computed in float32 now and then tips an activation over to the next code.
+TOLERANCES = {"float32": 1e-5, "int16": 3e-5, "int8": 2e-3}
+
+
+def _nearest(blocks, top):
+    scale = np.abs(blocks).max(-1, keepdims=True) / top
+    return np.rint(blocks / np.where(scale > 0, scale, 1)) * scale, scale
+
+
+def rounded(x, activation_dtype):
+    """float64 [T, K] as `pallas_kernels.matmul.matmul` says of `activation_dtype`."""
+    if activation_dtype == "float32":
+        return x
+    k = x.shape[1]
+    blocks = np.pad(x, ((0, 0), (0, -k % 32))).reshape(len(x), -1, 32)
+    result, scale = _nearest(blocks, np.iinfo(activation_dtype).max)
+    if activation_dtype == "int8":
+        again = np.argsort(-scale[..., 0], axis=1, kind="stable")[:, :2]
+        for row, chosen in enumerate(again):
+            result[row, chosen] += _nearest((blocks - result)[row, chosen], 127)[0]
+    return result.reshape(len(x), -1)[:, :k]
+
+
+def error(got, wanted):
+    """The largest over the rows of |difference| / |row|, Euclidean norms."""
+    difference = np.linalg.norm(np.asarray(got, np.float64) - wanted, axis=-1)
+    return (difference / np.linalg.norm(wanted, axis=-1)).max()
