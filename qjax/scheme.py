@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qjax.errors import CheckpointError
+
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 
 
@@ -52,7 +54,12 @@ class QuantizationScheme:
 def matches(module: str, target: str, layer_class: str = "Linear") -> int:
     """How well a target names a module: 0 not at all, then by class, by pattern, by name."""
     if target.startswith("re:"):
-        return 2 if re.match(target[3:], module) else 0
+        try:
+            return 2 if re.match(target[3:], module) else 0
+        except re.error as error:
+            raise CheckpointError(
+                f"{target!r:.80} in the quantization config is no regular expression: {error}"
+            ) from error
     if target == module:
         return 3
     return 1 if target == layer_class else 0

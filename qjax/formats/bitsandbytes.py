@@ -67,7 +67,8 @@ class BitsAndBytes(QuantizationConfig):
         keys = Keys(config, checkpoint.file)
         keys.ignore("quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit")
         keys.ignore("_load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
-        keys.ignore("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "llm_int8_skip_modules")
+        keys.ignore("bnb_4bit_use_double_quant", "llm_int8_skip_modules")
+        keys.choice("bnb_4bit_quant_type", ("fp4", "nf4"), "fp4")  # tensors say it themselves
         keys.ignore("llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight")
         threshold = float(keys.get("llm_int8_threshold", (int, float), 6.0))
         keys.done()

@@ -63,10 +63,7 @@ class CompressedTensors(QuantizationConfig):
         keys.choice("format", FORMATS, "dense")
         _refuse_sparse(keys)
         groups = keys.section("config_groups")
-        schemes = tuple(
-            read_scheme(Keys(groups.get(name, dict), checkpoint.file, f"{groups.prefix}{name}."))
-            for name in groups.values
-        )
+        schemes = tuple(read_scheme(groups.section(name)) for name in groups.values)
         ignore = tuple(map(str, keys.get("ignore", list, [])))
         transforms = read_transforms(keys.section("transform_config"))
         keys.done()

@@ -178,8 +178,7 @@ def _int(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> L
 
 def _float(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:
     record = expect(module, stored, "weight", tuple(weights.FP8_QTYPES), shape)
-    if args.type != "float" or args.num_bits != 8:
-        raise fault(record, f"holds 8-bit floats, the config says {args.type} {args.num_bits}")
+    _require_float(record, args, 8)
     qtype = weights.FP8_QTYPES[record.qtype]
     group = group_of(module, stored, shape, args)
     ignores = tuple(s for s in ("weight_zero_point",) if s in stored)  # of floats: always 0
@@ -190,9 +189,15 @@ def _float(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) ->
     return Layer(("weight", "weight_scale"), decode, ignores)
 
 
+def _require_float(record: Record, args: QuantizationArgs, bits: int) -> None:
+    if args.type != "float" or args.num_bits != bits:
+        raise fault(record, f"holds {bits}-bit floats, the config says {args.type} {args.num_bits}")
+
+
 def _nvfp4(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:
     *lead, n, k = shape
     size = args.group_size or 16
+    _require_float(stored["weight_packed"], args, 4)
     weights.require_divisible(stored["weight_packed"], k, size)
     expect(module, stored, "weight_packed", "u8", (*lead, n, k // 2))
     expect(module, stored, "weight_scale", "f8_e4m3", (*lead, n, k // size))
@@ -216,6 +221,7 @@ def _mx(
     *lead, n, k = shape
     size = args.group_size or 32
     record = expect(module, stored, suffix)
+    _require_float(record, args, int(qtype[2]))
     weights.require_divisible(record, k, size)
     dtype = "f8_e4m3" if qtype == "fp8_e4m3" else "u8"
     expect(module, stored, suffix, dtype, (*lead, n, codes.row_bytes(qtype, k)))

@@ -60,11 +60,13 @@ def read_transforms(keys: Keys) -> tuple[Transform, ...]:
     keys.done()
     found: list[Transform] = []
     for name in groups.values:
-        group = Keys(groups.get(name, dict, {}), keys.file, f"{groups.prefix}{name}.")
+        group = groups.section(name)
         group.ignore("randomize", "requires_grad", "precision", "block_size")
         kind = group.choice("type", ("hadamard", "random-hadamard", "random-matrix"))
         head_dim = group.get("head_dim", int) or group.get("block_size", int)
         for entry in group.get("apply", list, []):
+            if not isinstance(entry, dict):
+                raise group.error("apply", f"{entry!r:.80} is not of type dict")
             apply = Keys(entry, keys.file, f"{group.prefix}apply.")
             apply.ignore("inverse")
             location = apply.get("location", str, "")

@@ -7,6 +7,7 @@ type and what shares a scale; patterns may set other ones for some layers. Layou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels import codes
-from qjax.errors import UnsupportedError
+from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats import weights
 from qjax.formats.base import (
     PLAIN,
@@ -214,9 +215,12 @@ class Quark(QuantizationConfig):
 
 def _excludes(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
-        import re
-
-        return re.fullmatch(pattern[3:], module) is not None
+        try:
+            return re.fullmatch(pattern[3:], module) is not None
+        except re.error as error:
+            raise CheckpointError(
+                f"{pattern!r:.80} in the quantization config is no regular expression: {error}"
+            ) from error
     return fnmatchcase(module, pattern)
 
 
