@@ -16,6 +16,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import jax
@@ -113,7 +114,7 @@ def load(
         opened = _open_gguf(path, quantize_activations)
     else:
         pickled = found.kind == "pickle"
-        opened = _open_folder(path, quantization, quantize_activations, pickled)
+        opened = open_folder(path, quantization, quantize_activations, pickled)
     with closing(opened.files):
         places = plan.plan(
             opened.files, opened.config, opened.quantization, opened.rename, opened.ignored
@@ -155,9 +156,10 @@ def _open_gguf(path: Path, quantize_activations: bool) -> _Opened:
     )
 
 
-def _open_folder(
+def open_folder(
     path: Path, quantization: str | None, quantize_activations: bool, pickled: bool
 ) -> _Opened:
+    """A checkpoint of several files, of which only headers are read yet; close its `files`."""
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
     fields = read_json(file)
@@ -177,7 +179,7 @@ def _open_folder(
     scales = {n: name for n, name in scales.items() if name is not None}
     if quantize_activations and scales:
         sizes = [math.prod(files.tensors[n].shape) for n in scales]
-        config = replace(config, kv_scales=max(sizes))
+        config = replace(config, kv_scales=mode(sizes))
     else:
         unused |= scales.keys()
     return _Opened(

@@ -8,6 +8,7 @@ is an error. How the tensors of one layer become a weight is the format's busine
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,7 @@ def _stored_bytes(place: Weight | Vector) -> int:
 class _Modules:
     """Stored tensors sorted by the module they belong to: module -> suffix -> record."""
 
+    file: str | os.PathLike[str]
     of: dict[str, dict[str, TensorRecord]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
@@ -159,7 +161,7 @@ def _sort(
         known.update(names.fused_into(module, config))
         if len(shape) == 3:
             known.update(names.expert_modules(module, shape[0]))
-    modules = _Modules()
+    modules = _Modules(files.path)
     for tensor, record in files.tensors.items():
         renamed = None if tensor in ignored else rename(tensor)
         if renamed is None:
@@ -199,7 +201,12 @@ def _weight(
             return Weight(name, shape, (piece,))
     if len(shape) == 3:
         experts = names.expert_modules(module, shape[0])
-        if any(expert in modules.of for expert in experts):
+        missing = [expert for expert in experts if expert not in modules.of]
+        if len(missing) < len(experts):
+            if missing:
+                raise CheckpointError(
+                    "no tensor of this expert is stored", file=modules.file, field=missing[0]
+                )
             pieces = tuple(_piece(e, shape[1:], quantization, modules, config) for e in experts)
             return Weight(name, shape, pieces)
     return None
@@ -249,10 +256,11 @@ def _vector(
 def _cache_scale(
     name: str, module: str, last: str, shape: tuple[int, ...], modules: _Modules
 ) -> Vector | None:
-    """A scale of keys or values: its own, that of both, or else that of the other."""
+    """A scale of keys or values: its own, that of both, or where there is only one kind, that."""
     stored = modules.of.get(module, {})
     other = {"k_scale": "v_scale", "v_scale": "k_scale"}[last]
-    for suffix in (last, "kv_scale", other):
+    both = any(last in suffixes for suffixes in modules.of.values())
+    for suffix in (last, "kv_scale") if both else (last, "kv_scale", other):
         if suffix in stored:
             record = expect(module, stored, suffix, PLAIN)
             if math.prod(record.shape) != shape[0]:

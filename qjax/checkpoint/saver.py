@@ -8,10 +8,12 @@ in place.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,8 @@ import ml_dtypes
 import numpy as np
 
 from qjax import ops
-from qjax.checkpoint import detect, names, plan
+from qjax.checkpoint import detect, plan
+from qjax.checkpoint.loader import open_folder
 from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
@@ -193,7 +196,7 @@ def _tensors(
         value: Any
         if isinstance(place, plan.Vector):
             value, stored, whole = _vector(name, leaf, place, origin), place.record.name, place
-            rows, total = place.rows, place.record.shape[0]
+            rows, total = place.rows, math.prod(place.record.shape)
             join: Callable[[list[Any]], Any] = np.concatenate
         else:
             whole, rows = place, place.pieces[0].rows
@@ -226,7 +229,8 @@ def _vector(name: str, leaf: Any, place: plan.Vector, origin: plan.Origin) -> np
     values = np.asarray(leaf, np.float32)
     if not name.endswith(".bias"):
         values = values - np.float32(origin.norm_offset)
-    return values.astype(_DTYPES[place.record.qtype])
+    values = values.astype(_DTYPES[place.record.qtype])
+    return values if place.rows is not None else values.reshape(place.record.shape)
 
 
 def _encode(
@@ -292,11 +296,7 @@ def join_rows(module: str, weights: list[QArray]) -> QArray:
 
 def _check_readable(params: Params, work: Path) -> None:
     """Plans what was written: no files are left that their own format would refuse."""
-    fields = detect.read_json(work / "config.json")
-    with open_safetensors(work) as files:
-        config = params.config
-        ignored = frozenset(
-            name for name in files.tensors if names.is_ignored(names.hf_name(name), config)
-        )
-        quantization = detect.quantization(work, fields, files, None)
-        plan.plan(files, config, quantization, names.hf_name, ignored)
+    origin = params.host.origin
+    opened = open_folder(work, None, origin.quantize_activations, pickled=False)
+    with closing(opened.files):
+        plan.plan(opened.files, opened.config, opened.quantization, opened.rename, opened.ignored)

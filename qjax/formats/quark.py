@@ -206,7 +206,7 @@ class Quark(QuantizationConfig):
         scale = np.asarray(weight.scale)
         tensors = {
             "weight": np.asarray(weight.qvalue).view(ml_dtypes.float8_e4m3fn),
-            "weight_scale": scale.reshape(*lead, *sizes.get(weight.group, scale.shape[-2:])),
+            "weight_scale": scale.reshape((*lead, *sizes.get(weight.group, scale.shape[-2:]))),
         }
         if "act_scale" in weight.aux:
             tensors["input_scale"] = np.asarray(weight.aux["act_scale"]).reshape(lead)
