@@ -137,7 +137,8 @@ def given(arrays: WeightArrays) -> list[Any]:
 
 
 def prepare(spec: WeightSpec, arrays: WeightArrays) -> tuple[WeightSpec, WeightArrays] | None:
-    """Tiles a canonical weight [..., N, K]; None where the native kernels do not take it.
+    """Tiles a canonical weight [..., N, K]; None where the native kernels do not take it, be it for
+    a NaN among its codes.
 
     The bytes are in memory of their own, which jax takes over without a copy.
     """
@@ -154,7 +155,8 @@ def prepare(spec: WeightSpec, arrays: WeightArrays) -> tuple[WeightSpec, WeightA
     tiles = _arena.take(count * size)
     for expert, rows in enumerate(raw.reshape(count, -1)):
         at = tiles.ctypes.data + expert * size
-        library.qjax_pack(kind.number, rows.ctypes.data, n, k, at, kind.flip)
+        if library.qjax_pack(kind.number, rows.ctypes.data, n, k, at, kind.flip):
+            return None
     tiled = arrays._replace(
         qvalue=tiles.reshape(*lead, -(-n // ROWS), -1),
         scale=_side_by_side(arrays.scale, spec),

@@ -50,23 +50,33 @@ QJAX_INLINE void unit_codes(const Traits& t, const uint8_t* panel, int64_t u,
   }
 }
 
-// 16 codes of an 8-bit float type; e4m3 without its factor 2 ** 8.
+// Columns c to c + 3 (c a multiple of 4) of an 8-bit float type; e4m3 without its factor 2 ** 8.
 template <QType T>
-QJAX_INLINE v16f small_floats16(const uint8_t* p) {
+QJAX_INLINE void small_floats(const uint8_t* unit, int c, v16f (&w)[4]) {
 #if defined(__AVX512F__)
-  const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
-  const __m256i h = T == E5M2 ? _mm256_slli_epi16(w, 8)
-                              : _mm256_and_si256(_mm256_slli_epi16(w, 7),
-                                                 _mm256_set1_epi16(int16_t(0xbf80)));
-  return (v16f)_mm512_cvtph_ps(h);
-#else
-  v16f r;
-  for (int i = 0; i < 16; ++i) {
-    const uint16_t b = p[i];
-    r[i] = half_to_float(T == E5M2 ? uint16_t(b << 8)
-                                   : uint16_t((b & 0x80) << 8 | (b & 0x7f) << 7));
+  const __m512i bytes = _mm512_loadu_si512(unit + 16 * c);
+  __m512i even, odd;  // columns c and c + 2, c + 1 and c + 3 as float16
+  if constexpr (T == E5M2) {
+    even = _mm512_slli_epi16(bytes, 8);
+    odd = _mm512_and_si512(bytes, _mm512_set1_epi16(int16_t(0xff00)));
+  } else {
+    // A signed byte times 128 is its sign, the sign again, and the other bits. (A product, because
+    // the units that shift also convert, and have enough to do.)
+    const __m512i without_second_sign = _mm512_set1_epi16(int16_t(0xbf80));
+    even = _mm512_and_si512(_mm512_maddubs_epi16(_mm512_set1_epi16(128), bytes), without_second_sign);
+    odd = _mm512_and_si512(_mm512_srai_epi16(bytes, 1), without_second_sign);
   }
-  return r;
+  w[0] = (v16f)_mm512_cvtph_ps(_mm512_castsi512_si256(even));
+  w[1] = (v16f)_mm512_cvtph_ps(_mm512_castsi512_si256(odd));
+  w[2] = (v16f)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(even, 1));
+  w[3] = (v16f)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(odd, 1));
+#else
+  for (int i = 0; i < 4; ++i)
+    for (int r = 0; r < 16; ++r) {
+      const uint16_t b = unit[small_float_offset(c + i, r)];
+      w[i][r] = half_to_float(T == E5M2 ? uint16_t(b << 8)
+                                        : uint16_t((b & 0x80) << 8 | (b & 0x7f) << 7));
+    }
 #endif
 }
 template <QType T>
@@ -78,8 +88,11 @@ QJAX_INLINE void unit_values(const View& view, int64_t u, float* out) {
   constexpr const Traits& t = kTraits[T];
   if constexpr (t.small_float()) {
     const uint8_t* unit = view.tiles + unit_offset(t, u);
-    for (int c = 0; c < 32; ++c)
-      store(out + 16 * c, small_floats16<t.type>(unit + 16 * c) * kSmallFloatFactor<t.type>);
+    for (int c = 0; c < 32; c += 4) {
+      v16f w[4];
+      small_floats<t.type>(unit, c, w);
+      for (int i = 0; i < 4; ++i) store(out + 16 * (c + i), w[i] * kSmallFloatFactor<t.type>);
+    }
   } else {
     uint8_t codes[32][16];
     unit_codes(t, view.tiles, u, codes);
@@ -156,7 +169,11 @@ void decode_values(const View& view, int64_t k, float* w) {
   for (int64_t u = 0; u < units; ++u, w += 512) {
     const uint8_t* unit = view.tiles + unit_offset(t, u);
     if constexpr (t.small_float()) {
-      for (int c = 0; c < 32; ++c) store(w + 16 * c, small_floats16<t.type>(unit + 16 * c));
+      for (int c = 0; c < 32; c += 4) {
+        v16f four[4];
+        small_floats<t.type>(unit, c, four);
+        for (int i = 0; i < 4; ++i) store(w + 16 * (c + i), four[i]);
+      }
     } else {
       unit_values<T>(view, u, w);
     }
@@ -193,14 +210,11 @@ void tile_floats(const View& view, const float* decoded, int64_t k, const float*
         _mm_prefetch((const char*)(unit + kAheadF32 * t.unit_bytes() + line), _MM_HINT_T0);
       if constexpr (t.small_float()) {
 #pragma GCC unroll 8
-        for (int c = 0; c < 32; c += 2) {
-          const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(unit + 16 * c)));
-          const __m512i h = t.type == E5M2
-                                ? _mm512_slli_epi16(w, 8)
-                                : _mm512_and_si512(_mm512_slli_epi16(w, 7),
-                                                   _mm512_set1_epi16(int16_t(0xbf80)));
-          enter((v16f)_mm512_cvtph_ps(_mm512_castsi512_si256(h)),
-                (v16f)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1)), c);
+        for (int c = 0; c < 32; c += 4) {
+          v16f w[4];
+          small_floats<t.type>(unit, c, w);
+          enter(w[0], w[1], c);
+          enter(w[2], w[3], c + 2);
         }
       } else {
         // Nibble n of a lane of vector j is column 8j + {0, 4, 1, 5, 2, 6, 3, 7}[n].

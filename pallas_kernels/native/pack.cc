@@ -1,4 +1,5 @@
 // Raw GGUF rows to the tile16 layout and back. Every bit of the file is kept, so unpacking is exact.
+#include <atomic>
 #include <cstring>
 
 #include "pool.h"
@@ -259,6 +260,14 @@ void get_scales(const Traits& t, const uint8_t* panel, int64_t u, int row, Unit&
 // 32 codes of `bits` bits from the stream of a row, of which `count` are there.
 void read_codes(const uint8_t* row, int bits, int64_t first, int64_t count, uint8_t* codes) {
   std::memset(codes, 0, 32);
+  if (bits == 8) return void(std::memcpy(codes, row + first, count));
+  if (bits == 4 && count == 32) {
+    for (int i = 0; i < 16; ++i) {
+      codes[2 * i] = row[first / 2 + i] & 15;
+      codes[2 * i + 1] = row[first / 2 + i] >> 4;
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = (first + i) * bits;
     int value = row[at / 8] >> (at % 8);
@@ -274,16 +283,23 @@ void write_codes(uint8_t* row, int bits, int64_t first, int64_t count, const uin
   }
 }
 
-// Rows of plain codes. `flip` turns offset-binary bytes into signed ones.
+// Rows of plain codes. `flip` turns offset-binary bytes into signed ones. False where a code is e4m3's
+// NaN, which kernels would take for a number.
 template <bool kPack>
-void convert_codes(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8_t* panel,
+bool convert_codes(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8_t* panel,
                    uint8_t flip) {
   const int bits = t.base + t.high;
   const int64_t row_bytes = k * bits / 8;
+  bool numbers = true;
   for (int64_t r = 0; r < rows; ++r) {
     uint8_t* row = raw + r * row_bytes;
     if (t.small_float()) {
-      for (int64_t c = 0; c < k; ++c) kPack ? void(panel[c * 16 + r] = row[c]) : void(row[c] = panel[c * 16 + r]);
+      for (int64_t c = 0; c < k; ++c) {
+        uint8_t& byte = panel[small_float_offset(c, r)];
+        if (kPack) byte = row[c];
+        else row[c] = byte;
+        numbers &= t.type != E4M3 || (byte & 0x7f) != 0x7f;
+      }
       continue;
     }
     for (int64_t u = 0; u < units_of(k); ++u) {
@@ -301,6 +317,7 @@ void convert_codes(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8
       }
     }
   }
+  return numbers;
 }
 
 template <bool kPack>
@@ -341,6 +358,7 @@ int convert(int type, uint8_t* raw, int64_t n, int64_t k, uint8_t* tiles, int fl
   const int64_t row_bytes =
       t->beside() ? k * (t->base + t->high) / 8 : k / t->raw_elems * t->raw_bytes;
   const int64_t bytes = panel_bytes(*t, k);
+  std::atomic<bool> numbers{true};
   parallel_for(panels_of(n), [&](int64_t p) {
     const int64_t rows = n - p * 16 < 16 ? n - p * 16 : 16;
     if (kPack) {
@@ -348,12 +366,11 @@ int convert(int type, uint8_t* raw, int64_t n, int64_t k, uint8_t* tiles, int fl
     } else {
       std::memset(raw + p * 16 * row_bytes, 0, rows * row_bytes);
     }
-    if (t->beside())
-      convert_codes<kPack>(*t, raw + p * 16 * row_bytes, rows, k, tiles + p * bytes, uint8_t(flip));
-    else
-      convert_panel<kPack>(*t, raw + p * 16 * row_bytes, rows, k, tiles + p * bytes);
+    uint8_t *own_raw = raw + p * 16 * row_bytes, *own_tiles = tiles + p * bytes;
+    if (!t->beside()) convert_panel<kPack>(*t, own_raw, rows, k, own_tiles);
+    else if (!convert_codes<kPack>(*t, own_raw, rows, k, own_tiles, uint8_t(flip))) numbers = false;
   });
-  return 0;
+  return numbers ? 0 : 2;
 }
 
 }  // namespace
@@ -366,7 +383,8 @@ int64_t qjax_tile_bytes(int type, int64_t n, int64_t k) {
   if (!t || k % t->raw_elems) return -1;
   return qjax::panels_of(n) * qjax::panel_bytes(*t, k);
 }
-// `flip` is xored into codes of a byte: 128 turns offset-binary ones into signed ones.
+// `flip` is xored into codes of a byte: 128 turns offset-binary ones into signed ones. 0 where all is
+// well, 1 for a type or shape that has no tiles, 2 for codes that no kernel reads.
 int qjax_pack(int type, const uint8_t* raw, int64_t n, int64_t k, uint8_t* tiles, int flip) {
   return qjax::convert<true>(type, const_cast<uint8_t*>(raw), n, k, tiles, flip);
 }

@@ -16,7 +16,8 @@
 // Wider codes add a 1- or 2-bit plane of high bits after the plane of low bits.
 // Dense types (f32, f16, bf16) are [32 columns][16 rows] of their own elements.
 //
-// 8-bit floats are [32 columns][16 rows] of bytes.
+// 8-bit floats are [16 pairs of columns][16 rows][2 columns] of bytes: a 16-bit shift or product turns
+// one column of a pair into float16.
 //
 // Scales of block types keep the bits of the file: f16 d (and m) per unit, or for K-quants an f16
 // header before each 8 units and 8-bit multipliers per unit or half unit. Types of plain codes have
@@ -145,5 +146,8 @@ constexpr int64_t unit_offset(const Traits& t, int64_t u) {
   if (t.header_bytes() == 0) return u * t.unit_bytes();
   return header_offset(t, u) + t.header_bytes() + u % 8 * t.unit_bytes();
 }
+
+// Where the byte of column c and row r of 8-bit floats lies inside a panel.
+constexpr int64_t small_float_offset(int64_t c, int64_t r) { return c / 2 * 32 + 2 * r + c % 2; }
 
 }  // namespace qjax

@@ -192,3 +192,15 @@ def test_memory_stays_that_of_the_checkpoint(implementation):
             return sum(array.nbytes for array in arrays if array is not None)
 
         assert size(tiled) <= 1.02 * size(arrays)
+
+
+def test_codes_that_are_no_numbers_stay_so(implementation):
+    """e4m3 with all bits of exponent and mantissa set is NaN; the outputs beside it are numbers."""
+    kind = KINDS["fp8_e4m3"][0]
+    arrays, _ = draw(kind)
+    arrays.qvalue[3, 5] = 0xFF
+    spec, tiled = prepare(kind.spec, arrays)
+    assert spec.layout == "canonical"
+    named = "xla" if implementation == "native" else implementation
+    (y,) = matmul(jnp.asarray(inputs(1, K)), [(spec, tiled)], implementation=named)
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(y)), [3])
