@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qjax.errors import UnsupportedError
-from qjax.layers.mla import MLAConfig
+from qjax.layers.mla_config import MLAConfig
 from qjax.layers.rope import RopeConfig
 from qjax.layers.router import RouterConfig
 from qjax.models import deepseek_config

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from qjax.errors import UnsupportedError
-from qjax.layers.mla import MLAConfig
+from qjax.layers.mla_config import MLAConfig
 from qjax.layers.rope import RopeConfig
 from qjax.layers.router import RouterConfig
 from qjax.models.fields import Fields

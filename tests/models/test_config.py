@@ -1,6 +1,8 @@
 """Configs as Hugging Face writes them, and configs that nobody should believe."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -207,3 +209,9 @@ def test_hostile_rope_sections(scaling, field):
 def test_a_model_type_is_needed():
     with pytest.raises(CheckpointError, match="model_type"):
         model_config(SIZES)
+
+
+def test_reading_a_config_takes_no_model_library():
+    code = "import sys, qjax.models.config; print('flax' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
