@@ -116,13 +116,20 @@ def test_rounded_activations(name):
     assert top > 0.8
 
 
-@pytest.mark.parametrize("name", checkpoints())
+def continued() -> list[str]:
+    """Those whose reference has a continuation."""
+    found = []
+    for name in checkpoints():
+        with np.load(weight_only(folder(name))) as reference:
+            found += [name] if "greedy_0" in reference else []
+    return found
+
+
+@pytest.mark.parametrize("name", continued())
 def test_greedy(name):
     """The tool's own continuation, as far as its choices were clear."""
     path = folder(name)
     with np.load(weight_only(path)) as reference:
-        if "greedy_0" not in reference:
-            pytest.skip("the reference has no continuation")
         prompts = [reference[f"ids_{i}"].tolist() for i in range(3)]
         wanted = [reference[f"greedy_{i}"] for i in range(3)]
         margins = [reference[f"greedy_margin_{i}"] for i in range(3)]

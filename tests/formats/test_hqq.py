@@ -98,7 +98,7 @@ def test_words_that_are_shown_as_floats():
 def test_some_rows_of_interleaved_groups(start, stop):
     """A group takes one row of each run of 4: some runs of a joined layer are a layer again."""
     tensors, weight = layer("4bit_u8", 128, 64, 32, 0)
-    found = decoded(config(4, 32, 0), tensors, (128, 64)).rows(start, stop)
+    found = decoded(config(4, 32, 0), tensors, (128, 64)).rows(slice(start, stop))
     assert found.group == ((stop - start) // 4, 1)
     np.testing.assert_allclose(weight_of(found), weight[start:stop], rtol=1e-5, atol=1e-6)
 
@@ -107,7 +107,7 @@ def test_rows_that_cut_a_run_are_refused():
     tensors, _ = layer("4bit_u8", 128, 64, 32, 0)
     found = decoded(config(4, 32, 0), tensors, (128, 64))
     with pytest.raises(UnsupportedError, match="unequal parts"):
-        found.rows(0, 30)
+        found.rows(slice(0, 30))
 
 
 def test_settings_by_layer():

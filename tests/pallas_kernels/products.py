@@ -1,9 +1,29 @@
-"""What tests of products share: rounding of activations in float64, and the error of a result."""
+"""What tests of products share: which implementations run, rounding of activations in float64, and
+the error of a result.
+"""
 
 import numpy as np
+import pytest
+
+from pallas_kernels import native, unpack
 
 # Of `error`. A norm computed in float32 now and then tips an activation over to the next code.
 TOLERANCES = {"float32": 1e-5, "int16": 3e-5, "int8": 2e-3}
+
+
+# Each type of blocks with the implementations that take it.
+EVERY_TYPE = pytest.mark.parametrize(
+    ("implementation", "qtype"),
+    [
+        (name, qtype)
+        for qtype in unpack.BLOCKS
+        for name in ("native", "xla", "ref")
+        if name != "native" or qtype in native.TYPE_IDS
+    ],
+    indirect=["implementation"],
+)
+# Those that add up a row in one order, whatever is beside it; the oracle promises none.
+COMPILED = pytest.mark.parametrize("implementation", ["native", "xla"], indirect=True)
 
 
 def _nearest(blocks, top):

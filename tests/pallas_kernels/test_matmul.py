@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, native, unpack
+from pallas_kernels import dispatch, unpack
 from pallas_kernels.matmul import WeightSpec, api, matmul, prepare, unprepare, xla
-from tests.pallas_kernels.products import TOLERANCES, error, rounded
+from tests.pallas_kernels.products import COMPILED, EVERY_TYPE, TOLERANCES, error, rounded
 
 EPS = 1e-5
 
@@ -133,19 +133,6 @@ def check(cases, golden_weight):
         assert worst <= TOLERANCES[case.activation_dtype], case
 
 
-# Each type with the implementations that take it.
-EVERY_TYPE = pytest.mark.parametrize(
-    ("implementation", "qtype"),
-    [
-        (name, qtype)
-        for qtype in unpack.BLOCKS
-        for name in ("native", "xla", "ref")
-        if name != "native" or qtype in native.TYPE_IDS
-    ],
-    indirect=["implementation"],
-)
-
-
 @EVERY_TYPE
 def test_every_type(implementation, golden_weight, qtype):
     """Few and many rows, 40 outputs (no multiple of 16), one block wide, rounded activations."""
@@ -229,10 +216,9 @@ def test_prepare_is_undone_exactly(implementation, golden_weight, qtype):
     np.testing.assert_array_equal(arrays.qvalue, raw)
 
 
+@COMPILED
 def test_rows_do_not_depend_on_each_other(implementation, golden_weight):
     """What a row gives is the same, bit for bit, alone and beside others."""
-    if implementation == "ref":
-        pytest.skip("the oracle promises no order of summation")
     raw, _ = golden_weight("q4_1", 40, 512)
     weight = prepared("q4_1", raw, 512)
     x = jnp.asarray(numbers(5, 8, 512))

@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.matmul import api, matmul, prepare, unprepare
 from tests.pallas_kernels.coded import Coded, draw
-from tests.pallas_kernels.products import TOLERANCES, error, rounded
+from tests.pallas_kernels.products import COMPILED, TOLERANCES, error, rounded
 
 N, K = 40, 320  # neither N nor the groups of 128 columns divide
 KINDS = {
@@ -83,11 +83,18 @@ def inputs(rows, k):
     return np.random.default_rng(rows).standard_normal((rows, k)).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [
+        (implementation, name)
+        for name in KINDS
+        for implementation in ("native", "xla", "ref")
+        if implementation != "native" or name not in NOT_NATIVE
+    ],
+    indirect=["implementation"],
+)
 def test_products(implementation, name):
     """One, few and many rows, rounded activations or not: each weight in every way, in one call."""
-    if implementation == "native" and name in NOT_NATIVE:
-        pytest.skip("runs through XLA")
     ways = [(1, "float32"), (1, "int16"), (3, "int16"), (8, "float32"), (8, "int8"), (17, "int16")]
     ways += [(33, "float32"), (33, "int8")]
     weights = [ready(kind, seed) for seed, kind in enumerate(KINDS[name])]
@@ -141,9 +148,8 @@ def test_several_weights_in_one_call(implementation):
 
 @pytest.mark.parametrize("name", ["uint4b8", "uint4", "int8", "fp8_e4m3", "fp4_e2m1", "lookup4"])
 @pytest.mark.parametrize("dtype", api.ACTIVATION_DTYPES)
+@COMPILED
 def test_rows_do_not_depend_on_each_other(implementation, name, dtype):
-    if implementation == "ref":
-        pytest.skip("the oracle promises no order of summation")
     spec, arrays, _ = ready(KINDS[name][0])
     x = jnp.asarray(inputs(33, K))
     (beside,) = matmul(x, [(spec, arrays)], activation_dtype=dtype)
