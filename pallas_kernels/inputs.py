@@ -8,6 +8,33 @@ from typing import Any, NamedTuple
 _STRATEGIES = ("tensor", "token", "group")
 
 
+class FloatType(NamedTuple):
+    """A small float: bits of its mantissa, exponents of its smallest normal and of its largest
+    number, and that number."""
+
+    mantissa: int
+    min_exponent: int
+    max_exponent: int
+    top: float
+
+
+FLOATS = {
+    "fp8_e4m3": FloatType(3, -6, 8, 448.0),
+    "fp8_e5m2": FloatType(2, -14, 15, 57344.0),
+    "fp6_e2m3": FloatType(3, 0, 2, 7.5),
+    "fp6_e3m2": FloatType(2, -2, 4, 28.0),
+    "fp4_e2m1": FloatType(1, 0, 2, 6.0),
+}
+
+
+def bounds(dtype: str) -> tuple[float, float]:
+    """The smallest and the largest number of a type: one of `FLOATS`, or "int" and its bits."""
+    if dtype in FLOATS:
+        return -FLOATS[dtype].top, FLOATS[dtype].top
+    half = 1 << (int(dtype.removeprefix("int")) - 1)
+    return -half, half - 1
+
+
 @dataclass(frozen=True)
 class ActSpec:
     """How a weight wants its activations quantized.

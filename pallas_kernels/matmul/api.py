@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels import dispatch
 from pallas_kernels.inputs import ActSpec, Inputs
 from pallas_kernels.matmul import native, ref, tiles, xla
-from pallas_kernels.matmul.around import epilogue
+from pallas_kernels.matmul.around import ACTIVATIONS, epilogue
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
@@ -22,7 +22,6 @@ IMPLEMENTATIONS: dispatch.Implementations = (
 )
 # Those that can treat inputs themselves.
 TREATING = IMPLEMENTATIONS[:1]
-ACTIVATIONS = ("silu", "gelu_tanh")
 ACTIVATION_DTYPES = ("float32", "int16", "int8")
 
 # A weight of blocks may be given as its uint8 array alone.
@@ -196,7 +195,7 @@ def _check(
     n = weights[0][0].shape[0]
     if activation is not None:
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is none of {ACTIVATIONS}")
+            raise ValueError(f"activation {activation!r} is none of {tuple(ACTIVATIONS)}")
         if [spec.shape[0] for spec, _ in weights] != [n, n]:
             raise ValueError(f"{activation} takes two weights, gate and up, of equal N")
     if (residual is not None or post_norm is not None) and len(weights) > 1 and activation is None:

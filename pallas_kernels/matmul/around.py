@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from jax import lax
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
@@ -30,7 +30,7 @@ def epilogue(
     outputs = [y if b is None else y + b for y, b in zip(outputs, biases, strict=True)]
     if activation is not None:
         gate, up = outputs
-        outputs = [_ACTIVATIONS[activation](gate) * up]
+        outputs = [ACTIVATIONS[activation](gate) * up]
     if post_norm is not None or residual is not None:
         (y,) = outputs
         y = rms_norm(y, post_norm, norm_eps)

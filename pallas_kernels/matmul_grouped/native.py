@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.matmul import native
+from pallas_kernels.matmul import native, tiles
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-
-_PRECISION = {"float32": 0, "int16": 1, "int8": 2}
 
 
 def matmul_grouped(
@@ -21,19 +19,20 @@ def matmul_grouped(
     activation_dtype: str,
 ) -> jax.Array:
     """See `pallas_kernels.matmul_grouped.api.matmul_grouped`."""
-    described = native.describe((weight,))
+    spec, arrays = weight
+    kind = tiles.require(spec)
     call = jax.ffi.ffi_call(
         "qjax_matmul_grouped",
-        [jax.ShapeDtypeStruct((len(x), weight[0].shape[0]), jnp.float32)],
+        jax.ShapeDtypeStruct((len(x), spec.shape[0]), jnp.float32),
         vmap_method="sequential",
     )
-    (y,) = call(
-        x, group_sizes, *native.weight_arrays((weight,)), *([] if bias is None else [bias]),
-        **described,
-        biases=np.int32(bias is not None),
-        flags=np.int32(0),
-        activation=np.int32(0),
-        precision=np.int32(_PRECISION[activation_dtype]),
-        **native.act_attributes(None),
-    )  # fmt: skip
-    return y
+    return call(
+        x,
+        group_sizes,
+        *tiles.given(arrays),
+        *([] if bias is None else [bias]),
+        type=np.int32(kind.number),
+        beside=np.array(tiles.beside(spec, arrays), np.int32),
+        has_bias=np.int32(bias is not None),
+        precision=np.int32(native.PRECISION[activation_dtype]),
+    )

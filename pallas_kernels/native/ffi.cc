@@ -89,7 +89,7 @@ struct Arguments {
     b.columns = field[kGroupColumns];
     if (b.rows < 1 || b.columns < 1) return fail("groups of scales have no size");
     b.groups = (k + b.columns - 1) / b.columns;
-    const int64_t count = b.groups * (b.rows == 1 ? 16 * panels_of(n) : (n + b.rows - 1) / b.rows);
+    const int64_t count = b.count(n);
     b.scale = bytes(count * element_bytes(b.scale_type));
     if (b.zero_type) b.zero = bytes(count * element_bytes(b.zero_type));
     if (field[kHasGlobal]) b.global_scale = floats(1);
@@ -101,7 +101,7 @@ struct Arguments {
     if (flags & kHasActZero) in.zero = floats(1);
     if (flags & kHasActGlobal) in.global_scale = floats(1);
     if (!(flags & kHasPerm) || !(in.perm = ints(k))) return;
-    for (int64_t i = 0; i < k * lead(); ++i)
+    for (int64_t i = 0; i < k; ++i)
       if (in.perm[i] < 0 || in.perm[i] >= k) return fail("perm is out of range");
   }
 
@@ -151,63 +151,33 @@ ffi::Error matmul_call(Floats x, Ints num_rows, ffi::RemainingArgs args, ffi::Re
   return ffi::Error::Success();
 }
 
-// Rows of x sorted by expert: group_sizes[e] of them meet the weights of expert e. Arguments as
-// above, each with a leading axis; no norm, residual or post_norm.
-ffi::Error grouped_call(Floats x, Ints group_sizes, ffi::RemainingArgs args,
-                        ffi::RemainingRets rets, ffi::Span<const int32_t> types,
-                        ffi::Span<const int32_t> beside, int32_t biases, int32_t flags,
-                        int32_t activation, int32_t precision, ffi::Span<const int32_t> act,
-                        ffi::Span<const float> act_values) {
-  Matmul first;
+// Rows of x sorted by expert: group_sizes[e] of them meet the weight of expert e. Arguments: the
+// arrays of the weight and maybe its bias, each with a leading axis of experts.
+ffi::Error grouped_call(Floats x, Ints group_sizes, ffi::RemainingArgs args, ffi::Result<Floats> y,
+                        int32_t type, ffi::Span<const int32_t> beside, int32_t has_bias,
+                        int32_t precision) {
   const auto dims = x.dimensions();
-  if (dims.size() != 2) return invalid("x must have two dimensions");
-  const int64_t experts = group_sizes.element_count();
-  first.x = x.typed_data();
-  first.k = dims[1];
-  first.activation = Activation(activation);
-  first.precision = kRoundsActivations ? Precision(precision) : kFloat32;
-  first.count = int(types.size());
-  if (first.count > Matmul::kMaxWeights) return invalid("too many weights in one product");
-  if (beside.size() != types.size() * kBesideFields) return invalid("weights are not described");
+  if (dims.size() != 2 || beside.size() != kBesideFields) return invalid("experts of a wrong rank");
+  const int64_t experts = group_sizes.element_count(), n = y->dimensions()[1], k = dims[1];
   Arguments read{args, experts};
-  for (int i = 0; i < first.count; ++i) {
-    auto y = rets.get<Floats>(activation ? 0 : i);
-    if (!y.has_value()) return invalid("results must be float32");
-    read.weight(first.weights[i], types[i], beside.begin() + i * kBesideFields,
-                (*y)->dimensions()[1], first.k);
-    first.weights[i].y = (*y)->typed_data();
-  }
-  for (int i = 0; i < first.count; ++i)
-    if (biases >> i & 1) first.weights[i].bias = read.floats(first.weights[i].n);
-  first.inputs = read_inputs(act, act_values);
-  read.inputs(first.inputs, flags, first.k);
+  Weight all = {};
+  read.weight(all, type, beside.begin(), n, k);
+  if (has_bias) all.bias = read.floats(n);
   if (!read.problem.empty()) return invalid(read.problem);
   int64_t row = 0;
   for (int64_t e = 0; e < experts; ++e) {
-    const int64_t left = dims[0] - row;
-    Matmul a = first;
-    a.rows = std::min<int64_t>(std::max<int32_t>(group_sizes.typed_data()[e], 0), left);
+    Matmul a;
+    a.rows = std::min<int64_t>(std::max<int32_t>(group_sizes.typed_data()[e], 0), dims[0] - row);
     if (a.rows == 0) continue;
-    a.x += row * a.k;
-    for (int i = 0; i < a.count; ++i) {
-      Weight& w = a.weights[i];
-      Beside& b = w.beside;
-      w.tiles += e * panels_of(w.n) * panel_bytes(*w.traits, a.k);
-      w.y += row * w.n;
-      if (w.bias) w.bias += e * w.n;
-      const int64_t count =
-          b.groups * (b.rows == 1 ? 16 * panels_of(w.n) : (w.n + b.rows - 1) / b.rows);
-      if (b.scale) b.scale += e * count * element_bytes(b.scale_type);
-      if (b.zero) b.zero += e * count * element_bytes(b.zero_type);
-      if (b.global_scale) b.global_scale += e;
-      if (b.codebook) b.codebook += 16 * e;
-    }
-    Inputs& in = a.inputs;
-    if (in.pre_scale) in.pre_scale += e * a.k;
-    if (in.scale) in.scale += e;
-    if (in.zero) in.zero += e;
-    if (in.global_scale) in.global_scale += e;
-    if (in.perm) in.perm += e * a.k;
+    a.x = x.typed_data() + row * k;
+    a.k = k;
+    a.precision = kRoundsActivations ? Precision(precision) : kFloat32;
+    a.count = 1;
+    Weight& w = a.weights[0] = all;
+    w.tiles += e * panels_of(n) * panel_bytes(*w.traits, k);
+    w.y = y->typed_data() + row * n;
+    if (w.bias) w.bias += e * n;
+    w.beside.skip(e, n);
     matmul(a);
     row += a.rows;
   }
@@ -304,15 +274,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul_grouped, grouped_call,
                                   .Arg<Floats>()
                                   .Arg<Ints>()
                                   .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<ffi::Span<const int32_t>>("types")
+                                  .Ret<Floats>()
+                                  .Attr<int32_t>("type")
                                   .Attr<ffi::Span<const int32_t>>("beside")
-                                  .Attr<int32_t>("biases")
-                                  .Attr<int32_t>("flags")
-                                  .Attr<int32_t>("activation")
-                                  .Attr<int32_t>("precision")
-                                  .Attr<ffi::Span<const int32_t>>("act")
-                                  .Attr<ffi::Span<const float>>("act_values"));
+                                  .Attr<int32_t>("has_bias")
+                                  .Attr<int32_t>("precision"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_embedding, embedding_call,
                               ffi::Ffi::Bind()

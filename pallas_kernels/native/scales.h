@@ -27,6 +27,16 @@ struct Beside {
   int zero_shift = 0;                   // added to zero points (of unsigned bytes stored signed)
   float offset = 0;                     // what an additive weight's codes are too large by
   int64_t rows = 1, columns = 0, groups = 0;  // `groups` of columns
+
+  int64_t count(int64_t n) const {  // of the scales of n outputs
+    return groups * (rows == 1 ? 16 * panels_of(n) : (n + rows - 1) / rows);
+  }
+  void skip(int64_t weights, int64_t n) {  // to a later one of stacked weights
+    if (scale) scale += weights * count(n) * element_bytes(scale_type);
+    if (zero) zero += weights * count(n) * element_bytes(zero_type);
+    if (global_scale) global_scale += weights;
+    if (codebook) codebook += 16 * weights;
+  }
 };
 
 inline float small_to_float(uint8_t byte, int exponent_bits, int mantissa_bits, int bias) {

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.spec import AttentionSpec
+from pallas_kernels.paged_attention.turn import turn
 
 _TILE = 64  # tokens whose scores are in memory together
 
@@ -35,8 +36,8 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
     tokens, page_size = q.shape[0], k_pages.shape[2]
-    q = _turn(q.reshape(tokens, -1, spec.head_dim), rope, q_norm, norm_eps)
-    k = _turn(k.reshape(tokens, -1, spec.head_dim), rope, k_norm, norm_eps)
+    q = turn(q.reshape(tokens, -1, spec.head_dim), rope, q_norm, norm_eps)
+    k = turn(k.reshape(tokens, -1, spec.head_dim), rope, k_norm, norm_eps)
     v = v.reshape(tokens, -1, spec.head_dim)
 
     index = jnp.arange(tokens)
@@ -83,20 +84,3 @@ def paged_attention(
     tiles = [x.reshape(tokens // tile, tile, *x.shape[1:]) for x in (q, owner, position)]
     out = jax.lax.map(attend, tuple(tiles)).reshape(tokens, -1)
     return jnp.where(real[:, None], out, 0.0), k_pages, v_pages
-
-
-def _turn(
-    x: jax.Array,
-    rope: tuple[jax.Array, jax.Array] | None,
-    weight: jax.Array | None,
-    eps: float,
-) -> jax.Array:
-    """RMSNorm of each head of [T, H, D], then rope."""
-    if weight is not None:
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * weight
-    if rope is None:
-        return x
-    cos, sin = (table[:, None] for table in rope)
-    half = cos.shape[-1]
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)

@@ -259,11 +259,7 @@ def _decode(opened: _Opened, piece: plan.Piece) -> QArray:
                 file=next(iter(piece.stored.values())).file,
                 field=piece.module,
             )
-    if piece.rows is None:
-        return weight
-    if piece.rows.step is not None:
-        return weight.take_rows(np.arange(weight.shape[0])[piece.rows])
-    return weight.rows(piece.rows.start, piece.rows.stop)
+    return weight if piece.rows is None else weight.rows(piece.rows)
 
 
 def without_activation_quantization(weight: QArray) -> QArray:

@@ -132,14 +132,15 @@ def rows_of(
     parent, _, joined = fused.rpartition(".")
     sizes = [expected[f"{parent}.{part}.weight"][-2] for part in _FUSED[joined]]
     index = _FUSED[joined].index(module.rpartition(".")[2])
-    if transposed_experts(parent, config):  # its parts lie row by row in turn
+    if are_gpt_oss_experts(parent, config):
         return slice(index, None, len(sizes)), sum(sizes)
     start = sum(sizes[:index])
     return slice(start, start + sizes[index]), sum(sizes)
 
 
-def transposed_experts(module: str, config: ModelConfig) -> bool:
-    """Whether plain weights of these experts are stored as (experts, in, out)."""
+def are_gpt_oss_experts(module: str, config: ModelConfig) -> bool:
+    """Whether these are experts as gpt-oss stores them: plain weights as (experts, in, out), the
+    rows of gate and up in turn."""
     return config.model_type == "gpt_oss" and ".experts" in module
 
 

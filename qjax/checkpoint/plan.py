@@ -102,6 +102,7 @@ class _Modules:
 
     file: str | os.PathLike[str]
     of: dict[str, dict[str, TensorRecord]] = field(default_factory=dict)
+    suffixes: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
 
     def take(self, module: str, *suffixes: str) -> None:
@@ -178,6 +179,7 @@ def _sort(
                         field=tensor,
                     )
                 stored[suffix] = record
+                modules.suffixes.add(suffix)
                 break
     return modules
 
@@ -222,7 +224,7 @@ def _piece(
 ) -> Piece:
     stored = {key: r for key, r in modules.of.get(module, {}).items() if key != "bias"}
     layer = quantization.layer(module, stored, shape) or dense_layer(
-        module, stored, shape, transposed=names.transposed_experts(module, config)
+        module, stored, shape, transposed=names.are_gpt_oss_experts(module, config)
     )
     modules.take(module, *layer.reads, *(s for s in layer.ignores if s in stored))
     return Piece(module, shape, stored, layer, rows)
@@ -259,8 +261,7 @@ def _cache_scale(
     """A scale of keys or values: its own, that of both, or where there is only one kind, that."""
     stored = modules.of.get(module, {})
     other = {"k_scale": "v_scale", "v_scale": "k_scale"}[last]
-    both = any(last in suffixes for suffixes in modules.of.values())
-    for suffix in (last, "kv_scale") if both else (last, "kv_scale", other):
+    for suffix in (last, "kv_scale") if last in modules.suffixes else ("kv_scale", other):
         if suffix in stored:
             record = expect(module, stored, suffix, PLAIN)
             if math.prod(record.shape) != shape[0]:

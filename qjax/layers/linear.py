@@ -7,12 +7,14 @@ from flax import nnx
 
 
 class Linear(nnx.Module):
-    """weight (out, in) and, maybe, bias (out,). Layers read them and call `ops.linear`, since one
-    call may take several of them."""
+    """weight (out, in) and, maybe, bias (out,), behind the axes of `lead`: one a stacked expert.
+    Layers read them and call `ops.linear`, since one call may take several of them."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
-        self.bias = nnx.Param(jnp.zeros((out_features,))) if bias else None
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, lead: tuple[int, ...] = ()
+    ):
+        self.weight = nnx.Param(jnp.zeros((*lead, out_features, in_features)))
+        self.bias = nnx.Param(jnp.zeros((*lead, out_features))) if bias else None
 
     @property
     def w(self):

@@ -12,8 +12,6 @@ DeepSeek-V3, but asks for pages and kernels of another kind.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,40 +20,11 @@ from pallas_kernels.paged_attention import AttentionSpec
 from qjax import ops
 from qjax.kv_cache import Batch
 from qjax.layers.linear import Linear, Norm
+from qjax.layers.mla_config import MLAConfig
 from qjax.layers.rope import RopeConfig
 
 # Norms of the latent vectors have an epsilon of their own, whatever the config says of others.
 LATENT_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class MLAConfig:
-    """Sizes of latent attention.
-
-    Attributes:
-      q_lora_rank: of the latent vector of queries; None: queries come straight from the input.
-      kv_lora_rank: of the latent vector of keys and values.
-      qk_nope_head_dim, qk_rope_head_dim: dimensions of a head's queries and keys, in this order,
-        that know no positions and that are rotated.
-      v_head_dim: of a head's values.
-      rope_interleave: pairs to rotate are neighbours, not half of `qk_rope_head_dim` apart.
-    """
-
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    rope_interleave: bool
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def cache_head_dim(self) -> int:
-        """Width of keys and values in the cache."""
-        return max(self.qk_head_dim, self.v_head_dim)
 
 
 class LatentAttention(nnx.Module):
@@ -176,10 +145,9 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], interleave: bool) 
       tables: (cos, sin), float32 [T, D / 2].
       interleave: pair i is (2i, 2i + 1), otherwise (i, i + D / 2).
     """
-    cos, sin = (table[:, None] for table in tables)
-    half = x.shape[-1] // 2
-    x1, x2 = (x[..., ::2], x[..., 1::2]) if interleave else (x[..., :half], x[..., half:])
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    if interleave:
+        x = jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+    return ops.rotate(x, tables)
 
 
 def _filled(x: jax.Array, head_dim: int) -> jax.Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from qjax.kv_cache import Batch
@@ -15,29 +14,13 @@ from qjax.ops.linear import linear
 from qjax.ops.moe import experts
 
 
-class StackedLinear(nnx.Module):
-    """weight (experts, out, in) and, maybe, bias (experts, out)."""
-
-    def __init__(self, count: int, in_features: int, out_features: int, bias: bool):
-        self.weight = nnx.Param(jnp.zeros((count, out_features, in_features)))
-        self.bias = nnx.Param(jnp.zeros((count, out_features))) if bias else None
-
-    @property
-    def w(self):
-        return self.weight.get_value()
-
-    @property
-    def b(self):
-        return None if self.bias is None else self.bias.get_value()
-
-
 class Experts(nnx.Module):
     """The weights of all experts of a layer."""
 
     def __init__(self, count: int, hidden_size: int, intermediate_size: int, bias: bool):
-        self.gate_proj = StackedLinear(count, hidden_size, intermediate_size, bias)
-        self.up_proj = StackedLinear(count, hidden_size, intermediate_size, bias)
-        self.down_proj = StackedLinear(count, intermediate_size, hidden_size, bias)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias, (count,))
+        self.up_proj = Linear(hidden_size, intermediate_size, bias, (count,))
+        self.down_proj = Linear(intermediate_size, hidden_size, bias, (count,))
 
 
 class SparseMLP(nnx.Module):

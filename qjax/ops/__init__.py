@@ -4,12 +4,12 @@ from qjax.ops.embedding import embedding
 from qjax.ops.linear import linear, prepare, unprepare
 from qjax.ops.support import supports
 
-__all__ = ["embedding", "linear", "paged_attention", "prepare", "supports", "unprepare"]
+__all__ = ["embedding", "linear", "paged_attention", "prepare", "rotate", "supports", "unprepare"]
 
 
 def __getattr__(name: str):
-    if name == "paged_attention":
-        from qjax.ops.attention import paged_attention
+    if name in ("paged_attention", "rotate"):
+        from qjax.ops import attention
 
-        return paged_attention
+        return getattr(attention, name)
     raise AttributeError(name)

@@ -12,28 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.inputs import Inputs
+from pallas_kernels.inputs import FLOATS, Inputs, bounds
 from qjax.qarray import ActSpec, QArray
 
-_FLOATS = {
-    "fp8_e4m3": (jnp.float8_e4m3fn, 448.0),
-    "fp8_e5m2": (jnp.float8_e5m2, 57344.0),
-    "fp6_e2m3": (None, 7.5),
-    "fp6_e3m2": (None, 28.0),
-    "fp4_e2m1": (None, 6.0),
-}
-# exponent of the largest normal number: OCP MX scales are 2 ** (floor(log2 absmax) - this)
-_LARGEST_EXPONENT = {"fp8_e4m3": 8, "fp8_e5m2": 15, "fp6_e2m3": 2, "fp6_e3m2": 4, "fp4_e2m1": 2}
-_MANTISSA_BITS = {"fp8_e4m3": 3, "fp8_e5m2": 2, "fp6_e2m3": 3, "fp6_e3m2": 2, "fp4_e2m1": 1}
-_MANTISSA = {"fp6_e2m3": (3, 1), "fp6_e3m2": (2, 3), "fp4_e2m1": (1, 1)}  # bits, exponent bias
-
-_INPUT_AUX = (
-    "perm",
-    "act_pre_scale",
-    "act_scale",
-    "act_zero_point",
-    "act_global_scale",
-)
+# Of a weight, in the order of `Inputs`.
+_INPUT_AUX = ("act_pre_scale", "act_scale", "act_zero_point", "act_global_scale", "perm")
 
 
 def treats_inputs(w: QArray) -> bool:
@@ -48,8 +31,7 @@ def has_own_inputs(w: QArray) -> bool:
 
 def arrays(w: QArray) -> Inputs:
     """What a kernel treats the inputs of this weight with (but for a rotation)."""
-    keys = ("act_pre_scale", "act_scale", "act_zero_point", "act_global_scale", "perm")
-    return Inputs(*map(w.aux.get, keys))
+    return Inputs(*map(w.aux.get, _INPUT_AUX))
 
 
 def scaled(x: jax.Array, w: QArray) -> jax.Array:
@@ -117,7 +99,7 @@ def _round(
         zero = None if zero is None else zero.astype(jnp.float32).reshape(1, 1, 1)
     else:
         scale, zero = _dynamic_scale(groups, act, aux, rows)
-    return _nearest(groups, scale, zero, act.dtype).reshape(count, -1)[:, :k]
+    return nearest(groups, scale, zero, act.dtype).reshape(count, -1)[:, :k]
 
 
 def _dynamic_scale(
@@ -130,7 +112,7 @@ def _dynamic_scale(
     if not act.symmetric:
         low = jnp.minimum(groups.min(axes, keepdims=True), 0)
         high = jnp.maximum(groups.max(axes, keepdims=True), 0)
-        bottom, top = _bounds(act.dtype)
+        bottom, top = bounds(act.dtype)
         scale = divide(high - low, top - bottom)
         scale = jnp.where(scale == 0, jnp.finfo(jnp.float32).eps, scale)
         return scale, jnp.clip(jnp.round(bottom - low / scale), bottom, top)
@@ -142,16 +124,16 @@ def _dynamic_scale(
 
 def _scale_of(largest: jax.Array, act: ActSpec, aux: dict[str, jax.Array]) -> jax.Array:
     if act.scale == "e8m0":
-        exponent = _exponent(largest) - _LARGEST_EXPONENT[act.dtype]
+        exponent = _exponent(largest) - FLOATS[act.dtype].max_exponent
         return _power_of_two(jnp.where(largest > 0, exponent, -127))
     if act.scale in ("e8m0_even", "e8m0_even4"):
         # absmax is rounded to the type's mantissa first: half of its last bit carries over.
-        mantissa = 1 if act.scale == "e8m0_even4" else _MANTISSA_BITS[act.dtype]
+        mantissa = 1 if act.scale == "e8m0_even4" else FLOATS[act.dtype].mantissa
         half = 1 << (22 - mantissa)
         bits = lax.bitcast_convert_type(largest, jnp.int32) + half
         exponent = _exponent(lax.bitcast_convert_type(bits, jnp.float32))
-        return _power_of_two(exponent - _LARGEST_EXPONENT[act.dtype])
-    top = act.divisor or _bounds(act.dtype)[1]
+        return _power_of_two(exponent - FLOATS[act.dtype].max_exponent)
+    top = act.divisor or bounds(act.dtype)[1]
     scale = divide(largest, top)
     if act.scale == "e8m0_ceil":
         scale = jnp.maximum(scale, 1e-38)
@@ -166,29 +148,18 @@ def _scale_of(largest: jax.Array, act: ActSpec, aux: dict[str, jax.Array]) -> ja
     return scale
 
 
-def _bounds(dtype: str) -> tuple[float, float]:
-    if dtype in _FLOATS:
-        return -_FLOATS[dtype][1], _FLOATS[dtype][1]
-    half = 1 << (int(dtype.removeprefix("int")) - 1)
-    return -half, half - 1
-
-
-def _nearest(x: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: str) -> jax.Array:
+def nearest(x: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: str) -> jax.Array:
     """x in multiples of scale that the type holds; half way, to the even code."""
-    bottom, top = _bounds(dtype)
+    bottom, top = bounds(dtype)
     x = divide(x, jnp.where(scale == 0, 1, scale))
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         if zero is None:
             return jnp.clip(jnp.round(x), bottom, top) * scale
         return (jnp.clip(jnp.round(x + zero), bottom, top) - zero) * scale
     x = jnp.clip(x, bottom, top)
-    native = _FLOATS[dtype][0]
-    if native is not None:
-        return x.astype(native).astype(jnp.float32) * scale
-    bits, bias = _MANTISSA[dtype]
     # How far apart neighbours lie at |x|, no less than subnormals do.
-    exponent = jnp.maximum(_exponent(jnp.abs(x)), 1 - bias)
-    step = _power_of_two(exponent - bits)
+    exponent = jnp.maximum(_exponent(jnp.abs(x)), FLOATS[dtype].min_exponent)
+    step = _power_of_two(exponent - FLOATS[dtype].mantissa)
     return jnp.clip(jnp.round(x / step) * step, bottom, top) * scale
 
 
@@ -207,8 +178,3 @@ def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     """x / by. XLA would multiply by the reciprocal of what is broadcast, which rounds otherwise."""
     spread = jnp.broadcast_to(jnp.asarray(by, jnp.float32), x.shape)
     return x / lax.optimization_barrier(spread)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm of the rows of x, where no kernel can take it in."""
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import paged_attention as kernels
 from pallas_kernels.paged_attention import AttentionSpec
+from pallas_kernels.paged_attention.turn import turn
 from qjax.kv_cache import Batch
-from qjax.ops.activations import divide, rms_norm
+from qjax.ops.activations import nearest
 
 
 def paged_attention(
@@ -43,11 +41,10 @@ def paged_attention(
       float32 [T, num_heads * head_dim], and the layer's cache.
     """
     if cache_scales is not None:
-        turn = partial(_turn, rope=rope, eps=norm_eps, head_dim=spec.head_dim)
-        q, k = turn(q, weight=q_norm), turn(k, weight=k_norm)
-        k, v = (
-            _rounded(x, scale, spec.head_dim) for x, scale in zip((k, v), cache_scales, strict=True)
-        )
+        heads = (len(q), -1, spec.head_dim)
+        q = turn(q.reshape(heads), rope, q_norm, norm_eps).reshape(q.shape)
+        k = _rounded(turn(k.reshape(heads), rope, k_norm, norm_eps), cache_scales[0])
+        v = _rounded(v.reshape(heads), cache_scales[1])
         rope = q_norm = k_norm = None
     out, k_pages, v_pages = kernels.paged_attention(
         q,
@@ -67,28 +64,12 @@ def paged_attention(
     return out, (k_pages, v_pages)
 
 
-def _turn(
-    x: jax.Array,
-    rope: tuple[jax.Array, jax.Array] | None,
-    weight: jax.Array | None,
-    eps: float,
-    head_dim: int,
-) -> jax.Array:
-    """RMSNorm of each head of x [T, H * head_dim], then rope, as the kernels do it."""
-    heads = x.reshape(len(x), -1, head_dim)
-    if weight is not None:
-        heads = rms_norm(heads, weight, eps)
-    if rope is not None:
-        cos, sin = (table[:, None] for table in rope)
-        half = cos.shape[-1]
-        x1, x2, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
-        heads = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
-    return heads.reshape(x.shape)
+def rotate(heads: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """heads float32 [T, H, D] by (cos, sin), float32 [T, D / 2], pairs half apart, where attention
+    itself is not to rotate all of a head."""
+    return turn(heads, rope)
 
 
-def _rounded(x: jax.Array, scale: jax.Array, head_dim: int) -> jax.Array:
-    """x [T, H * head_dim] in multiples of the scales [1] or [H] that float8_e4m3 holds."""
-    heads = x.reshape(len(x), -1, head_dim)
-    scale = scale[:, None]
-    small = jnp.clip(divide(heads, scale), -448, 448).astype(jnp.float8_e4m3fn)
-    return (small.astype(jnp.float32) * scale).reshape(x.shape)
+def _rounded(heads: jax.Array, scale: jax.Array) -> jax.Array:
+    """heads [T, H, D] in multiples of the scales [1] or [H] that float8_e4m3 holds: [T, H * D]."""
+    return nearest(heads, scale[:, None], None, "fp8_e4m3").reshape(len(heads), -1)

@@ -12,6 +12,7 @@ import numpy as np
 
 from pallas_kernels import matmul as kernels
 from pallas_kernels.matmul import WeightArrays
+from pallas_kernels.matmul.around import epilogue, rms_norm
 from qjax.ops import activations
 from qjax.qarray import QArray
 
@@ -69,7 +70,7 @@ def linear(
         outputs = _product(product, x, weights, norm=norm, biases=biases, rows=rows, **fused)
     else:
         apart = partial(_product_apart, product, x, norm=norm, norm_eps=norm_eps, rows=rows)
-        outputs = _epilogue([apart(*each) for each in zip(weights, biases, strict=True)], **fused)
+        outputs = epilogue([apart(w) for w in weights], biases=biases, **fused)
     return outputs if several and activation is None else outputs[0]
 
 
@@ -98,7 +99,7 @@ def _product(
             fused |= {"act": first.act, "inputs": activations.arrays(first)}
         else:
             if norm is not None:
-                x = activations.rms_norm(x, norm, fused["norm_eps"])
+                x = rms_norm(x, norm, fused["norm_eps"])
             norm, x = None, activations.inputs(x, first, rows)
     return product(x, pairs, norm=norm, **fused)
 
@@ -107,15 +108,14 @@ def _product_apart(
     product: Callable[..., tuple[jax.Array, ...]],
     x: jax.Array,
     w: QArray,
-    bias: jax.Array | None,
     *,
     norm: jax.Array | None,
     norm_eps: float,
     rows: jax.Array | None,
 ) -> jax.Array:
-    """One weight's product with inputs of its own, and what comes after it: float32 [T, N]."""
+    """One weight's product with inputs of its own, and what its outputs want: float32 [T, N]."""
     if norm is not None and "lora_a" in w.aux:
-        x, norm = activations.rms_norm(x, norm, norm_eps), None
+        x, norm = rms_norm(x, norm, norm_eps), None
     (y,) = _product(product, x, (w,), norm=norm, norm_eps=norm_eps, rows=rows)
     if "output_perm" in w.aux:
         y = y[:, w.aux["output_perm"][0]]
@@ -125,27 +125,7 @@ def _product_apart(
         y += jnp.matmul(jnp.matmul(scaled, a.T, precision="highest"), b.T, precision="highest")
     if w.hadamard[1]:
         y = activations.hadamard(y, w.hadamard[1])
-    return y if bias is None else y + bias
-
-
-def _epilogue(
-    outputs: list[jax.Array],
-    *,
-    norm_eps: float,
-    activation: str | None,
-    residual: jax.Array | None,
-    post_norm: jax.Array | None,
-) -> list[jax.Array]:
-    """What the kernels do after the products, where they could not take it in."""
-    if activation is not None:
-        gate, up = outputs
-        act = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        outputs = [act * up]
-    if post_norm is not None:
-        outputs = [activations.rms_norm(outputs[0], post_norm, norm_eps)]
-    if residual is not None:
-        outputs = [residual + outputs[0]]
-    return outputs
+    return y
 
 
 def prepare(w: QArray) -> QArray:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.matmul.around import ACTIVATIONS, rms_norm
 from pallas_kernels.matmul_grouped import matmul_grouped
 from qjax.errors import UnsupportedError
 from qjax.kv_cache import Batch
@@ -19,13 +20,6 @@ def _clipped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Of gpt-oss: (up + 1) * gate * sigmoid(1.702 gate), with gate at most 7 and |up| at most 7."""
     gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
     return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
-
-
-_GATES = {
-    "silu": lambda gate, up: jax.nn.silu(gate) * up,
-    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
-    "clipped_swiglu": _clipped_swiglu,
-}
 
 
 def experts(
@@ -72,8 +66,12 @@ def experts(
             activation_dtype=ACTIVATION_DTYPES[batch.numerics],
         )
 
-    rows = activations.rms_norm(x, norm, norm_eps)[order // top_k]
-    gated = _GATES[activation](product(rows, gate, biases[0]), product(rows, up, biases[1]))
+    rows = rms_norm(x, norm, norm_eps)[order // top_k]
+    gates, ups = product(rows, gate, biases[0]), product(rows, up, biases[1])
+    if activation == "clipped_swiglu":
+        gated = _clipped_swiglu(gates, ups)
+    else:
+        gated = ACTIVATIONS[activation](gates) * ups
     y = product(gated, down, biases[2])
     y = jnp.where((owner < count)[:, None], y, 0)
     # Back in the order of tokens, so that a sum does not depend on what else is in the batch.
