@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from qjax import ops
-from qjax.checkpoint import detect, names, plan
+from qjax.checkpoint import detect, plan
 from qjax.checkpoint.gguf_config import gguf_config
 from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
 from qjax.checkpoint.mapped import TensorFiles
-from qjax.checkpoint.safetensors_io import open_safetensors, parse_json
+from qjax.checkpoint.opened import folder_config, opened_folder
+from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.source import Source, resolve
 from qjax.errors import UnsupportedError
 from qjax.formats.base import PLAIN
@@ -188,7 +189,7 @@ def _config(source: Source, files: TensorFiles) -> ModelConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise UnsupportedError(f"{folder} has no config.json, which says what the model is")
-    return model_config(parse_json(file.read_bytes(), file, "config", 0), file=os.fspath(file))
+    return folder_config(folder)[1]
 
 
 def _quantized(source: Source, files: TensorFiles, config: ModelConfig) -> Quantized | None:
@@ -198,9 +199,8 @@ def _quantized(source: Source, files: TensorFiles, config: ModelConfig) -> Quant
     settings, _ = detect.find(folder, fields)
     if settings is None:
         return None
-    quantization = detect.quantization(folder, fields, files, None)
-    ignored = frozenset(n for n in files.tensors if names.is_ignored(names.hf_name(n), config))
-    places = plan.plan(files, config, quantization, names.hf_name, ignored)
+    opened = opened_folder(folder, fields, config, files)
+    places = opened.places()
     alike: dict[Hashable, dict[str, plan.Piece]] = {}
     nbytes = 0
     for place in places.values():
@@ -232,7 +232,7 @@ def _quantized(source: Source, files: TensorFiles, config: ModelConfig) -> Quant
             found.refused,
         )
     parameters = sum(math.prod(place.shape) for place in places.values())
-    return Quantized(quantization.name, settings, tuple(kinds.values()), nbytes, parameters)
+    return Quantized(opened.quantization.name, settings, tuple(kinds.values()), nbytes, parameters)
 
 
 def _kv_bytes_per_token(config: ModelConfig) -> int:

@@ -7,77 +7,27 @@ kernels read it as it is; one that is repacked is copied, and its pages are give
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from contextvars import copy_context
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from statistics import mode
 from typing import Any
 
 import jax
 import numpy as np
 
 from qjax import ops
-from qjax.checkpoint import detect, names, plan
-from qjax.checkpoint.detect import read_json
-from qjax.checkpoint.gguf_config import ROPE_TENSORS, gguf_config
-from qjax.checkpoint.gguf_io import read_gguf
-from qjax.checkpoint.mapped import TensorFiles
-from qjax.checkpoint.safetensors_io import open_safetensors
-from qjax.checkpoint.unpickle import open_pickled
+from qjax.checkpoint import plan
+from qjax.checkpoint.opened import Opened, open_folder, open_gguf
 from qjax.errors import CheckpointError, UnsupportedError
-from qjax.formats import kv_scales
-from qjax.formats.base import QuantizationConfig
-from qjax.formats.gguf import GGUF
-from qjax.models.config import ModelConfig, model_config
+from qjax.models.config import ModelConfig
 from qjax.params import Host, Params
 from qjax.qarray import QArray
 
 _OF_ROUNDING = ("act_scale", "act_zero_point", "act_global_scale")
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint with its headers read.
-
-    Attributes:
-      rename: stored tensor name -> Hugging Face name; None for a tensor of no supported model.
-      ignored: stored tensors that are known and need no place.
-      quantization: how weights are stored.
-      quantize_activations: whether weights keep what their method does to activations.
-      rotated_pairs: q and k rows are stored pair by pair, as llama.cpp writes them for Llama.
-      norm_offset: what the stored norm weights lack.
-      folder: that config.json lies in, and fields: its content; None and empty for GGUF.
-    """
-
-    files: TensorFiles
-    config: ModelConfig
-    rename: Callable[[str], str | None]
-    ignored: frozenset[str]
-    quantization: QuantizationConfig
-    quantize_activations: bool
-    rotated_pairs: bool
-    norm_offset: float
-    load_tokenizer: Callable[[], Any]
-    generation_config: Mapping[str, Any]
-    folder: Path | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-    def origin(self, places: plan.Plan) -> plan.Origin:
-        return plan.Origin(
-            self.folder,
-            self.fields,
-            self.quantization,
-            places,
-            self.ignored,
-            self.norm_offset,
-            self.quantize_activations,
-        )
 
 
 def load(
@@ -111,14 +61,12 @@ def load(
     if found.kind == "gguf":
         if quantization is not None:
             raise UnsupportedError(f"{path}: quantization={quantization!r} needs safetensors")
-        opened = _open_gguf(path, quantize_activations)
+        opened = open_gguf(path, quantize_activations)
     else:
         pickled = found.kind == "pickle"
         opened = open_folder(path, quantization, quantize_activations, pickled)
     with closing(opened.files):
-        places = plan.plan(
-            opened.files, opened.config, opened.quantization, opened.rename, opened.ignored
-        )
+        places = opened.places()
         tree: dict[str, Any] = {}
         for name, leaf in _read_all(opened, places):
             *parents, last = name.split(".")
@@ -132,74 +80,7 @@ def load(
     return Params(tree, opened.config, host)
 
 
-def _open_gguf(path: Path, quantize_activations: bool) -> _Opened:
-    files = read_gguf(path)
-    fields, shown = gguf_config(files)
-    config = model_config(fields, file=files.path, shown=shown)
-
-    def load_tokenizer() -> Any:
-        from qjax.checkpoint.tokenizer import load_tokenizer
-
-        return load_tokenizer(files)
-
-    return _Opened(
-        files,
-        config,
-        partial(names.gguf_name, config=config),
-        frozenset(ROPE_TENSORS) & files.tensors.keys(),
-        GGUF(),
-        quantize_activations,
-        rotated_pairs=config.model_type == "llama",
-        norm_offset=0.0,
-        load_tokenizer=load_tokenizer,
-        generation_config={},
-    )
-
-
-def open_folder(
-    path: Path, quantization: str | None, quantize_activations: bool, pickled: bool
-) -> _Opened:
-    """A checkpoint of several files, of which only headers are read yet; close its `files`."""
-    folder = path if path.is_dir() else path.parent
-    file = folder / "config.json"
-    fields = read_json(file)
-    config = model_config(fields, file=os.fspath(file))
-    generation = folder / "generation_config.json"
-    files = open_pickled(folder) if pickled else open_safetensors(path)
-
-    def load_tokenizer() -> Any:
-        from qjax.checkpoint.tokenizer import load_tokenizer
-
-        return load_tokenizer(folder)
-
-    hf_names = {tensor: names.hf_name(tensor) for tensor in files.tensors}
-    unused = {n for n, name in hf_names.items() if names.is_ignored(name, config)}
-    unused |= {n for n, name in hf_names.items() if kv_scales.is_other(name)}
-    scales = {n: kv_scales.canonical(name) for n, name in hf_names.items()}
-    scales = {n: name for n, name in scales.items() if name is not None}
-    if quantize_activations and scales:
-        sizes = [math.prod(files.tensors[n].shape) for n in scales]
-        config = replace(config, kv_scales=mode(sizes))
-    else:
-        unused |= scales.keys()
-    return _Opened(
-        files,
-        config,
-        lambda tensor: scales.get(tensor) or names.hf_name(tensor),
-        frozenset(unused),
-        detect.quantization(folder, fields, files, quantization),
-        quantize_activations,
-        rotated_pairs=False,
-        # Gemma's checkpoints hold the norm weights less one.
-        norm_offset=1.0 if config.post_norms else 0.0,
-        load_tokenizer=load_tokenizer,
-        generation_config=read_json(generation) if generation.exists() else {},
-        folder=folder,
-        fields=fields,
-    )
-
-
-def _read_all(opened: _Opened, places: plan.Plan) -> Iterator[tuple[str, Any]]:
+def _read_all(opened: Opened, places: plan.Plan) -> Iterator[tuple[str, Any]]:
     from tqdm.auto import tqdm
 
     # Repacking is native code that lets go of the interpreter lock: two cores, half the time.
@@ -224,7 +105,7 @@ def _read_all(opened: _Opened, places: plan.Plan) -> Iterator[tuple[str, Any]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _read(opened: _Opened, place: plan.Weight | plan.Vector) -> QArray | jax.Array:
+def _read(opened: Opened, place: plan.Weight | plan.Vector) -> QArray | jax.Array:
     """One parameter on the device: a matrix as a QArray, anything else as float32."""
     if isinstance(place, plan.Vector):
         return jax.device_put(_vector(opened, place))
@@ -246,7 +127,7 @@ def _read(opened: _Opened, place: plan.Weight | plan.Vector) -> QArray | jax.Arr
     return weight
 
 
-def _decode(opened: _Opened, piece: plan.Piece) -> QArray:
+def _decode(opened: Opened, piece: plan.Piece) -> QArray:
     weight = piece.layer.decode(plan.read(opened.files, piece))
     for name, array in (
         ("scale", weight.scale),
@@ -270,7 +151,7 @@ def without_activation_quantization(weight: QArray) -> QArray:
     return replace(weight, act=None, aux=kept)
 
 
-def _vector(opened: _Opened, place: plan.Vector) -> np.ndarray:
+def _vector(opened: Opened, place: plan.Vector) -> np.ndarray:
     """A norm weight or a bias: float32, copied."""
     values = opened.files.array(place.record.name)
     if place.rows is not None:

@@ -25,8 +25,8 @@ import numpy as np
 
 from qjax import ops
 from qjax.checkpoint import detect, plan
-from qjax.checkpoint.loader import open_folder
 from qjax.checkpoint.mapped import TensorFiles
+from qjax.checkpoint.opened import open_folder
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
 from qjax.errors import CheckpointError, UnsupportedError
@@ -299,4 +299,4 @@ def _check_readable(params: Params, work: Path) -> None:
     origin = params.host.origin
     opened = open_folder(work, None, origin.quantize_activations, pickled=False)
     with closing(opened.files):
-        plan.plan(opened.files, opened.config, opened.quantization, opened.rename, opened.ignored)
+        opened.places()

@@ -75,6 +75,14 @@ def test_quantized_folder(golden):
         assert kind.refused["native"]
 
 
+@pytest.mark.parametrize("name", ["ct-fp8-kv8", "gptoss-mxfp4"])
+def test_memory_is_what_loading_takes(golden, name):
+    """Scales of the cache, experts: what only the loader's own plan finds a place for."""
+    summary, params = summarize(golden / name), load(golden / name)
+    assert summary.problem is None
+    assert 0.98 <= summary.memory / params.nbytes <= 1.02
+
+
 def test_what_cannot_run_is_still_described(tmp_path):
     path = tmp_path / "m.gguf"
     pairs = [
