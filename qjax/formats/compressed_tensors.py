@@ -22,6 +22,7 @@ from qjax.formats.base import (
     Layer,
     QuantizationConfig,
     Stored,
+    dense_layer,
     expect,
     fault,
 )
@@ -94,8 +95,7 @@ class CompressedTensors(QuantizationConfig):
         if sizes == (0, 0):
             return plan
         if plan is None:
-            expect(module, stored, "weight", PLAIN, shape)
-            plan = Layer(("weight",), lambda arrays: QArray.from_dense(arrays["weight"]))
+            plan = dense_layer(module, stored, shape)
         decode = plan.decode
         return replace(plan, decode=lambda arrays: replace(decode(arrays), hadamard=sizes))
 

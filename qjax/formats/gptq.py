@@ -115,13 +115,13 @@ class GPTQ(QuantizationConfig):
         dynamic = []
         section = keys.section("dynamic")
         for pattern in section.values:
-            overrides = section.get(pattern, dict, {})
+            inner = section.section(pattern)
+            overrides = inner.values
             skip = pattern.startswith("-:")
             try:
                 compiled = re.compile(re.sub(r"^[+-]:", "", pattern))
             except re.error as error:
                 raise section.error(pattern, f"is not a regular expression: {error}") from error
-            inner = Keys(overrides, keys.file, f"{section.prefix}{pattern}.")
             for name, check in (("bits", _bits), ("group_size", _group_size)):
                 if name in overrides:
                     check(inner, inner.get(name, int))

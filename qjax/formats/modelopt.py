@@ -98,7 +98,7 @@ class ModelOpt(QuantizationConfig):
         mixed = nested.section("quantized_layers")
         layers = {}
         for module in mixed.values:
-            section = Keys(mixed.get(module, dict), checkpoint.file, f"{mixed.prefix}{module}.")
+            section = mixed.section(module)
             section.ignore("group_size", "awq_block_size", "has_zero_point", "pre_quant_scale")
             layers[module] = _known(section.get("quant_algo", str, ""), section)
             section.done()

@@ -150,9 +150,7 @@ class Quark(QuantizationConfig):
         for name in ("layer_quant_config", "layer_type_quant_config"):
             section = keys.section(name)
             for pattern in section.values:
-                inner = Keys(
-                    section.get(pattern, dict, {}), checkpoint.file, f"{section.prefix}{pattern}."
-                )
+                inner = section.section(pattern)
                 # Types are those of torch's modules: all weights here are of linear layers.
                 if name == "layer_type_quant_config" and "Linear" not in pattern:
                     raise UnsupportedError(

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from qjax.errors import CheckpointError
 from qjax.formats.base import Record, fault
 from qjax.qarray import QArray
 
@@ -81,11 +80,7 @@ def coded(
 def require_divisible(record: Record, k: int, size: int) -> None:
     """Raises CheckpointError where rows are no whole number of groups."""
     if k % size:
-        raise CheckpointError(
-            f"has rows of {k}, which groups of {size} do not divide",
-            file=record.file,
-            field=record.name,
-        )
+        raise fault(record, f"has rows of {k}, which groups of {size} do not divide")
 
 
 def act_order(record: Record, g_idx: np.ndarray, group_size: int) -> np.ndarray | None:
