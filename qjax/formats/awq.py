@@ -112,7 +112,7 @@ class AWQ(QuantizationConfig):
         wanted = (f"uint{bits}", f"uint{bits}b{half}")
         if weight.qtype not in wanted or weight.additive or weight.aux or n * bits % 32:
             raise UnsupportedError(f"{module}: AWQ has no layout for {weight.qtype} weights")
-        if weight.group != (1, _size(self.group_size, k)):
+        if weight.group != (1, weights.columns(self.group_size, k)):
             raise UnsupportedError(
                 f"{module}: has groups of {weight.group}, but the config says {self.group_size}"
             )
@@ -142,10 +142,6 @@ def _is_interleaved(bits: int, version: str, config: Mapping[str, Any], file: st
     )
 
 
-def _size(group_size: int, k: int) -> int:
-    return k if group_size == -1 else group_size
-
-
 def gemm(
     module: str,
     stored: Stored,
@@ -157,7 +153,7 @@ def gemm(
 ) -> Layer:
     """Words along N with interleaved columns; other formats use it, too."""
     n, k = shape[-2:]
-    size = _size(group_size, k)
+    size = weights.columns(group_size, k)
     groups = -(-k // size)
     record = expect(module, stored, "qweight", ("i32", "u32"))
     if n * bits % 32:
@@ -237,7 +233,7 @@ def _gemv(
 ) -> Layer:
     """Words along K in natural order."""
     n, k = shape[-2:]
-    size = _size(group_size, k)
+    size = weights.columns(group_size, k)
     groups = -(-k // size)
     room = _padded_groups(groups, size)
     expect(module, stored, "qweight", ("i32", "u32"), (n, k // 8))
@@ -259,7 +255,7 @@ def _gemv(
 def _gemv_fast(module: str, stored: Stored, shape: tuple[int, ...], group_size: int) -> Layer:
     """Blocks of 4 rows and 64 columns in 16-bit words; zeros are stored as -scale * zero."""
     n, k = shape[-2:]
-    size = _size(group_size, k)
+    size = weights.columns(group_size, k)
     groups = -(-k // size)
     room = _padded_groups(groups, size)
     record = expect(module, stored, "qweight", ("i16", "u16"))

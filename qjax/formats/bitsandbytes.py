@@ -96,7 +96,7 @@ class BitsAndBytes(QuantizationConfig):
         if state.shape != (n, k):
             raise fault(record, f"says shape {state.shape}, the model's sizes ask for {(n, k)}")
         weight = expect(module, stored, "weight", _BYTES)
-        if int(np.prod(weight.shape)) * _itemsize(weight.qtype) != n * k // 2:
+        if int(np.prod(weight.shape)) * weights.width(weight) // 8 != n * k // 2:
             raise fault(
                 weight, f"holds {weight.shape}, {(n, k)} 4-bit weights take {n * k // 2} bytes"
             )
@@ -173,10 +173,6 @@ class BitsAndBytes(QuantizationConfig):
             "weight.quant_map": np.asarray(weight.aux["codebook"]).reshape(16),
             _STATE + kind: np.frombuffer(text, np.uint8),
         }
-
-
-def _itemsize(qtype: str) -> int:
-    return int(qtype.lstrip("buif")) // 8
 
 
 def _group(tensor: str, file: str, shape: tuple[int, int], blocksize: int) -> tuple[int, int]:

@@ -41,20 +41,18 @@ def layout(module: str, stored: Stored, shape: Shape) -> str | None:
     raise fault(record, f"has dtype {record.qtype}: no layout of compressed-tensors")
 
 
-def group_of(
-    module: str, stored: Stored, shape: Shape, args: QuantizationArgs, suffix: str = "weight_scale"
-) -> tuple[int, int]:
+def group_of(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> tuple[int, int]:
     """Rows and columns that share a scale; the stored scales must agree."""
-    *lead, n, k = shape
-    record = expect(module, stored, suffix, PLAIN)
+    n, k = shape[-2:]
+    record = expect(module, stored, "weight_scale", PLAIN)
     if args.strategy in ("group", "tensor_group"):
         size = args.group_size or k
-        expect(module, stored, suffix, PLAIN, (*lead, n, -(-k // size)))
+        expect(module, stored, "weight_scale", PLAIN, weights.grid(shape, (1, size)))
         return 1, size
     if args.strategy == "block":
-        rows, columns = args.block_structure or (128, 128)
-        expect(module, stored, suffix, PLAIN, (*lead, -(-n // rows), -(-k // columns)))
-        return rows, columns
+        block = args.block_structure or (128, 128)
+        expect(module, stored, "weight_scale", PLAIN, weights.grid(shape, block))
+        return block
     group = weights.scale_group(record, shape)
     wanted = (n, k) if args.strategy == "tensor" else (1, k)
     if group != wanted and n > 1:

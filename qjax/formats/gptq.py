@@ -183,10 +183,10 @@ def layer(module: str, stored: Stored, shape: tuple[int, ...], settings: Setting
     """Plans a layer in GPTQ's layout; other formats use it, too."""
     n, k = shape[-2:]
     bits = settings.bits
-    size = k if settings.group_size == -1 else settings.group_size
+    size = weights.columns(settings.group_size, k)
     groups = -(-k // size)
     record = expect(module, stored, "qweight", WORDS)
-    word = 8 * np.dtype({"i64": "i8", "i16": "i2", "i8": "i1"}.get(record.qtype, "i4")).itemsize
+    word = weights.width(record)
     if k * bits % word or n * bits % word:
         raise fault(record, f"{(n, k)} weights of {bits} bits do not fill whole words")
     if bits in settings.planar and (word != 32 or k % 32 or n % 32):
@@ -284,7 +284,7 @@ def encode(module: str, weight: QArray, settings: Settings) -> dict[str, np.ndar
         raise UnsupportedError(
             f"{module}: GPTQ of {bits} bits has no layout for {weight.qtype} in groups of {group}"
         )
-    if group[1] != (k if settings.group_size == -1 else settings.group_size):
+    if group[1] != weights.columns(settings.group_size, k):
         raise UnsupportedError(
             f"{module}: has groups of {group[1]}, but the config says {settings.group_size}"
         )

@@ -17,6 +17,7 @@ import numpy as np
 
 from pallas_kernels import codes
 from qjax.errors import UnsupportedError
+from qjax.formats import weights
 from qjax.formats.base import (
     PLAIN,
     Arrays,
@@ -49,7 +50,6 @@ _PACKINGS = {
     "1bit_u8": _Packing("u8", 1, 8),
 }
 _WORDS = {"u8": np.dtype(np.uint8), "i32": np.dtype(np.uint32)}
-_ITEMSIZE = {"u8": 1, "i32": 4, "f16": 2, "bf16": 2, "f32": 4}
 
 # Settings that change nothing about how a layer is read.
 _HISTORY = ("compute_dtype", "optimize", "round_zero", "offload_meta", "unpack_view_dtype")
@@ -120,11 +120,9 @@ class HQQ(QuantizationConfig):
                 f"{record.file}, {module}: packing {packing!r:.80} of {nbits:g} bits is not "
                 f"supported; these are: {known}"
             )
-        per_group = size is not None and bool(read.number("channel_wise"))
-        per_axis = bool(read.number("channel_wise"))
-        decode = _plan(
-            module, stored, (n, k), _PACKINGS[packing], axis, size if per_group else None, per_axis
-        )
+        channel_wise = bool(read.number("channel_wise"))
+        size = size if channel_wise else None
+        decode = _plan(module, stored, (n, k), _PACKINGS[packing], axis, size, channel_wise)
         names = ("nbits", "axis", "group_size", "quant_scale", "quant_zero", "shape", "packing")
         return Layer(
             ("W_q", "scale", "zero"),
@@ -213,7 +211,7 @@ def _plan(
     words = -(-matrix[0] // packing.count), matrix[1]
     # `view_as_float` shows the same bytes as numbers of the model's dtype.
     expect(module, stored, "W_q", (packing.word, *PLAIN))
-    columns = words[1] * _ITEMSIZE[packing.word] // _ITEMSIZE[record.qtype]
+    columns = words[1] * 8 * _WORDS[packing.word].itemsize // weights.width(record)
     expect(module, stored, "W_q", (packing.word, *PLAIN), (words[0], columns))
     single = ((), (1,)) if scales == (1, 1) else ()
     for suffix in ("scale", "zero"):
@@ -222,22 +220,17 @@ def _plan(
     def decode(arrays: Arrays) -> QArray:
         raw = np.ascontiguousarray(arrays["W_q"]).view(_WORDS[packing.word])
         values = _unpack(raw, packing)[: matrix[0]].reshape(shape)
-        scale, zero = (arrays[suffix].reshape(-1) for suffix in ("scale", "zero"))
+        scale, zero = arrays["scale"], arrays["zero"]
         aux = {}
         if slabs is not None:
             # Rows of one group become neighbours; the outputs are put back in order.
             rows = np.arange(n).reshape(-1, slabs)
             values = values[rows.T.reshape(-1)]
             aux["output_perm"] = np.argsort(rows.T.reshape(-1)).astype(np.int32)[None]
-        tiles = (-(-n // group[0]), -(-k // group[1]))
-        return QArray(
-            codes.pack(values, packing.bits),
-            f"uint{packing.bits}",
-            shape,
-            scale=np.ascontiguousarray(scale.reshape(tiles)),
-            zero_point=np.ascontiguousarray(zero.reshape(tiles)),
-            group=group,
-            aux=aux,
+        packed = codes.pack(values, packing.bits)
+        zero = weights.scales(zero, shape, group)
+        return weights.coded(
+            packed, f"uint{packing.bits}", shape, scale, group, zero_point=zero, aux=aux
         )
 
     return decode

@@ -153,7 +153,7 @@ def _check(
       rows: inputs whose codes are stored.
     """
     n, k = shape
-    size = k if group_size == -1 else min(group_size, k)
+    size = min(weights.columns(group_size, k), k)
     record = expect(module, stored, names[0], ("i32", "u32"))
     if n % 64 or rows % _TILE or k % size:
         raise fault(record, f"{shape} weights in groups of {size} are not tiles of 64 x {_TILE}")

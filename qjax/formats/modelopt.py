@@ -248,23 +248,18 @@ def _block_of(stored: Stored, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _mxfp8(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
-    *lead, n, k = shape
     expect(module, stored, "weight", "f8_e4m3", shape)
     scale = expect(module, stored, "weight_scale", ("u8", "f8_e8m0"))
     group = (1, 32)
-    if tuple(scale.shape) == (*lead, -(-n // 32), -(-k // 32)) and n > 1:
+    if tuple(scale.shape) == weights.grid(shape, (32, 32)) and shape[-2] > 1:
         group = (32, 32)
-    expect(module, stored, "weight_scale", ("u8", "f8_e8m0"), _grid(shape, group))
+    expect(module, stored, "weight_scale", ("u8", "f8_e8m0"), weights.grid(shape, group))
 
     def decode(arrays: Arrays) -> QArray:
         scale = arrays["weight_scale"].view(ml_dtypes.float8_e8m0fnu)
         return weights.coded(arrays["weight"], "fp8_e4m3", shape, scale, group)
 
     return Layer(("weight", "weight_scale"), decode)
-
-
-def _grid(shape: tuple[int, ...], group: tuple[int, int]) -> tuple[int, ...]:
-    return (*shape[:-2], -(-shape[-2] // group[0]), -(-shape[-1] // group[1]))
 
 
 def _nvfp4(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
@@ -289,7 +284,7 @@ def _int4(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
     if len(record.shape) != len(shape) or k % record.shape[-1]:
         raise fault(record, f"has shape {record.shape}, a weight {shape} asks for (N, groups)")
     group = (1, k // record.shape[-1])
-    expect(module, stored, "weight_scale", _SCALES, _grid(shape, group))
+    expect(module, stored, "weight_scale", _SCALES, weights.grid(shape, group))
 
     def decode(arrays: Arrays) -> QArray:
         both = arrays["weight"]

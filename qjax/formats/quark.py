@@ -239,12 +239,11 @@ def _bytes(module: str, stored: Stored, shape: Shape, config: TensorConfig) -> L
     """int8 (or uint8) as it is; a zero point of 0 is left out."""
     signed = config.dtype == "int8"
     expect(module, stored, "weight", "i8" if signed else "u8", shape)
-    n, k = shape[-2:]
     group = (1, config.group_size) if config.qscheme == "per_group" and config.group_size else None
     if group is None:
         group = weights.scale_group(expect(module, stored, "weight_scale", PLAIN), shape)
     else:
-        expect(module, stored, "weight_scale", PLAIN, (*shape[:-2], n, -(-k // group[1])))
+        expect(module, stored, "weight_scale", PLAIN, weights.grid(shape, group))
     zeros = _present(stored, "weight_zero_point")
     if zeros:
         shapes = (tuple(stored["weight_scale"].shape),)

@@ -94,13 +94,9 @@ def _group(record: Record, data: Mapping[str, Any], shape: Shape) -> tuple[int, 
     return min(block[0], shape[0]), min(block[1], shape[1])
 
 
-def _grid(shape: Shape, group: tuple[int, int]) -> tuple[int, int]:
-    return -(-shape[0] // group[0]), -(-shape[1] // group[1])
-
-
 def _sizes(shape: Shape, group: tuple[int, int]) -> list[tuple[int, ...]]:
     """Shapes that scales of these groups may be stored in."""
-    grid = _grid(shape, group)
+    grid = weights.grid(shape, group)
     flat = (int(np.prod(grid)),)
     return [grid, flat, ()] if grid == (1, 1) else [grid, flat] if 1 in grid else [grid]
 
@@ -151,7 +147,7 @@ def _intx(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) ->
             if zero is not None:
                 zero = (zero.astype(np.int32) + half).astype(np.uint8)
             elif bits == 1:
-                zero = np.full(_grid(shape, group), half, np.uint8)
+                zero = np.full(weights.grid(shape, group), half, np.uint8)
         scale = arrays["_weight_scale"]
         return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, act=act)
 
@@ -195,7 +191,7 @@ def _int4(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) ->
     n, k = shape
     record = expect(module, stored, _QDATA, ("u8", "i8"), (n, k // 2))
     group = _group(record, data, shape)
-    grid = _grid(shape, group)
+    grid = weights.grid(shape, group)
     for suffix in ("_weight_scale", "_weight_zero_point"):
         expect(module, stored, suffix, PLAIN, (grid[1], n))
     act = _act(record, data, "fp8_e4m3")

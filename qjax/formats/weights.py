@@ -12,6 +12,21 @@ from qjax.qarray import QArray
 FP8_QTYPES = {"f8_e4m3": "fp8_e4m3", "f8_e5m2": "fp8_e5m2"}
 
 
+def width(record: Record) -> int:
+    """Bits of an element of a plain integer or float type: "u8", "i32", "bf16"."""
+    return int(record.qtype.lstrip("buif"))
+
+
+def grid(shape: tuple[int, ...], group: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scales of a weight (..., N, K): (..., ceil(N / rows), ceil(K / columns))."""
+    return (*shape[:-2], -(-shape[-2] // group[0]), -(-shape[-1] // group[1]))
+
+
+def columns(group_size: int, k: int) -> int:
+    """Columns of a group, where -1 stands for all of them."""
+    return k if group_size == -1 else group_size
+
+
 def scale_group(
     record: Record, shape: tuple[int, ...], block: tuple[int, int] | None = None
 ) -> tuple[int, int]:
@@ -35,12 +50,9 @@ def scale_group(
         return (n, k)
     if body == (n,):
         return (1, k)
-    if block is not None:
-        rows, columns = block
-        expected = tuple(size for size in (-(-n // rows), -(-k // columns)) if size != 1)
-        if body == expected:
-            return block
-    wanted = [(), (n,)] + ([(-(-n // block[0]), -(-k // block[1]))] if block else [])
+    if block is not None and body == tuple(size for size in grid((n, k), block) if size != 1):
+        return block
+    wanted = [(), (n,)] + ([grid((n, k), block)] if block else [])
     raise fault(
         record,
         f"has shape {sizes}, a weight {shape} asks for one of {', '.join(map(str, wanted))}",
@@ -49,8 +61,7 @@ def scale_group(
 
 def scales(array: np.ndarray, shape: tuple[int, ...], group: tuple[int, int]) -> np.ndarray:
     """Scales as a QArray has them: [..., ceil(N / rows), ceil(K / columns)]."""
-    n, k = shape[-2:]
-    return np.ascontiguousarray(array.reshape(*shape[:-2], -(-n // group[0]), -(-k // group[1])))
+    return np.ascontiguousarray(array.reshape(grid(shape, group)))
 
 
 def scalar(array: np.ndarray, lead: tuple[int, ...] = ()) -> np.ndarray:
