@@ -102,10 +102,8 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
             zero = np.ascontiguousarray(np.swapaxes(codes.unpack(stream, bits, n, np), -1, -2))
         aux = {}
         if "weight_g_idx" in arrays:
-            order = weights.act_order(stored["weight_g_idx"], arrays["weight_g_idx"], group[1])
-            if order is not None:
-                columns_ = codes.unpack(packed, bits, k, np)[..., order]
-                packed, aux["perm"] = codes.pack(columns_, bits), order.astype(np.int32)[None]
+            g_idx, record_ = arrays["weight_g_idx"], stored["weight_g_idx"]
+            packed, aux = weights.sort_columns(packed, bits, record_, g_idx, group[1])
         qtype = f"uint{bits}" if zero is not None else f"uint{bits}b{1 << (bits - 1)}"
         scale = arrays["weight_scale"]
         return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, aux=aux)
@@ -272,13 +270,7 @@ def encode(module: str, weight: QArray) -> dict[str, np.ndarray]:
             tensors["weight_zero_point"] = np.asarray(weight.zero_point).astype(np.int8)
     elif code.kind == "uint":
         if sorted_:
-            order = np.asarray(weight.aux["perm"])[0]
-            columns = np.empty((n, k), np.uint8)
-            columns[:, order] = codes.unpack(raw, code.bits, k, np)
-            raw, groups = codes.pack(columns, code.bits), np.empty(k, np.int32)
-            assert weight.group is not None
-            groups[order] = np.arange(k) // weight.group[1]
-            tensors["weight_g_idx"] = groups
+            raw, tensors["weight_g_idx"] = weights.unsort_columns(weight)
         tensors["weight_packed"] = _to_words(raw)
         tensors["weight_shape"] = np.array([n, k], np.int64)
         if weight.zero_point is not None:

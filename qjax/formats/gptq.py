@@ -212,10 +212,8 @@ def layer(module: str, stored: Stored, shape: tuple[int, ...], settings: Setting
         zero = _zeros(arrays["qzeros"], n, settings, planes)
         aux = {}
         if "g_idx" in arrays:
-            order = weights.act_order(stored["g_idx"], arrays["g_idx"], size)
-            if order is not None:
-                stream = codes.pack(codes.unpack(stream, bits, k, np)[..., order], bits)
-                aux["perm"] = order.astype(np.int32)[None]
+            g_idx = arrays["g_idx"]
+            stream, aux = weights.sort_columns(stream, bits, stored["g_idx"], g_idx, size)
         half = 1 << (bits - 1)
         symmetric = not settings.asymmetric and bool((zero == half).all())
         return weights.coded(
@@ -290,15 +288,7 @@ def encode(module: str, weight: QArray, settings: Settings) -> dict[str, np.ndar
         )
     if k * bits % 32 or n * bits % 32 or weight.aux.keys() - {"perm"}:
         raise UnsupportedError(f"{module}: GPTQ has no layout for {(n, k)} weights as these")
-    stream, aux = np.asarray(weight.qvalue), weight.aux
-    groups = np.arange(k) // group[1]
-    g_idx = groups
-    if "perm" in aux:
-        order = np.asarray(aux["perm"])[0]
-        values = np.empty((n, k), np.uint8)
-        values[:, order] = codes.unpack(stream, bits, k, np)
-        stream, g_idx = codes.pack(values, bits), np.empty(k, np.int64)
-        g_idx[order] = groups
+    stream, g_idx = weights.unsort_columns(weight)
     scale = np.asarray(weight.scale)
     zero = np.full(scale.shape, half, np.uint8)
     if weight.zero_point is not None:
@@ -312,5 +302,5 @@ def encode(module: str, weight: QArray, settings: Settings) -> dict[str, np.ndar
         "qweight": np.ascontiguousarray(np.ascontiguousarray(stream).view(np.int32).T),
         "qzeros": words.view(np.int32),
         "scales": np.ascontiguousarray(scale.T),
-        "g_idx": g_idx.astype(np.int32),
+        "g_idx": g_idx,
     }

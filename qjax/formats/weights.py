@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels import codes
 from qjax.formats.base import Record, fault
 from qjax.qarray import QArray
 
@@ -70,7 +71,7 @@ def scalar(array: np.ndarray, lead: tuple[int, ...] = ()) -> np.ndarray:
 
 
 def coded(
-    codes: np.ndarray,
+    packed: np.ndarray,
     qtype: str,
     shape: tuple[int, ...],
     scale: np.ndarray,
@@ -80,10 +81,10 @@ def coded(
     """A weight whose packed codes lie as a QArray wants them, in any dtype.
 
     Args:
-      codes: [..., N, row_bytes] once viewed as bytes.
+      packed: codes, [..., N, row_bytes] once viewed as bytes.
       scale: of the group's shape, or any that has as many numbers.
     """
-    raw = np.ascontiguousarray(codes).view(np.uint8)
+    raw = np.ascontiguousarray(packed).view(np.uint8)
     size = (shape[-2], shape[-1])
     return QArray(raw, qtype, size, scales(scale, shape, group), group=group, **more)
 
@@ -94,14 +95,19 @@ def require_divisible(record: Record, k: int, size: int) -> None:
         raise fault(record, f"has rows of {k}, which groups of {size} do not divide")
 
 
-def act_order(record: Record, g_idx: np.ndarray, group_size: int) -> np.ndarray | None:
-    """The order of columns in which those of a group are neighbours, groups counting up.
+def sort_columns(
+    stream: np.ndarray, bits: int, record: Record, g_idx: np.ndarray, group_size: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Puts the columns of a group beside each other, groups counting up.
 
     Args:
+      stream: packed codes [..., row_bytes].
+      record: of `g_idx`.
       g_idx: int [K], the group of each column, in any order.
 
     Returns:
-      int64 [K], or None where they are in order already (or were never set: all below 0).
+      The packed codes, and "perm" for the weight's `aux`; as they were and nothing, where columns
+      are in order already (or their groups were never set: all below 0).
 
     Raises:
       CheckpointError: a group has more or fewer columns than `group_size` (the last may have
@@ -109,11 +115,26 @@ def act_order(record: Record, g_idx: np.ndarray, group_size: int) -> np.ndarray 
     """
     g_idx = np.asarray(g_idx, np.int64)
     if (g_idx < 0).all():
-        return None
+        return stream, {}
     wanted = np.arange(len(g_idx)) // group_size
     if np.array_equal(g_idx, wanted):
-        return None
+        return stream, {}
     order = np.argsort(g_idx, kind="stable")
     if not np.array_equal(g_idx[order], wanted):
         raise fault(record, f"does not put {group_size} columns in each group")
-    return order
+    sorted_ = codes.unpack(stream, bits, len(order), np)[..., order]
+    return codes.pack(sorted_, bits), {"perm": order.astype(np.int32)[None]}
+
+
+def unsort_columns(weight: QArray) -> tuple[np.ndarray, np.ndarray]:
+    """What `sort_columns` was given: packed codes, and the group of each column as int32 [K]."""
+    assert weight.group is not None
+    k, stream = weight.shape[1], np.asarray(weight.qvalue)
+    groups = (np.arange(k) // weight.group[1]).astype(np.int32)
+    if "perm" not in weight.aux:
+        return stream, groups
+    order, bits = np.asarray(weight.aux["perm"])[0], codes.CODES[weight.qtype].bits
+    values, g_idx = np.empty((*stream.shape[:-1], k), np.uint8), np.empty_like(groups)
+    values[..., order] = codes.unpack(stream, bits, k, np)
+    g_idx[order] = groups
+    return codes.pack(values, bits), g_idx
