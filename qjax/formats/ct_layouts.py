@@ -145,27 +145,15 @@ def _int(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> L
     record = expect(module, stored, "weight", "i8", shape)
     if args.type != "int":
         raise fault(record, f"holds integers, but the config says {args.type}")
-    bits = args.num_bits
-    half = 1 << (bits - 1)
     group = group_of(module, stored, shape, args)
     reads = ["weight", "weight_scale"]
-    zero_stored = "weight_zero_point" in stored
-    if not args.symmetric or zero_stored:
+    if not args.symmetric or "weight_zero_point" in stored:
         expect(module, stored, "weight_zero_point", ("i8", "i32"))
         reads.append("weight_zero_point")
 
     def decode(arrays: Arrays) -> QArray:
-        values = arrays["weight"]
-        zero = arrays.get("weight_zero_point")
-        zero = None if zero is None or not zero.any() else weights.scales(zero, shape, group)
-        if bits == 8:
-            packed, qtype = values, "int8"
-        else:
-            if values.min(initial=0) < -half or values.max(initial=0) >= half:
-                raise fault(stored["weight"], f"holds values that {bits} bits cannot")
-            packed = codes.pack((values + np.int8(half)).view(np.uint8), bits)
-            qtype = f"uint{bits}b{half}" if zero is None else f"uint{bits}"
-            zero = None if zero is None else (zero.astype(np.int32) + half).astype(np.uint8)
+        zero = weights.zero_points(arrays.get("weight_zero_point"), shape, group)
+        packed, qtype, zero = weights.signed_bytes(record, arrays["weight"], args.num_bits, zero)
         scale = arrays["weight_scale"]
         return weights.coded(packed, qtype, shape, scale, group, zero_point=zero)
 
@@ -177,12 +165,11 @@ def _float(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) ->
     _require_float(record, args, 8)
     qtype = weights.FP8_QTYPES[record.qtype]
     group = group_of(module, stored, shape, args)
-    ignores = tuple(s for s in ("weight_zero_point",) if s in stored)  # of floats: always 0
 
     def decode(arrays: Arrays) -> QArray:
         return weights.coded(arrays["weight"], qtype, shape, arrays["weight_scale"], group)
 
-    return Layer(("weight", "weight_scale"), decode, ignores)
+    return Layer(("weight", "weight_scale"), decode, ("weight_zero_point",))  # of floats: always 0
 
 
 def _require_float(record: Record, args: QuantizationArgs, bits: int) -> None:
@@ -214,20 +201,8 @@ def _mx(
     module: str, stored: Stored, shape: Shape, args: QuantizationArgs, *, suffix: str, qtype: str
 ) -> Layer:
     """Small floats in groups of 32 with a power of two each."""
-    *lead, n, k = shape
-    size = args.group_size or 32
-    record = expect(module, stored, suffix)
-    _require_float(record, args, int(qtype[2]))
-    weights.require_divisible(record, k, size)
-    dtype = "f8_e4m3" if qtype == "fp8_e4m3" else "u8"
-    expect(module, stored, suffix, dtype, (*lead, n, codes.row_bytes(qtype, k)))
-    expect(module, stored, "weight_scale", ("u8", "f8_e8m0"), (*lead, n, k // size))
-
-    def decode(arrays: Arrays) -> QArray:
-        scale = arrays["weight_scale"].view(ml_dtypes.float8_e8m0fnu)
-        return weights.coded(arrays[suffix], qtype, shape, scale, (1, size))
-
-    return Layer((suffix, "weight_scale"), decode)
+    _require_float(expect(module, stored, suffix), args, codes.CODES[qtype].bits)
+    return weights.mx(module, stored, shape, qtype, args.group_size or 32, suffix)
 
 
 def _marlin_24(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:

@@ -44,7 +44,7 @@ _MX_TYPES = {
     "fp6_e3m2": "fp6_e3m2",
     "fp8_e4m3": "fp8_e4m3",
 }
-_FLOATS = {"fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2", **_MX_TYPES}
+_FLOATS = {"fp8_e5m2": "fp8_e5m2", **_MX_TYPES}
 _DTYPES = (
     *("fp8_e4m3", "fp8_e5m2", "int8", "uint8", "int4", "uint4", "int3", "int2", "uint2"),
     *("fp4", "fp6_e2m3", "fp6_e3m2", "bfloat16", "float16", "float32"),
@@ -63,7 +63,6 @@ class TensorConfig:
 
     dtype: str
     qscheme: str
-    ch_axis: int | None
     group_size: int | None
     block_size: tuple[int, ...] | None
     symmetric: bool
@@ -73,6 +72,7 @@ class TensorConfig:
     @classmethod
     def read(cls, keys: Keys) -> TensorConfig:
         keys.ignore(*_SAYS_NOTHING)
+        keys.get("ch_axis", int)  # shapes of scales tell it
         block = keys.get("block_size", (list, int))
         found = cls(
             keys.choice("dtype", _DTYPES),
@@ -81,7 +81,6 @@ class TensorConfig:
                 ("per_tensor", "per_channel", "per_group", "per_block", "per_token"),
                 "per_tensor",
             ),
-            keys.get("ch_axis", int),
             keys.get("group_size", int),
             (block, block) if isinstance(block, int) else tuple(block) if block else None,
             keys.get("symmetric", bool, True),
@@ -252,10 +251,10 @@ def _bytes(module: str, stored: Stored, shape: Shape, config: TensorConfig) -> L
 
     def decode(arrays: Arrays) -> QArray:
         zero = arrays.get("weight_zero_point")
-        if zero is not None and (zero.any() or not signed):
+        if signed:
+            zero = weights.zero_points(zero, shape, group)
+        elif zero is not None:
             zero = weights.scales(zero, shape, group)
-        else:
-            zero = None
         qtype = "int8" if signed else "uint8"
         scale = arrays["weight_scale"]
         return weights.coded(arrays["weight"], qtype, shape, scale, group, zero_point=zero)
@@ -376,21 +375,10 @@ def _high_first(array: np.ndarray, count: int) -> np.ndarray:
 
 
 def _mx(module: str, stored: Stored, shape: Shape, config: TensorConfig) -> Layer:
-    *lead, n, k = shape
     if config.dtype not in _MX_TYPES:
         raise UnsupportedError(f"{module}: {config.dtype} with e8m0 scales is not supported")
-    qtype, size = _MX_TYPES[config.dtype], config.group_size or 32
-    record = stored["weight"]
-    weights.require_divisible(record, k, size)
-    kind = "f8_e4m3" if qtype == "fp8_e4m3" else "u8"
-    expect(module, stored, "weight", kind, (*lead, n, codes.row_bytes(qtype, k)))
-    expect(module, stored, "weight_scale", ("u8", "f8_e8m0"), (*lead, n, k // size))
-
-    def decode(arrays: Arrays) -> QArray:
-        scale = arrays["weight_scale"].view(ml_dtypes.float8_e8m0fnu)
-        return weights.coded(arrays["weight"], qtype, shape, scale, (1, size))
-
-    return Layer(("weight", "weight_scale"), decode)
+    qtype = _MX_TYPES[config.dtype]
+    return weights.mx(module, stored, shape, qtype, config.group_size or 32)
 
 
 def _nvfp4(module: str, stored: Stored, shape: Shape, config: TensorConfig) -> Layer:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import ml_dtypes
 import numpy as np
 
 from pallas_kernels import codes
@@ -34,6 +33,7 @@ from qjax.qarray import ActSpec, QArray
 from qjax.registry import register_quantization_config
 
 _QDATA = "_weight_qdata"
+_ZERO = "_weight_zero_point"
 _SCALES = (*PLAIN, "f8_e4m3", "f8_e8m0", "u8")
 Shape = tuple[int, int]
 
@@ -102,11 +102,10 @@ def _sizes(shape: Shape, group: tuple[int, int]) -> list[tuple[int, ...]]:
 
 
 def _zero(module: str, stored: Stored, shape: Shape, group: tuple[int, int]) -> tuple[str, ...]:
-    name = "_weight_zero_point"
-    if name not in stored:
+    if _ZERO not in stored:
         return ()
-    expect(module, stored, name, ("i8", "u8", "i32", "i64", *PLAIN), *_sizes(shape, group))
-    return (name,)
+    expect(module, stored, _ZERO, ("i8", "u8", "i32", "i64", *PLAIN), *_sizes(shape, group))
+    return (_ZERO,)
 
 
 def _intx(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
@@ -131,23 +130,12 @@ def _intx(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) ->
             f"{record.file}, {module}: activation_quantization {quantization!r:.80}"
         )
     act = kinds[quantization]
-    half = 1 << (bits - 1)
 
     def decode(arrays: Arrays) -> QArray:
-        values = arrays[_QDATA]
-        zero = weights.scales(arrays[zeros[0]], shape, group) if zeros else None
-        zero = zero if zero is not None and zero.any() else None
-        if bits == 8:
-            packed, qtype = values, "int8"
-        elif values.min() < -half or values.max() >= half:
-            raise fault(record, f"holds values that {bits} bits cannot")
-        else:
-            packed = codes.pack((values + np.int8(half)).view(np.uint8), bits)
-            qtype = f"uint{bits}b{half}" if zero is None and bits > 1 else f"uint{bits}"
-            if zero is not None:
-                zero = (zero.astype(np.int32) + half).astype(np.uint8)
-            elif bits == 1:
-                zero = np.full(weights.grid(shape, group), half, np.uint8)
+        zero = weights.zero_points(arrays.get(_ZERO), shape, group)
+        packed, qtype, zero = weights.signed_bytes(record, arrays[_QDATA], bits, zero)
+        if qtype == "uint1b1":  # no such type: it comes with zero points
+            qtype, zero = "uint1", np.ones(weights.grid(shape, group), np.uint8)
         scale = arrays["_weight_scale"]
         return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, act=act)
 
@@ -163,8 +151,7 @@ def _int8(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) ->
     extra = _pre_scale(module, stored, shape)
 
     def decode(arrays: Arrays) -> QArray:
-        zero = weights.scales(arrays[zeros[0]], shape, group) if zeros else None
-        zero = zero if zero is not None and zero.any() else None
+        zero = weights.zero_points(arrays.get(_ZERO), shape, group)
         scale = arrays["_weight_scale"]
         return weights.coded(arrays[_QDATA], "int8", shape, scale, group, zero_point=zero, act=act)
 
@@ -282,11 +269,8 @@ def _nvfp4(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -
 
 
 def _mx(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
-    n, k = shape
     record = stored[_QDATA]
     _refuse_swizzled(record, data)
-    size = int(data.get("block_size") or 32)
-    weights.require_divisible(record, k, size)
     element = _torch_name(data.get("elem_dtype"))
     qtypes = {
         "float8_e4m3fn": "fp8_e4m3",
@@ -295,18 +279,11 @@ def _mx(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> L
     }
     if element not in qtypes:
         raise UnsupportedError(f"{record.file}, {module}: elem_dtype {element!r:.80}")
-    qtype = qtypes[element]
-    dtypes = ("u8",) if qtype == "fp4_e2m1" else tuple(weights.FP8_QTYPES)
-    expect(module, stored, _QDATA, dtypes, (n, codes.row_bytes(qtype, k)))
-    expect(module, stored, "_weight_scale", ("f8_e8m0", "u8"), (n, k // size))
     if data.get("act_quant_kwargs"):
         raise UnsupportedError(f"{record.file}, {module}: activations in MX are not supported")
 
-    def decode(arrays: Arrays) -> QArray:
-        scale = arrays["_weight_scale"].view(ml_dtypes.float8_e8m0fnu)
-        return weights.coded(arrays[_QDATA], qtype, shape, scale, (1, size))
-
-    return Layer((_QDATA, "_weight_scale"), decode)
+    size = int(data.get("block_size") or 32)
+    return weights.mx(module, stored, shape, qtypes[element], size, _QDATA, "_weight_scale")
 
 
 def _refuse_swizzled(record: Record, data: Mapping[str, Any]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from pallas_kernels import codes
-from qjax.formats.base import Record, fault
+from qjax.formats.base import Arrays, Layer, Record, Stored, expect, fault
 from qjax.qarray import QArray
 
 FP8_QTYPES = {"f8_e4m3": "fp8_e4m3", "f8_e5m2": "fp8_e5m2"}
@@ -87,6 +88,69 @@ def coded(
     raw = np.ascontiguousarray(packed).view(np.uint8)
     size = (shape[-2], shape[-1])
     return QArray(raw, qtype, size, scales(scale, shape, group), group=group, **more)
+
+
+def mx(
+    module: str,
+    stored: Stored,
+    shape: tuple[int, ...],
+    qtype: str,
+    size: int,
+    suffix: str = "weight",
+    scale_suffix: str = "weight_scale",
+) -> Layer:
+    """Plans small floats in groups of `size` columns, with a power of two for each group.
+
+    Args:
+      suffix: of the codes, uint8 [..., N, row_bytes], or float8 where they are e4m3 or e5m2.
+      scale_suffix: of exponents of two plus 127, [..., N, K / size].
+
+    Raises:
+      CheckpointError: a tensor is missing, or has a wrong shape or dtype.
+    """
+    record = expect(module, stored, suffix)
+    *rows, k = shape
+    require_divisible(record, k, size)
+    dtype = next((each for each, name in FP8_QTYPES.items() if name == qtype), "u8")
+    expect(module, stored, suffix, dtype, (*rows, codes.row_bytes(qtype, k)))
+    expect(module, stored, scale_suffix, ("u8", "f8_e8m0"), (*rows, k // size))
+
+    def decode(arrays: Arrays) -> QArray:
+        scale = arrays[scale_suffix].view(ml_dtypes.float8_e8m0fnu)
+        return coded(arrays[suffix], qtype, shape, scale, (1, size))
+
+    return Layer((suffix, scale_suffix), decode)
+
+
+def signed_bytes(
+    record: Record, values: np.ndarray, bits: int, zero: np.ndarray | None
+) -> tuple[np.ndarray, str, np.ndarray | None]:
+    """Integers that lie in a byte each, as packed codes, their type and zero points.
+
+    Args:
+      record: of the values, for messages.
+      values: int8 [..., K], of which fewer bits than 8 become unsigned.
+      zero: signed zero points, or None where all are 0.
+
+    Raises:
+      CheckpointError: a value needs more bits.
+    """
+    if bits == 8:
+        return values, "int8", zero
+    half = 1 << (bits - 1)
+    if values.min(initial=0) < -half or values.max(initial=0) >= half:
+        raise fault(record, f"holds values that {bits} bits cannot")
+    packed = codes.pack((values + np.int8(half)).view(np.uint8), bits)
+    if zero is None:
+        return packed, f"uint{bits}b{half}", None
+    return packed, f"uint{bits}", (zero.astype(np.int32) + half).astype(np.uint8)
+
+
+def zero_points(
+    array: np.ndarray | None, shape: tuple[int, ...], group: tuple[int, int]
+) -> np.ndarray | None:
+    """Zero points as a QArray has them; None where there are none, or all are 0."""
+    return None if array is None or not array.any() else scales(array, shape, group)
 
 
 def require_divisible(record: Record, k: int, size: int) -> None:
