@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from qjax.errors import UnsupportedError
-from qjax.formats import awq, gptq
+from qjax.formats import awq, gptq, weights
 from qjax.formats.base import (
     PLAIN,
     Arrays,
@@ -48,16 +48,16 @@ _LAYER_HISTORY = (
     "scale_dtype",
     "fixed_by_user",
 )
-_PACKINGS = (
-    *("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round", "auto_round:gptqmodel"),
-    *("auto_round:fp8", "auto_round:fp8_static", "auto_round:llm_compressor"),
-    *("auto", "auto_round:gptq", "auto_round:awq"),
-)
 _ALIASES = {
     "auto": "auto_round:auto_gptq",
     "auto_round:gptq": "auto_round:auto_gptq",
     "auto_round:awq": "auto_round:auto_awq",
 }
+_PACKINGS = (
+    *("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round", "auto_round:gptqmodel"),
+    *("auto_round:fp8", "auto_round:fp8_static", "auto_round:llm_compressor"),
+    *_ALIASES,
+)
 _DEFAULTS = {
     "bits": 4,
     "group_size": 128,
@@ -108,12 +108,10 @@ class AutoRound(QuantizationConfig):
                 _check(packing, each, checkpoint.file)
         inner: QuantizationConfig | None = None
         if packing.startswith("auto_round:fp8"):
-            wanted = {k: config[k] for k in ("activation_scheme",) if k in config}
-            block = block or _block(settings)
-            wanted |= {} if block is None else {"weight_block_size": block}
             static = packing.endswith("static") or not settings["act_dynamic"]
-            scheme = "static" if static else "dynamic"
-            inner = Fp8.from_config({"activation_scheme": scheme, **wanted}, checkpoint)
+            scheme = config.get("activation_scheme", "static" if static else "dynamic")
+            wanted = {"activation_scheme": scheme, "weight_block_size": block or _block(settings)}
+            inner = Fp8.from_config(wanted, checkpoint)
         return cls(packing, settings, layers, inner, config, checkpoint.file)
 
     def _of(self, module: str) -> Mapping[str, Any]:
@@ -182,8 +180,8 @@ def _settings(keys: Keys, done: bool = False) -> dict[str, Any]:
     if done:
         keys.done()
     size = found.get("group_size", -1)
-    if isinstance(size, int) and size < 1 and size != -1 and found.get("data_type", "int") == "int":
-        raise keys.error("group_size", f"{size} is neither above 0 nor -1")
+    if isinstance(size, int) and found.get("data_type", "int") == "int":
+        weights.require_group_size(keys, size)
     return found
 
 

@@ -74,8 +74,7 @@ class AWQ(QuantizationConfig):
         bits = keys.get("bits", int) or keys.get("w_bit", int, 4)
         keys.ignore("bits", "w_bit", "group_size", "q_group_size")
         size = keys.get("group_size", int) or keys.get("q_group_size", int, 128)
-        if size != -1 and size < 1:
-            raise keys.error("group_size", f"{size} is neither above 0 nor -1")
+        weights.require_group_size(keys, size)
         version = str(keys.get("version", str, "gemm")).lower()
         if version not in VERSIONS:
             version = "gemm"  # names of kernels, which all read this layout
@@ -128,11 +127,15 @@ class AWQ(QuantizationConfig):
         }
 
 
+def by_gptqmodel(config: Mapping[str, Any]) -> bool:
+    """Whether the config says that GPTQModel wrote the checkpoint."""
+    meta = config.get("meta")
+    return isinstance(meta, Mapping) and "gptqmodel" in str(meta.get("quantizer", ""))
+
+
 def _is_interleaved(bits: int, version: str, config: Mapping[str, Any], file: str) -> bool:
     """The order of columns of another width than 4 bits, by the tool that wrote it."""
-    meta = config.get("meta")
-    tool = str(meta.get("quantizer", "")) if isinstance(meta, Mapping) else ""
-    if version == "gemm" and "gptqmodel" in tool and bits in range(2, 9):
+    if version == "gemm" and by_gptqmodel(config) and bits in range(2, 9):
         return False
     if version == "gemm" and config.get("provider") == "auto-round" and bits in (5, 6, 7):
         return True

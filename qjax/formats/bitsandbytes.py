@@ -101,7 +101,7 @@ class BitsAndBytes(QuantizationConfig):
                 weight, f"holds {weight.shape}, {(n, k)} 4-bit weights take {n * k // 2} bytes"
             )
         blocks = -(-n * k // state.blocksize)
-        group = _group(record.name, record.file, (n, k), state.blocksize)
+        group = weights.flat_group(f"{record.file}, {record.name}", (n, k), state.blocksize)
         nested = state.nested_blocksize is not None
         expect(module, stored, "weight.absmax", "u8" if nested else "f32", (blocks,))
         expect(module, stored, "weight.quant_map", "f32", (16,))
@@ -173,19 +173,6 @@ class BitsAndBytes(QuantizationConfig):
             "weight.quant_map": np.asarray(weight.aux["codebook"]).reshape(16),
             _STATE + kind: np.frombuffer(text, np.uint8),
         }
-
-
-def _group(tensor: str, file: str, shape: tuple[int, int], blocksize: int) -> tuple[int, int]:
-    """Rows and columns of a block of the flattened matrix."""
-    n, k = shape
-    if k % blocksize == 0:
-        return 1, blocksize
-    if blocksize % k == 0 and n % (blocksize // k) == 0:
-        return blocksize // k, k
-    raise UnsupportedError(
-        f"{file}, {tensor}: blocks of {blocksize} weights do not fit rows of {k}, so that some lie "
-        "across two rows; this is supported only where one of both divides the other"
-    )
 
 
 def _read_state(file: str, name: str, raw: np.ndarray) -> _State:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
 
 from pallas_kernels import codes
-from qjax.errors import UnsupportedError
 from qjax.formats import weights
 from qjax.formats.base import PLAIN, Checkpoint, Keys, Layer, QuantizationConfig, Stored, expect
 from qjax.formats.fp8 import rounds_online
@@ -47,13 +47,7 @@ class DeepSpeedFP(QuantizationConfig):
         record = expect(module, stored, "weight", PLAIN, shape)
         if not rounds_online(module):
             return None
-        k, size = shape[-1], self.group_size
-        if k % size and (size % k or shape[-2] % (size // k)):
-            raise UnsupportedError(
-                f"{record.file}, {module}: groups of {size} weights do not fit rows of {k}; use a "
-                f"group_size that divides {k}"
-            )
-        group = (max(1, size // k), min(size, k))
+        group = weights.flat_group(f"{record.file}, {module}", shape, self.group_size)
         qtype = QTYPES[self.bits]
         return Layer(("weight",), lambda arrays: round_to(arrays["weight"], qtype, group))
 
@@ -64,28 +58,29 @@ def round_to(dense: np.ndarray, qtype: str, group: tuple[int, int]) -> QArray:
     *lead, n, k = values.shape
     tiles = values.reshape(*lead, n // group[0], group[0], k // group[1], group[1])
     largest = np.abs(tiles).max((-3, -1), keepdims=True)
-    scale = np.where(
-        largest > 0, largest / codes.table(qtype).max(where=_FINITE[qtype], initial=0), 1
-    )
-    scale = scale.astype(np.float32)
+    scale = np.where(largest > 0, largest / _magnitudes(qtype)[-1], 1).astype(np.float32)
     packed = codes.pack(
         nearest((tiles / scale).reshape(values.shape), qtype), codes.CODES[qtype].bits
     )
     return weights.coded(packed, qtype, values.shape, scale, group)
 
 
-_FINITE = {qtype: np.isfinite(codes.table(qtype)) for qtype in QTYPES.values()}
+@cache
+def _magnitudes(qtype: str) -> np.ndarray:
+    """The finite numbers of a type that are not below 0, in the order of their codes."""
+    table = codes.table(qtype)
+    positive = table[: len(table) // 2]
+    return positive[np.isfinite(positive)]
 
 
 def nearest(values: np.ndarray, qtype: str) -> np.ndarray:
     """The codes of the nearest numbers of a type; half way, of those with an even code."""
-    table = codes.table(qtype)
-    positive = table[: len(table) // 2]
-    positive = positive[np.isfinite(positive)]
+    positive = _magnitudes(qtype)
     magnitude = np.abs(values)
     high = np.clip(np.searchsorted(positive, magnitude), 1, len(positive) - 1)
     low_gap, high_gap = magnitude - positive[high - 1], positive[high] - magnitude
     up = (high_gap < low_gap) | ((high_gap == low_gap) & (high % 2 == 0))
     code = np.where(up, high, high - 1)
     code = np.where(magnitude >= positive[-1], len(positive) - 1, code)
-    return np.where(np.signbit(values), code + len(table) // 2, code)
+    sign = 1 << (codes.CODES[qtype].bits - 1)
+    return np.where(np.signbit(values), code | sign, code)

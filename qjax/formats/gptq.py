@@ -16,7 +16,7 @@ import numpy as np
 
 from pallas_kernels import codes
 from qjax.errors import UnsupportedError
-from qjax.formats import weights
+from qjax.formats import awq, weights
 from qjax.formats.base import (
     PLAIN,
     Arrays,
@@ -32,7 +32,6 @@ from qjax.qarray import QArray
 from qjax.registry import quantization_config, register_quantization_config
 
 WORDS = ("i32", "u32", "i16", "i8", "i64")
-AWQ_LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
 # Keys of the tools that say how a model was quantized, not how it is stored.
 HISTORY = (
@@ -80,32 +79,32 @@ class GPTQ(QuantizationConfig):
 
     Attributes:
       settings: of layers that `dynamic` does not name.
-      dynamic: (pattern, overrides or None for an unquantized layer); the first that matches wins.
+      dynamic: (pattern, settings or None for an unquantized layer); the first that matches wins.
       values: the configuration as it was read.
     """
 
     settings: Settings
-    dynamic: tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...]
+    dynamic: tuple[tuple[re.Pattern[str], Settings | None], ...]
     values: Mapping[str, Any]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
         keys = Keys(config, checkpoint.file)
         layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
-        if layout in AWQ_LAYOUTS:
+        if layout in awq.VERSIONS:
             return quantization_config("awq").from_config({"version": layout, **config}, checkpoint)
         if layout.startswith("marlin") or config.get("is_marlin_format") is True:
             return quantization_config("marlin").from_config(config, checkpoint)
         if layout not in ("gptq", "gptq_v2", "gptq_p"):
             raise UnsupportedError(
                 f"{checkpoint.file}: checkpoint_format {layout!r:.80} is not supported; these are: "
-                f"gptq, gptq_v2, gptq_p, marlin, {', '.join(AWQ_LAYOUTS)}"
+                f"gptq, gptq_v2, gptq_p, marlin, {', '.join(awq.VERSIONS)}"
             )
         keys.ignore(*HISTORY)
         bits = _bits(keys, keys.get("bits", int))
         settings = Settings(
             bits,
-            _group_size(keys, keys.get("group_size", int, 128)),
+            weights.require_group_size(keys, keys.get("group_size", int, 128)),
             1 if layout == "gptq" else 0,
             tuple(_PLANES) if layout == "gptq_p" else _planar_widths(config),
             not keys.get("sym", bool, True),
@@ -122,23 +121,19 @@ class GPTQ(QuantizationConfig):
                 compiled = re.compile(re.sub(r"^[+-]:", "", pattern))
             except re.error as error:
                 raise section.error(pattern, f"is not a regular expression: {error}") from error
-            for name, check in (("bits", _bits), ("group_size", _group_size)):
-                if name in overrides:
-                    check(inner, inner.get(name, int))
-            dynamic.append((compiled, None if skip else overrides))
+            own = replace(settings, act_order=bool(overrides.get("desc_act", settings.act_order)))
+            if "bits" in overrides:
+                own = replace(own, bits=_bits(inner, inner.get("bits", int)))
+            if "group_size" in overrides:
+                size = weights.require_group_size(inner, inner.get("group_size", int))
+                own = replace(own, group_size=size)
+            dynamic.append((compiled, None if skip else own))
         keys.done()
         return cls(settings, tuple(dynamic), config)
 
     def settings_of(self, module: str) -> Settings | None:
         """The settings of a layer, or None for one that is left unquantized."""
-        for pattern, overrides in self.dynamic:
-            if pattern.match(module):
-                if overrides is None:
-                    return None
-                given = {k: overrides[k] for k in ("bits", "group_size") if k in overrides}
-                act_order = overrides.get("desc_act", self.settings.act_order)
-                return replace(self.settings, **given, act_order=bool(act_order))
-        return self.settings
+        return next((own for pattern, own in self.dynamic if pattern.match(module)), self.settings)
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         if "qweight" not in stored:
@@ -166,17 +161,9 @@ def _bits(keys: Keys, bits: int | None) -> int:
     return bits
 
 
-def _group_size(keys: Keys, size: int) -> int:
-    if size != -1 and size < 1:
-        raise keys.error("group_size", f"{size} is neither above 0 nor -1")
-    return size
-
-
 def _planar_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
     """GPTQModel has planes for the widths that AutoGPTQ does not know."""
-    meta = config.get("meta")
-    written = isinstance(meta, Mapping) and "gptqmodel" in str(meta.get("quantizer", ""))
-    return (5, 6, 7) if written else ()
+    return (5, 6, 7) if awq.by_gptqmodel(config) else ()
 
 
 def layer(module: str, stored: Stored, shape: tuple[int, ...], settings: Settings) -> Layer:

@@ -60,9 +60,7 @@ class Marlin(QuantizationConfig):
         keys = Keys(config, checkpoint.file)
         keys.ignore(*HISTORY)
         bits = keys.choice("bits", (4, 8), 4)
-        size = keys.get("group_size", int, -1)
-        if size != -1 and size < 1:
-            raise keys.error("group_size", f"{size} is neither above 0 nor -1")
+        size = weights.require_group_size(keys, keys.get("group_size", int, -1))
         for name, value in (("sym", True), ("desc_act", False)):
             if keys.get(name, bool, value) != value:
                 raise UnsupportedError(

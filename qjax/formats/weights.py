@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels import codes
-from qjax.formats.base import Arrays, Layer, Record, Stored, expect, fault
+from qjax.errors import UnsupportedError
+from qjax.formats.base import Arrays, Keys, Layer, Record, Stored, expect, fault
 from qjax.qarray import QArray
 
 FP8_QTYPES = {"f8_e4m3": "fp8_e4m3", "f8_e5m2": "fp8_e5m2"}
@@ -22,6 +23,30 @@ def width(record: Record) -> int:
 def grid(shape: tuple[int, ...], group: tuple[int, int]) -> tuple[int, ...]:
     """Shape of the scales of a weight (..., N, K): (..., ceil(N / rows), ceil(K / columns))."""
     return (*shape[:-2], -(-shape[-2] // group[0]), -(-shape[-1] // group[1]))
+
+
+def require_group_size(keys: Keys, size: int | None) -> int:
+    """A config's `group_size`; CheckpointError where it is neither above 0 nor -1."""
+    if size is None or (size != -1 and size < 1):
+        raise keys.error("group_size", f"{size} is neither above 0 nor -1")
+    return size
+
+
+def flat_group(where: str, shape: tuple[int, ...], size: int) -> tuple[int, int]:
+    """Rows and columns of a run of `size` weights of the flattened matrix.
+
+    Raises:
+      UnsupportedError: some would lie across two rows.
+    """
+    n, k = shape[-2:]
+    if k % size == 0:
+        return 1, size
+    if size % k == 0 and n % (size // k) == 0:
+        return size // k, k
+    raise UnsupportedError(
+        f"{where}: blocks of {size} weights do not fit rows of {k}, so that some lie across two "
+        f"rows; sizes that divide {k} are supported, and whole rows"
+    )
 
 
 def columns(group_size: int, k: int) -> int:
