@@ -19,7 +19,7 @@ import numpy as np
 from qjax.errors import CheckpointError, UnsupportedError
 
 # Element types that numpy and ml_dtypes can view in place: a dtype name for `np.dtype`.
-_VIEWS = {
+VIEWS = {
     "f64": "float64",
     "f32": "float32",
     "f16": "float16",
@@ -132,18 +132,18 @@ class TensorFiles:
             `raw`.
         """
         record = self._record(name)
-        if record.qtype not in _VIEWS:
+        if record.qtype not in VIEWS:
             raise UnsupportedError(
                 f"{record.file}, {name}: {record.qtype} is not a plain element type; use raw()"
             )
-        dtype = _dtype(_VIEWS[record.qtype])
+        dtype = _dtype(VIEWS[record.qtype])
         count = record.nbytes // dtype.itemsize
         data = np.frombuffer(self._maps[record.file], dtype, count, record.offset)
         return data.reshape(record.shape)
 
     def is_plain(self, name: str) -> bool:
         """Whether `array` can view the tensor."""
-        return self._record(name).qtype in _VIEWS
+        return self._record(name).qtype in VIEWS
 
     def release(self, name: str) -> None:
         """Tells the system that the pages of this tensor are not needed now; views of it stay

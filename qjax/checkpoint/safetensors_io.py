@@ -110,7 +110,7 @@ def _files_of_folder(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     """The files to open, and tensor name -> file where an index says so."""
     index = folder / INDEX_NAME
     if index.exists():
-        listed = _read_index(index)
+        listed = read_index(index)
         return sorted(set(listed.values())), listed
     if (folder / SINGLE_NAME).exists():
         return [folder / SINGLE_NAME], {}
@@ -125,7 +125,8 @@ def _files_of_folder(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     return found, {}
 
 
-def _read_index(index: Path) -> dict[str, Path]:
+def read_index(index: Path) -> dict[str, Path]:
+    """The files that an index lists, by the names of their tensors."""
     with map_file(index, 2) as mapped:
         if len(mapped) > _LARGEST_HEADER:
             raise CheckpointError(f"is larger than {_LARGEST_HEADER} bytes", file=index)
@@ -139,7 +140,8 @@ def _read_index(index: Path) -> dict[str, Path]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not stays_inside(file):
             raise CheckpointError(
-                f"names the file {str(file)[:80]!r}; only files inside the folder are opened",
+                f"names the file {str(file)[:80]!r}, which may lie outside the folder; only files "
+                "inside the folder are opened",
                 file=index,
                 field=name,
             )

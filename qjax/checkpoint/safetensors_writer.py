@@ -16,27 +16,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from qjax.checkpoint.mapped import VIEWS
 from qjax.checkpoint.safetensors_io import INDEX_NAME, SINGLE_NAME
 from qjax.errors import UnsupportedError
 
 SHARD_BYTES = 5_000_000_000
 
 # numpy or ml_dtypes name of an element -> name in the header.
-_DTYPES = {
-    "bool": "BOOL",
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
-    "complex64": "C64",
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-}
+_DTYPES = {dtype: qtype.upper() for qtype, dtype in VIEWS.items()}
 
 
 @dataclass(frozen=True)

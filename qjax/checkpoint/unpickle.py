@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qjax.checkpoint.mapped import TensorFiles, TensorRecord, close_maps, map_file
-from qjax.checkpoint.safetensors_io import parse_json, stays_inside
+from qjax.checkpoint.safetensors_io import read_index
 from qjax.errors import CheckpointError, UnsupportedError
 
 SINGLE_NAME = "pytorch_model.bin"
@@ -150,14 +150,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if not index.is_file():
         return [folder / SINGLE_NAME]
-    with map_file(index, 2) as mapped:
-        listed = parse_json(bytes(mapped), index, "index", 0).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise CheckpointError("is not a map of names to files", file=index, field="weight_map")
-    for name, file in listed.items():
-        if not isinstance(file, str) or not stays_inside(file):
-            raise CheckpointError("names a file outside the folder", file=index, field=name)
-    return [folder / file for file in sorted(set(listed.values()))]
+    return sorted(set(read_index(index).values()))
 
 
 @dataclass(frozen=True)
