@@ -106,14 +106,9 @@ class Fp8(QuantizationConfig):
         blocks = group == block and (self.block is not None or group[0] > 1)
         act = self.act(group[1] if blocks else None)
         reads = ["weight", suffix]
-        ignores = []
-        if "input_scale" in stored and not act.dynamic:
+        if not act.dynamic:
             expect(module, stored, "input_scale", PLAIN, (), (1,), (1, 1), shape[:-2])
             reads.append("input_scale")
-        elif not act.dynamic:
-            expect(module, stored, "input_scale")
-        elif "input_scale" in stored:
-            ignores.append("input_scale")
         qtype = weights.FP8_QTYPES[record.qtype]
 
         def decode(arrays: Arrays) -> QArray:
@@ -124,7 +119,7 @@ class Fp8(QuantizationConfig):
                 arrays["weight"], qtype, shape, arrays[suffix], group, act=act, aux=aux
             )
 
-        return Layer(tuple(reads), decode, tuple(ignores))
+        return Layer(tuple(reads), decode, ("input_scale",) if act.dynamic else ())
 
     def act(self, block_columns: int | None) -> ActSpec:
         """How activations are rounded for a weight with blocks of so many columns, or without."""

@@ -32,11 +32,9 @@ from qjax.formats.base import (
 from qjax.qarray import ActSpec, QArray
 from qjax.registry import register_quantization_config
 
-_SCALES = (*PLAIN,)
 _FP8_STATIC = ActSpec("fp8_e4m3", "tensor", False)
 _NVFP4 = ActSpec("fp4_e2m1", "group", True, group_size=16, scale="fp8_e4m3")
 _MXFP8 = ActSpec("fp8_e4m3", "group", True, group_size=32, scale="e8m0_ceil")
-_INT8_STATIC = ActSpec("int8", "tensor", False)
 _TOKEN = ActSpec("fp8_e4m3", "token", True)
 _INT8_TOKEN = ActSpec("int8", "token", True)
 
@@ -135,24 +133,17 @@ class ModelOpt(QuantizationConfig):
         if algorithm.weight != found:
             raise fault(weight, f"is stored as {found}, which {name} does not mean")
         act = algorithm.act
-        if act is not None and not act.dynamic:
-            expect(module, stored, "input_scale")
         plan = _LAYOUTS[found](module, stored, shape)
         reads, ignores = list(plan.reads), list(plan.ignores)
         *lead, _, k = shape
-        shapes = {
-            "input_scale": (tuple(lead), (*lead, 1), (*lead, 1, 1)),
-            "pre_quant_scale": ((*lead, k), (*lead, 1, k), (k,)),
-        }
-        for suffix, wanted in (
-            ("input_scale", act in (_FP8_STATIC, _NVFP4, _INT8_STATIC)),
-            ("pre_quant_scale", True),
-        ):
-            if suffix in stored:
-                expect(module, stored, suffix, PLAIN, *shapes[suffix])
-                (reads if wanted else ignores).append(suffix)
-        if act is _NVFP4:
-            expect(module, stored, "input_scale", _SCALES)
+        scaled = act in (_FP8_STATIC, _NVFP4)
+        if scaled or "input_scale" in stored:
+            one = (tuple(lead), (*lead, 1), (*lead, 1, 1))
+            expect(module, stored, "input_scale", PLAIN, *one)
+            (reads if scaled else ignores).append("input_scale")
+        if "pre_quant_scale" in stored:
+            expect(module, stored, "pre_quant_scale", PLAIN, (*lead, k), (*lead, 1, k), (k,))
+            reads.append("pre_quant_scale")
         lora = [s for s in ("svdquant_lora_a", "svdquant_lora_b") if s in stored]
         return Layer((*reads, *lora), _with_inputs(plan.decode, act, shape, lora), tuple(ignores))
 
@@ -229,7 +220,7 @@ def _layout(weight: Record, stored: Stored, shape: tuple[int, ...]) -> str | Non
 def _fp8(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
     expect(module, stored, "weight", "f8_e4m3", shape)
     group = weights.scale_group(
-        expect(module, stored, "weight_scale", _SCALES), shape, _block_of(stored, shape)
+        expect(module, stored, "weight_scale", PLAIN), shape, _block_of(stored, shape)
     )
 
     def decode(arrays: Arrays) -> QArray:
@@ -266,7 +257,7 @@ def _nvfp4(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
     *lead, n, k = shape
     expect(module, stored, "weight", "u8", (*lead, n, k // 2))
     expect(module, stored, "weight_scale", "f8_e4m3", (*lead, n, k // 16))
-    expect(module, stored, "weight_scale_2", _SCALES, tuple(lead), (*lead, 1), (*lead, 1, 1))
+    expect(module, stored, "weight_scale_2", PLAIN, tuple(lead), (*lead, 1), (*lead, 1, 1))
 
     def decode(arrays: Arrays) -> QArray:
         aux = {"global_scale": weights.scalar(arrays["weight_scale_2"], tuple(lead))}
@@ -280,11 +271,11 @@ def _int4(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
     """Two consecutive outputs a byte, the even one in the low half, in two's complement."""
     *lead, n, k = shape
     expect(module, stored, "weight", "u8", (*lead, n // 2, k))
-    record = expect(module, stored, "weight_scale", _SCALES)
+    record = expect(module, stored, "weight_scale", PLAIN)
     if len(record.shape) != len(shape) or k % record.shape[-1]:
         raise fault(record, f"has shape {record.shape}, a weight {shape} asks for (N, groups)")
     group = (1, k // record.shape[-1])
-    expect(module, stored, "weight_scale", _SCALES, weights.grid(shape, group))
+    expect(module, stored, "weight_scale", PLAIN, weights.grid(shape, group))
 
     def decode(arrays: Arrays) -> QArray:
         both = arrays["weight"]
@@ -299,7 +290,7 @@ def _int4(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
 
 def _int8(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
     expect(module, stored, "weight", "i8", shape)
-    group = weights.scale_group(expect(module, stored, "weight_scale", _SCALES), shape)
+    group = weights.scale_group(expect(module, stored, "weight_scale", PLAIN), shape)
 
     def decode(arrays: Arrays) -> QArray:
         return weights.coded(arrays["weight"], "int8", shape, arrays["weight_scale"], group)
