@@ -48,18 +48,22 @@ class QuantizationScheme:
     targets: tuple[str, ...]
     weights: QuantizationArgs | None = None
     input_activations: QuantizationArgs | None = None
-    format: str | None = None
+
+
+def expression(target: str) -> re.Pattern[str]:
+    """The regular expression of "re:..."; CheckpointError where it is none."""
+    try:
+        return re.compile(target.removeprefix("re:"))
+    except re.error as error:
+        raise CheckpointError(
+            f"{target!r:.80} in the quantization config is no regular expression: {error}"
+        ) from error
 
 
 def matches(module: str, target: str, layer_class: str = "Linear") -> int:
     """How well a target names a module: 0 not at all, then by class, by pattern, by name."""
     if target.startswith("re:"):
-        try:
-            return 2 if re.match(target[3:], module) else 0
-        except re.error as error:
-            raise CheckpointError(
-                f"{target!r:.80} in the quantization config is no regular expression: {error}"
-            ) from error
+        return 2 if expression(target).match(module) else 0
     if target == module:
         return 3
     return 1 if target == layer_class else 0

@@ -126,11 +126,9 @@ def read_scheme(keys: Keys) -> QuantizationScheme:
             f"{keys.file}: {keys.prefix}output_activations is not supported: only weights, "
             "inputs and the key-value cache are quantized"
         )
+    keys.choice("format", (None, *FORMATS))  # tensors say it themselves
     found = QuantizationScheme(
-        tuple(targets),
-        read_args(keys, "weights"),
-        read_args(keys, "input_activations"),
-        keys.choice("format", (None, *FORMATS)),
+        tuple(targets), read_args(keys, "weights"), read_args(keys, "input_activations")
     )
     keys.done()
     return found
@@ -189,9 +187,8 @@ def _with_inputs(
 ) -> Layer:
     """The layer with what its inputs are rounded to."""
     lead = shape[:-2]
-    present = [s for s in ct_layouts.INPUT_TENSORS if s in stored]
     if args is None:
-        return replace(plan, ignores=(*plan.ignores, *present))
+        return replace(plan, ignores=(*plan.ignores, *ct_layouts.INPUT_TENSORS))
     act = act_spec(args, stored)
     reads = []
     one = (tuple(lead), (*lead, 1), (*lead, 1, 1))
@@ -217,7 +214,7 @@ def _with_inputs(
             aux["act_global_scale"] = 1 / weights.scalar(arrays["input_global_scale"], lead)
         return replace(weight, act=act, aux=aux)
 
-    unused = tuple(s for s in present if s not in reads)
+    unused = tuple(s for s in ct_layouts.INPUT_TENSORS if s not in reads)
     return Layer((*plan.reads, *reads), with_inputs, (*plan.ignores, *unused))
 
 

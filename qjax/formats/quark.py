@@ -7,7 +7,6 @@ type and what shares a scale; patterns may set other ones for some layers. Layou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels import codes
-from qjax.errors import CheckpointError, UnsupportedError
+from qjax.errors import UnsupportedError
 from qjax.formats import weights
 from qjax.formats.base import (
     PLAIN,
@@ -33,6 +32,7 @@ from qjax.formats.base import (
 )
 from qjax.qarray import ActSpec, QArray
 from qjax.registry import register_quantization_config
+from qjax.scheme import expression
 
 Shape = tuple[int, ...]
 
@@ -212,12 +212,7 @@ class Quark(QuantizationConfig):
 
 def _excludes(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], module) is not None
-        except re.error as error:
-            raise CheckpointError(
-                f"{pattern!r:.80} in the quantization config is no regular expression: {error}"
-            ) from error
+        return expression(pattern).fullmatch(module) is not None
     return fnmatchcase(module, pattern)
 
 
