@@ -219,9 +219,8 @@ class Keys:
         self.seen.add(name)
         value = self.values.get(name)
         value = default if value is None else value
-        if value not in options or isinstance(value, bool) != any(
-            value is o for o in (True, False)
-        ):
+        kind = isinstance(value, bool)  # 1 == True, but a bool is no int here
+        if not any(value == each and isinstance(each, bool) == kind for each in options):
             known = ", ".join(map(repr, options))
             raise UnsupportedError(
                 f"{self.file}: {self.prefix}{name} {value!r:.80} is not supported, but {known}"
