@@ -24,7 +24,7 @@ _MODULES = {
     "auto_round": ("auto-round", "inc", "intel"),
     "awq": ("awq", "auto_awq", "awq_marlin", "llm-awq"),
     "bitsandbytes": ("bitsandbytes",),
-    "compressed_tensors": ("compressed-tensors",),
+    "compressed_tensors": ("compressed-tensors", "compressed_tensors"),
     "deepspeedfp": ("deepspeedfp",),
     "experts_int8": ("experts_int8",),
     "fp8": ("fp8", "fbgemm_fp8", "deepseek_v4_fp8"),
@@ -88,7 +88,7 @@ def quantization_config(name: str, file: str = "") -> Any:
       UnsupportedError: there is none of this name.
     """
     load_plugins()
-    key = name.lower().replace("_", "-") if name.lower() == "compressed_tensors" else name.lower()
+    key = name.lower()
     if key not in _registered and key in _BUILTIN:
         importlib.import_module(_BUILTIN[key])
     if key not in _registered:

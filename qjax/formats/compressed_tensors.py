@@ -39,7 +39,7 @@ FORMATS = (
 _FLOAT_TYPES = {4: "fp4_e2m1", 6: "fp6_e2m3", 8: "fp8_e4m3"}
 
 
-@register_quantization_config("compressed-tensors")
+@register_quantization_config("compressed-tensors", "compressed_tensors")
 @dataclass(frozen=True)
 class CompressedTensors(QuantizationConfig):
     """Settings of one checkpoint.
