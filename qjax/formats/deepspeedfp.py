@@ -47,7 +47,7 @@ class DeepSpeedFP(QuantizationConfig):
         record = expect(module, stored, "weight", PLAIN, shape)
         if not rounds_online(module):
             return None
-        group = weights.flat_group(f"{record.file}, {module}", shape, self.group_size)
+        group = weights.flat_group(f"{record.file}, {module}, group_size", shape, self.group_size)
         qtype = QTYPES[self.bits]
         return Layer(("weight",), lambda arrays: round_to(arrays["weight"], qtype, group))
 
