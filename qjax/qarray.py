@@ -28,7 +28,7 @@ AUX_KEYS = frozenset(
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["qvalue", "scale", "zero_point", "aux"],
-    meta_fields=["qtype", "shape", "group", "additive", "act", "hadamard", "layout"],
+    meta_fields=["qtype", "shape", "group", "additive", "rounded", "act", "hadamard", "layout"],
 )
 @dataclass(frozen=True)
 class QArray:
@@ -49,6 +49,8 @@ class QArray:
         output_perm int32 [1, N] (output i is that of the stored row output_perm[i]).
       group: rows and columns that share a scale; None for block types.
       additive: a weight is code * scale + zero_point, not (code - zero_point) * scale.
+      rounded: "bfloat16" or "float16": what a tool rounds weights of codes to as it dequantizes
+        them, and exact numerics with it.
       act: how activations are to be quantized, or None for not at all.
       hadamard: sizes of the normalized Hadamard matrices that runs of input and of output columns
         are multiplied by; 0 for none.
@@ -67,6 +69,7 @@ class QArray:
     aux: dict[str, Any] = field(default_factory=dict)
     group: tuple[int, int] | None = None
     additive: bool = False
+    rounded: str | None = None
     act: ActSpec | None = None
     hadamard: tuple[int, int] = (0, 0)
     layout: str = CANONICAL
@@ -227,6 +230,7 @@ class QArray:
             dtype(self.zero_point),
             "global_scale" in self.aux,
             self.additive,
+            self.rounded,
         )
 
     @property

@@ -88,9 +88,14 @@ def decode(spec: WeightSpec, arrays: WeightArrays) -> jax.Array:
     if arrays.global_scale is not None:
         scale = scale * arrays.global_scale[0, 0]
     if arrays.zero_point is None:
-        return value * scale
-    zero = arrays.zero_point[row, column].astype(jnp.float32)
-    return value * scale + zero if spec.additive else (value - zero) * scale
+        weight = value * scale
+    else:
+        zero = arrays.zero_point[row, column].astype(jnp.float32)
+        weight = value * scale + zero if spec.additive else (value - zero) * scale
+    if spec.rounded is not None:
+        # (lax.reduce_precision takes subnormal numbers for zeros.)
+        weight = jax.lax.optimization_barrier(weight.astype(spec.rounded)).astype(jnp.float32)
+    return weight
 
 
 def _code_values(raw: jax.Array, qtype: str, k: int, codebook: jax.Array | None) -> jax.Array:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import codes, unpack
 
@@ -44,6 +46,8 @@ class WeightSpec:
       scale, zero_point: names of the dtypes of these arrays, or None.
       has_global_scale: whether there is one.
       additive: a weight is code * scale + zero_point, not (code - zero_point) * scale.
+      rounded: "bfloat16" or "float16": weights of codes are rounded to it once they are scaled.
+        Where `activation_dtype` allows to round activations, a kernel need not round them.
     """
 
     qtype: str
@@ -54,6 +58,7 @@ class WeightSpec:
     zero_point: str | None = None
     has_global_scale: bool = False
     additive: bool = False
+    rounded: str | None = None
 
     @property
     def is_blocks(self) -> bool:
@@ -81,7 +86,7 @@ def decode(spec: WeightSpec, arrays: WeightArrays, xp: ModuleType = jnp) -> Any:
     if spec.is_blocks:
         return unpack.dequantize(arrays.qvalue, spec.qtype, xp)
     assert spec.group is not None
-    return codes.dequantize(
+    weight = codes.dequantize(
         arrays.qvalue,
         spec.qtype,
         (arrays.qvalue.shape[-2], spec.shape[1]),
@@ -93,6 +98,11 @@ def decode(spec: WeightSpec, arrays: WeightArrays, xp: ModuleType = jnp) -> Any:
         spec.additive,
         xp,
     )
+    if spec.rounded is None:
+        return weight
+    narrow = weight.astype(jnp.dtype(spec.rounded))
+    # Without it a compiler may leave out both casts.
+    return (narrow if xp is np else jax.lax.optimization_barrier(narrow)).astype(np.float32)
 
 
 def require_canonical(spec: WeightSpec) -> None:

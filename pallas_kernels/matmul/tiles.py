@@ -31,6 +31,7 @@ _ELEMENTS = {
     "uint8": 6,
     "int8": 7,
 }
+_ROUNDED = {None: 0, "float16": 1, "bfloat16": 2}
 # Numbers of native/tile.h: integers with zero points and in offset binary have 100 and 110 + bits.
 _SIGNED, _SIGNED_WITH_ZERO = 120, 121
 _FLOATS = {"fp4_e2m1": 130, "lookup4": 132, "fp8_e4m3": 140, "fp8_e5m2": 141}
@@ -123,7 +124,7 @@ def beside(spec: WeightSpec, arrays: WeightArrays) -> list[int]:
         _ELEMENTS[spec.zero_point] if spec.zero_point else 0,
         arrays.global_scale is not None,
         arrays.codebook is not None,
-        spec.additive,
+        spec.additive + 2 * _ROUNDED[spec.rounded],
         kind.zero_shift,
         kind.offset,
         group[0],

@@ -42,7 +42,7 @@ Inputs read_inputs(ffi::Span<const int32_t> act, ffi::Span<const float> act_valu
 
 // What matmul/native.py says of the arrays beside the tiles of one weight.
 enum BesideField {
-  kScaleType, kZeroType, kHasGlobal, kHasCodebook, kAdditive, kZeroShift, kOffset, kGroupRows,
+  kScaleType, kZeroType, kHasGlobal, kHasCodebook, kForm, kZeroShift, kOffset, kGroupRows,
   kGroupColumns, kBesideFields,
 };
 
@@ -82,7 +82,8 @@ struct Arguments {
     Beside& b = w.beside;
     b.scale_type = ElementType(field[kScaleType]);
     b.zero_type = ElementType(field[kZeroType]);
-    b.additive = field[kAdditive];
+    b.additive = field[kForm] & 1;
+    b.rounded = Rounded(field[kForm] >> 1);
     b.zero_shift = field[kZeroShift];
     b.offset = float(field[kOffset]);
     b.rows = field[kGroupRows];

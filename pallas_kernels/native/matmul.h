@@ -73,6 +73,10 @@ struct MatmulRun {
 
   bool uses_f32(const Weight& w) const { return a.precision == kFloat32 || w.traits->only_f32(); }
 
+  bool rounds_weights(const Weight& w) const {
+    return a.precision == kFloat32 && w.beside.rounded != kUnrounded;
+  }
+
   explicit MatmulRun(const Matmul& a) : a(a), units(units_of(a.k)), padded(32 * units_of(a.k)) {
     bool f32 = false, rounded = false;
     for (int i = 0; i < a.count; ++i) groups[i] = groups_of_units(a.weights[i], units);
@@ -124,7 +128,7 @@ struct MatmulRun {
     }
     const bool many = rows > tile_rows();
 #if defined(__AVX512F__)
-    if (w.traits->beside() && w.traits->only_f32()) {
+    if (w.traits->beside() && w.traits->only_f32() && !rounds_weights(w)) {
       if (rows > kTileFused) {
         float* values = reinterpret_cast<float*>(scratch<Slot>(padded * 64));
         float_kernels_for(w.traits).decode(panel.view, a.k, values);

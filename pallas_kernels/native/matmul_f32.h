@@ -105,6 +105,23 @@ QJAX_INLINE void unit_values(const View& view, int64_t u, float* out) {
   }
 }
 
+// Rounds to nearest, ties to even, to float16 or bfloat16, within their range.
+template <bool kHalf>
+QJAX_INLINE void round_values(float* values, int64_t count) {
+  constexpr uint32_t kept = kHalf ? 13 : 16;  // the bits below are rounded away
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, 4);
+    bits += (1u << (kept - 1)) - 1 + (bits >> kept & 1);
+    bits &= ~0u << kept;
+    float normal;
+    std::memcpy(&normal, &bits, 4);
+    // Subnormal float16 are multiples of 2 ** -24, as are all floats next to 0.75.
+    const float small = (values[i] + 0.75f) - 0.75f;
+    values[i] = kHalf && std::fabs(values[i]) < 0x1p-14f ? small : normal;
+  }
+}
+
 // Weights of a whole panel as float32 [32 * units][16], each rounded as the format says.
 template <int T>
 void decode_f32(const View& view, int64_t k, float* w) {
@@ -138,6 +155,10 @@ void decode_f32(const View& view, int64_t k, float* w) {
             store(values + 16 * c, t.has_min() ? gs.s * value + gs.b : gs.s * value);
           }
         }
+      }
+      if constexpr (t.beside()) {
+        if (view.beside->rounded == kToHalf) round_values<true>(values, 512);
+        if (view.beside->rounded == kToBF16) round_values<false>(values, 512);
       }
     }
   }

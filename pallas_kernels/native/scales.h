@@ -17,6 +17,8 @@ constexpr int element_bytes(ElementType t) {
   return t == kElementF32 ? 4 : t == kElementF16 || t == kElementBF16 ? 2 : 1;
 }
 
+enum Rounded : int { kUnrounded = 0, kToHalf = 1, kToBF16 = 2 };
+
 // Scales and zero points that lie beside the codes, in groups of `rows` x `columns`.
 struct Beside {
   ElementType scale_type = kNothing, zero_type = kNothing;
@@ -26,6 +28,7 @@ struct Beside {
   bool additive = false;                // w = code * s + zero, not (code - zero) * s
   int zero_shift = 0;                   // added to zero points (of unsigned bytes stored signed)
   float offset = 0;                     // what an additive weight's codes are too large by
+  Rounded rounded = kUnrounded;         // what weights are once they are scaled, in exact products
   int64_t rows = 1, columns = 0, groups = 0;  // `groups` of columns
 
   int64_t count(int64_t n) const {  // of the scales of n outputs

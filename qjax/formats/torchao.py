@@ -66,7 +66,8 @@ class TorchAO(QuantizationConfig):
                 f"{record.file}, {module}: a tensor of class {kind!r:.80} is not supported; these "
                 f"are: {', '.join(_CLASSES)}"
             )
-        return _CLASSES[kind](module, stored, (shape[0], shape[1]), data)
+        layer = _CLASSES[kind](module, stored, (shape[0], shape[1]), data)
+        return replace(layer, decode=_rounded(layer.decode, data))
 
     def _description(self, record: Record) -> tuple[str, Mapping[str, Any]]:
         """Class name and settings of a weight, as the header tells."""
@@ -81,6 +82,16 @@ class TorchAO(QuantizationConfig):
                 f"the header does not describe it: {error!r:.80}", file=record.file, field=name
             ) from error
         return kind, data
+
+
+def _rounded(
+    decode: Callable[[Arrays], QArray], data: Mapping[str, Any]
+) -> Callable[[Arrays], QArray]:
+    """`dequantize` of a class that has a dtype ends with a rounding to it."""
+    dtype = _torch_name(data.get("dtype", data.get("orig_dtype")))
+    if dtype not in ("bfloat16", "float16"):
+        return decode
+    return lambda arrays: replace(decode(arrays), rounded=dtype)
 
 
 def _group(record: Record, data: Mapping[str, Any], shape: Shape) -> tuple[int, int]:

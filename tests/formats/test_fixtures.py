@@ -31,11 +31,8 @@ ROUNDED = (
 )
 # Where the only reference rounds activations as the method wants it.
 AS_IT_IS = ("ar-fp8-static", "ar-mxfp4", "ar-nvfp4", "ct09-fp8-static-kv8", "quark-nvfp4")
-# Where the tool computes in float16, or holds scales or weights in bfloat16.
-HALF = (
-    *("ar-mixed-bits", "ar-w2g32", "ar-w3g32", "ar-w4g32-asym", "ar-w4g32-asym-awq"),
-    *("ao-8da4w-g32", "ao-float8wo", "ao-int8dyn", "ao-int8wo", "ao-intx-w4-g32"),
-)
+# Where the tool computes in float16, or casts scales to bfloat16.
+HALF = ("ar-mixed-bits", "ar-w2g32", "ar-w3g32", "ar-w4g32-asym", "ar-w4g32-asym-awq")
 # ModelOpt's exporter divides by scales in bfloat16, so that some codes in the file are others than
 # its reference had; and weights of "w4a8" were rounded to fp8 there before they were to int4.
 EXPORTED = {

@@ -1,5 +1,7 @@
 """Products with weights made of codes, held by every implementation against float64 numpy."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,23 @@ def test_products(implementation, name):
             x = x[:, : spec.shape[1]].astype(np.float64)
             worst = min(error(y, rounded(x, each) @ decoded.T) for each in {dtype, "float32"})
             assert worst <= TOLERANCES[dtype], (spec, rows, dtype, worst)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", [KINDS["uint4b8"][1], KINDS["int8"][3], KINDS["fp8_e4m3"][0]])
+def test_weights_rounded_as_a_tool_rounds_them(implementation, kind, dtype):
+    """In exact products. With rounded activations a kernel may leave weights as they are."""
+    arrays, unrounded = draw(kind)
+    small = np.float32(2**-16)  # so that float16 has subnormal ones
+    wanted = (unrounded * small).astype(np.float32).astype(dtype).astype(np.float64)
+    spec = replace(kind.spec, has_global_scale=True, rounded=dtype)
+    spec, arrays = prepare(spec, arrays._replace(global_scale=small.reshape(1, 1)))
+    for rows in (1, 8, 33):
+        x = inputs(rows, K)
+        (y,) = matmul(jnp.asarray(x), [(spec, arrays)])
+        assert error(y, x.astype(np.float64) @ wanted.T) <= TOLERANCES["float32"]
+        (y,) = matmul(jnp.asarray(x), [(spec, arrays)], activation_dtype="int8")
+        assert error(y, x.astype(np.float64) @ wanted.T) <= 0.02
 
 
 def test_several_weights_in_one_call(implementation):
