@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -45,6 +45,7 @@ class _State:
     shape: tuple[int, ...]
     nested_blocksize: int | None
     nested_offset: float
+    rounded: str | None
 
 
 @register_quantization_config("bitsandbytes")
@@ -121,7 +122,8 @@ class BitsAndBytes(QuantizationConfig):
             raw = np.ascontiguousarray(arrays["weight"]).view(np.uint8).reshape(n, k // 2)
             swapped = (raw << np.uint8(4)) | (raw >> np.uint8(4))
             aux = {"codebook": arrays["weight.quant_map"].reshape(1, 16)}
-            return weights.coded(swapped, "lookup4", (n, k), absmax, group, aux=aux)
+            weight = weights.coded(swapped, "lookup4", (n, k), absmax, group, aux=aux)
+            return replace(weight, rounded=state.rounded)
 
         return Layer(tuple(reads), decode, (states[0],))
 
@@ -162,7 +164,7 @@ class BitsAndBytes(QuantizationConfig):
         state = {
             "quant_type": kind,
             "blocksize": weight.group[0] * weight.group[1],
-            "dtype": "bfloat16",
+            "dtype": weight.rounded or "float32",
             "shape": [n, k],
         }
         raw = np.asarray(weight.qvalue)
@@ -175,6 +177,10 @@ class BitsAndBytes(QuantizationConfig):
         }
 
 
+# Of weights that the tool has dequantized.
+_DTYPES = {"float32": None, "bfloat16": "bfloat16", "float16": "float16"}
+
+
 def _read_state(file: str, name: str, raw: np.ndarray) -> _State:
     try:
         state = json.loads(np.asarray(raw, np.uint8).tobytes())
@@ -184,6 +190,7 @@ def _read_state(file: str, name: str, raw: np.ndarray) -> _State:
             tuple(int(size) for size in state["shape"]),
             None if nested is None else int(nested),
             float(state.get("nested_offset", 0.0)),
+            _DTYPES[state.get("dtype", "float32")],
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"is no quant_state: {error!r:.80}", file=file, field=name) from error

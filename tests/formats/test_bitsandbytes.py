@@ -60,8 +60,21 @@ def test_way_back(case):
         np.testing.assert_array_equal(written[name], tensors[name])
     state = json.loads(written[state_name(tensors)].tobytes())
     stored = json.loads(tensors[state_name(tensors)].tobytes())
-    assert all(state[key] == stored[key] for key in ("quant_type", "blocksize", "shape"))
+    assert all(state[key] == stored[key] for key in ("quant_type", "blocksize", "shape", "dtype"))
     assert method.to_config() == config
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dequantized_in_half_precision(dtype):
+    tensors, wanted = tensors_of("nf4_64_plain")
+    state = json.loads(tensors[state_name(tensors)].tobytes()) | {"dtype": dtype}
+    tensors[state_name(tensors)] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    weight = decoded(CONFIG, tensors, SHAPE)
+    np.testing.assert_array_equal(
+        np.asarray(weight.dequantize()), wanted.astype(dtype).astype(np.float32)
+    )
+    written = quantization(CONFIG, tensors).encode("m", weight)
+    assert json.loads(written[state_name(written)].tobytes()) == state
 
 
 @pytest.mark.parametrize("suffix", ["SCB", "weight.SCB"])
@@ -107,6 +120,7 @@ def test_blocks_across_rows():
         ({"blocksize": 0}, "out of range"),
         ({"blocksize": 32}, "absmax"),
         ({"blocksize": "x"}, "is no quant_state"),
+        ({"dtype": "int3"}, "is no quant_state"),
         ({"nested_blocksize": 256}, "absmax"),
         ({"nested_offset": float("nan")}, "out of range"),
     ],

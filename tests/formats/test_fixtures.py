@@ -41,7 +41,8 @@ EXPORTED = {
     "mo-int4-awq": 0.01,
     "mo-w4a8-awq": 0.05,
 }
-# The reference without rounded activations is of no use: far from the model's own logits too.
+# The reference without rounded activations is of no use: weights were dequantized there after the
+# tool's CPU kernel had reordered their bytes. The other one is the tool's run in bfloat16.
 NO_WEIGHT_ONLY = ("bnb-fp4", "bnb-nf4", "bnb-nf4-dq", "bnb-nf4-storage-bf16", "bnb-mixtral-nf4")
 
 
