@@ -20,6 +20,14 @@ SIDE_FILES = (
     "quant_config.json",
     "quantization_config.json",
 )
+# What a file beside config.json must say too, where both say it: without these, weights are read
+# wrongly.
+_AGREED = frozenset(
+    {
+        *("quant_method", "bits", "group_size", "sym", "desc_act", "zero_point"),
+        *("checkpoint_format", "packing_format", "quant_algo", "kv_cache_quant_algo"),
+    }
+)
 
 
 def quantization(
@@ -69,11 +77,33 @@ def find(folder: Path, fields: Mapping[str, Any]) -> tuple[Mapping[str, Any] | N
                 raise CheckpointError(
                     "must be a mapping of names to values", file=file, field="quantization_config"
                 )
+            _require_agreement(folder, found)
             return found, file
     for name in SIDE_FILES:
         if (folder / name).is_file():
             return read_json(folder / name), folder / name
     return None, file
+
+
+def _require_agreement(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a file beside config.json that says something else of what both speak of."""
+    for name in SIDE_FILES:
+        if not (folder / name).is_file():
+            continue
+        beside = read_json(folder / name)
+        section = beside.get("quantization")  # of ModelOpt
+        beside = {**beside, **(section if isinstance(section, Mapping) else {})}
+        for key in _AGREED & config.keys() & beside.keys():
+            if _folded(config[key]) != _folded(beside[key]):
+                raise CheckpointError(
+                    f"is {beside[key]!r:.80}, but config.json says {config[key]!r:.80}",
+                    file=folder / name,
+                    field=key,
+                )
+
+
+def _folded(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _method(config: Mapping[str, Any], file: Path) -> str:

@@ -55,6 +55,8 @@ def changed(tmp_path: Path, name: str, keys: tuple[str, ...], value: Any) -> Pat
         ("gptoss-mxfp4", ("new_key",), 1, "new_key"),
         ("gptoss-mxfp4", ("quant_method",), ["mxfp4"], "quant_method"),
         ("bnb-nf4-dq", ("bnb_4bit_quant_type",), "nf5", "nf5"),
+        # The file beside config.json still says MXFP8.
+        ("mo-mxfp8", ("quant_algo",), "FP8", "hf_quant_config.json, quant_algo"),
     ],
 )
 def test_is_told(tmp_path, name, keys, value, told):
