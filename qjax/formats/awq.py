@@ -28,6 +28,7 @@ from qjax.formats.base import (
     expect,
     fault,
 )
+from qjax.formats.dynamic import Dynamic, LayerSettings, find, read
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 
@@ -36,7 +37,7 @@ _HISTORY = (
     *("quant_method", "method", "meta", "lm_head", "backend", "do_fuse", "modules_to_fuse"),
     *("fuse_max_seq_len", "exllama_config", "pack_dtype", "desc_act", "checkpoint_format"),
     *("format", "autoround_version", "iters", "provider", "data_type", "to_quant_block_names"),
-    *("sym", "model_file_base_name", "dynamic", "block_name_to_quantize", "nsamples", "seqlen"),
+    *("sym", "model_file_base_name", "block_name_to_quantize", "nsamples", "seqlen"),
 )
 # Runs of 8 columns, in the order in which they are packed.
 _INTERLEAVED = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -57,6 +58,7 @@ class AWQ(QuantizationConfig):
       bits: of a code; `interleaved` says in which order columns are packed in the gemm layout.
       excluded: parts of the names of layers that are not quantized.
       values: the configuration as it was read.
+      dynamic: what differs, by patterns of the names of layers.
     """
 
     group_size: int
@@ -66,6 +68,7 @@ class AWQ(QuantizationConfig):
     symmetric: bool = False
     bits: int = 4
     interleaved: bool = True
+    dynamic: Dynamic = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
@@ -81,11 +84,13 @@ class AWQ(QuantizationConfig):
         if str(config.get("backend", "")) == "llm-awq" and "version" not in config:
             version = "llm-awq"
         symmetric = not keys.get("zero_point", bool, True)
-        excluded = keys.get("modules_to_not_convert", list, [])
+        excluded = tuple(map(str, keys.get("modules_to_not_convert", list, [])))
+        dynamic = read(keys, LayerSettings(bits, size, symmetric, False))
         keys.done()
-        interleaved = bits == 4 or _is_interleaved(bits, version, config, checkpoint.file)
-        excluded = tuple(map(str, excluded))
-        return cls(size, version, excluded, config, symmetric, bits, interleaved)
+        interleaved = bits == 4
+        for each in {bits, *(own.bits for _, own in dynamic if own)} - {4}:
+            interleaved = _is_interleaved(each, version, config, checkpoint.file)
+        return cls(size, version, excluded, config, symmetric, bits, interleaved, dynamic)
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         if "qweight" not in stored:
@@ -94,12 +99,23 @@ class AWQ(QuantizationConfig):
             raise fault(
                 stored["qweight"], "is quantized, but modules_to_not_convert names this layer"
             )
+        own = self._of(module)
+        if own is None:
+            raise fault(stored["qweight"], "is quantized, but `dynamic` excludes this layer")
+        size, bits = own.group_size, own.bits
         if self.version == "gemm":
-            size, order = self.group_size, self.interleaved
-            return gemm(module, stored, shape, size, self.symmetric, self.bits, order)
+            return gemm(module, stored, shape, size, own.sym, bits, self._interleaves(bits))
         if self.version == "gemv":
-            return _gemv(module, stored, shape, self.group_size, self.symmetric)
-        return _gemv_fast(module, stored, shape, self.group_size)
+            return _gemv(module, stored, shape, size, own.sym)
+        return _gemv_fast(module, stored, shape, size)
+
+    def _of(self, module: str) -> LayerSettings | None:
+        """The settings of a layer, or None for one that is left unquantized."""
+        default = LayerSettings(self.bits, self.group_size, self.symmetric, False)
+        return find(self.dynamic, module, default)
+
+    def _interleaves(self, bits: int) -> bool:
+        return bits == 4 or self.interleaved
 
     def to_config(self) -> dict[str, Any]:
         return dict(self.values)
@@ -107,13 +123,16 @@ class AWQ(QuantizationConfig):
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
         if self.version != "gemm":
             raise UnsupportedError(f"{module}: of AWQ's layouts qjax writes gemm only")
-        (n, k), bits, half = weight.shape, self.bits, 1 << (self.bits - 1)
+        own = self._of(module)
+        if own is None:
+            raise UnsupportedError(f"{module}: `dynamic` excludes this layer")
+        (n, k), bits, half = weight.shape, own.bits, 1 << (own.bits - 1)
         wanted = (f"uint{bits}", f"uint{bits}b{half}")
         if weight.qtype not in wanted or weight.additive or weight.aux or n * bits % 32:
             raise UnsupportedError(f"{module}: AWQ has no layout for {weight.qtype} weights")
-        if weight.group != (1, weights.columns(self.group_size, k)):
+        if weight.group != (1, weights.columns(own.group_size, k)):
             raise UnsupportedError(
-                f"{module}: has groups of {weight.group}, but the config says {self.group_size}"
+                f"{module}: has groups of {weight.group}, but the config says {own.group_size}"
             )
         scale = np.asarray(weight.scale)
         zero = np.full(scale.shape, half, np.uint8)
@@ -121,8 +140,8 @@ class AWQ(QuantizationConfig):
             zero = np.asarray(weight.zero_point)
         values = codes.unpack(np.asarray(weight.qvalue), bits, k, np)
         return {
-            "qweight": _words(values.T, bits, self.interleaved),
-            "qzeros": _words(zero.T, bits, self.interleaved),
+            "qweight": _words(values.T, bits, self._interleaves(bits)),
+            "qzeros": _words(zero.T, bits, self._interleaves(bits)),
             "scales": np.ascontiguousarray(scale.T),
         }
 

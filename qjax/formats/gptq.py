@@ -6,7 +6,6 @@ points in words along N (`qzeros`); g (`g_idx`) is the group of each input colum
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -28,6 +27,7 @@ from qjax.formats.base import (
     expect,
     fault,
 )
+from qjax.formats.dynamic import CALIBRATION, Dynamic, LayerSettings, bits_of, find, read
 from qjax.qarray import QArray
 from qjax.registry import quantization_config, register_quantization_config
 
@@ -35,13 +35,13 @@ WORDS = ("i32", "u32", "i16", "i8", "i64")
 
 # Keys of the tools that say how a model was quantized, not how it is stored.
 HISTORY = (
-    *("quant_method", "method", "meta", "static_groups", "true_sequential", "damp_percent"),
-    *("damp_auto_increment", "model_file_base_name", "model_name_or_path", "mse", "pack_dtype"),
+    *CALIBRATION,
+    *("quant_method", "method", "meta", "model_file_base_name", "model_name_or_path"),
     *("modules_in_block_to_quantize", "block_name_to_quantize", "version", "use_exllama"),
     *("exllama_config", "use_cuda_fp16", "max_input_length", "backend", "batch_size", "dataset"),
     *("cache_block_outputs", "disable_exllama", "module_name_preceding_first_block"),
-    *("pad_token_id", "tokenizer", "act_group_aware", "adapter", "desc_act", "lm_head", "sym"),
-    *("is_marlin_format", "parallel_packing", "checkpoint_format", "format", "hyb_act", "rotation"),
+    *("pad_token_id", "tokenizer", "adapter", "desc_act", "lm_head", "sym", "pack_dtype"),
+    *("is_marlin_format", "parallel_packing", "checkpoint_format", "format", "rotation"),
     *("autoround_version", "iters", "provider", "data_type", "to_quant_block_names", "enable_"),
     *("inside_layer_modules", "modules_to_not_convert", "low_gpu_mem_usage", "nsamples", "seqlen"),
 )
@@ -79,12 +79,12 @@ class GPTQ(QuantizationConfig):
 
     Attributes:
       settings: of layers that `dynamic` does not name.
-      dynamic: (pattern, settings or None for an unquantized layer); the first that matches wins.
+      dynamic: what differs, by patterns of the names of layers.
       values: the configuration as it was read.
     """
 
     settings: Settings
-    dynamic: tuple[tuple[re.Pattern[str], Settings | None], ...]
+    dynamic: Dynamic
     values: Mapping[str, Any]
 
     @classmethod
@@ -101,39 +101,39 @@ class GPTQ(QuantizationConfig):
                 f"gptq, gptq_v2, gptq_p, marlin, {', '.join(awq.VERSIONS)}"
             )
         keys.ignore(*HISTORY)
-        bits = _bits(keys, keys.get("bits", int))
-        settings = Settings(
-            bits,
+        default = LayerSettings(
+            bits_of(keys, keys.get("bits", int)),
             weights.require_group_size(keys, keys.get("group_size", int, 128)),
+            keys.get("sym", bool, True),
+            keys.get("desc_act", bool, False),
+        )
+        dynamic = read(keys, default)
+        settings = Settings(
+            default.bits,
+            default.group_size,
             1 if layout == "gptq" else 0,
             tuple(_PLANES) if layout == "gptq_p" else _planar_widths(config),
-            not keys.get("sym", bool, True),
-            keys.get("desc_act", bool, False),
+            not default.sym,
+            default.desc_act,
             checkpoint.dtype if checkpoint.dtype in ("bfloat16", "float16") else "",
         )
-        dynamic = []
-        section = keys.section("dynamic")
-        for pattern in section.values:
-            inner = section.section(pattern)
-            overrides = inner.values
-            skip = pattern.startswith("-:")
-            try:
-                compiled = re.compile(re.sub(r"^[+-]:", "", pattern))
-            except re.error as error:
-                raise section.error(pattern, f"is not a regular expression: {error}") from error
-            own = replace(settings, act_order=bool(overrides.get("desc_act", settings.act_order)))
-            if "bits" in overrides:
-                own = replace(own, bits=_bits(inner, inner.get("bits", int)))
-            if "group_size" in overrides:
-                size = weights.require_group_size(inner, inner.get("group_size", int))
-                own = replace(own, group_size=size)
-            dynamic.append((compiled, None if skip else own))
         keys.done()
-        return cls(settings, tuple(dynamic), config)
+        return cls(settings, dynamic, config)
 
     def settings_of(self, module: str) -> Settings | None:
         """The settings of a layer, or None for one that is left unquantized."""
-        return next((own for pattern, own in self.dynamic if pattern.match(module)), self.settings)
+        general = self.settings
+        default = LayerSettings(
+            general.bits, general.group_size, not general.asymmetric, general.act_order
+        )
+        own = find(self.dynamic, module, default)
+        return own and replace(
+            general,
+            bits=own.bits,
+            group_size=own.group_size,
+            asymmetric=not own.sym,
+            act_order=own.desc_act,
+        )
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         if "qweight" not in stored:
@@ -151,14 +151,6 @@ class GPTQ(QuantizationConfig):
         if settings is None:
             raise UnsupportedError(f"{module}: `dynamic` excludes this layer")
         return encode(module, weight, settings)
-
-
-def _bits(keys: Keys, bits: int | None) -> int:
-    if bits is None or bits not in range(2, 9):
-        raise UnsupportedError(
-            f"{keys.file}: {keys.prefix}bits {bits!r:.80} is not supported; 2 to 8 are"
-        )
-    return bits
 
 
 def _planar_widths(config: Mapping[str, Any]) -> tuple[int, ...]:

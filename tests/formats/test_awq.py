@@ -74,6 +74,25 @@ def test_other_widths_are_packed_as_their_tool_does(bits, tool, pack):
         np.testing.assert_array_equal(array, tensors[suffix], suffix)
 
 
+def test_settings_of_single_layers():
+    """GPTQModel's `dynamic`, here as everywhere in its files."""
+    own = {"bits": 8, "group_size": 64}
+    config = CONFIG | GPTQMODEL | {"dynamic": {r"-:.*\.0\.": {}, r"+:.*up_proj": own}}
+    module = "model.layers.1.mlp.up_proj"
+    values, zero, scale, weight = layer(32, 128, 64, bits=8)
+    tensors = gemm(values, zero, scale, lambda matrix: words(matrix, 8))
+    found = decoded(config, tensors, (32, 128), module)
+    assert (found.qtype, found.group) == ("uint8", (1, 64))
+    np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
+    for suffix, array in quantization(config).encode(module, found).items():
+        np.testing.assert_array_equal(array, tensors[suffix], suffix)
+    values, zero, scale, weight = layer(32, 128, 32)
+    found = decoded(config, gemm(values, zero, scale), (32, 128), "model.layers.1.mlp.gate_proj")
+    np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
+    with pytest.raises(CheckpointError, match="dynamic"):
+        planned(config, tensors, (32, 128), "model.layers.0.mlp.up_proj")
+
+
 @given(st.integers(0, 2**32))
 def test_encode_undoes_decode(seed):
     values, zero, scale, _ = layer(16, 64, 32, seed)
@@ -176,6 +195,8 @@ def test_layers_that_are_not_converted():
         ({"group_size": -2}, CheckpointError, "group_size"),
         ({"zero_point": 1}, CheckpointError, "zero_point"),
         ({"new_key": 1}, UnsupportedError, "new_key"),
+        ({"dynamic": {"x": {"bits": 8}}}, UnsupportedError, "8 bits"),
+        ({"dynamic": {"x": {"new_key": 1}}}, UnsupportedError, "new_key"),
     ],
 )
 def test_settings_that_are_refused(change, error, message):

@@ -180,6 +180,24 @@ def test_settings_of_single_layers():
     assert planned(config, plain, (8, 128), "model.layers.1.self_attn.o_proj") is None
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_every_setting_of_single_layers(bits):
+    """Signs of zero points, order of columns and width; what only steered calibration is known."""
+    own = {"bits": bits, "group_size": 64, "sym": False, "desc_act": True, "mse": 2.4}
+    config = CONFIG | {"sym": True, "dynamic": {".*up_proj": own}}
+    g_idx = np.random.default_rng(1).permutation(np.arange(128) // 64)
+    tensors, weight = layer(bits, 32, 128, 64, g_idx=g_idx, zero=np.full((32, 2), 1 << (bits - 1)))
+    found = decoded(config, tensors, (32, 128))
+    assert (found.qtype, found.group) == (f"uint{bits}", (1, 64))
+    np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
+    method = quantization(config)
+    for suffix, array in method.encode(MODULE, found).items():
+        np.testing.assert_array_equal(array, tensors[suffix], suffix)
+    del tensors["g_idx"]
+    with pytest.raises(CheckpointError, match="g_idx: missing"):
+        planned(config, tensors, (32, 128))
+
+
 def test_awq_layouts_arrive_as_gptq():
     config = {k: v for k, v in CONFIG.items() if k != "sym"} | {"checkpoint_format": "gemm"}
     assert quantization(config).name == "awq"
@@ -195,6 +213,8 @@ def test_awq_layouts_arrive_as_gptq():
         ({"new_key": 1}, UnsupportedError, "new_key"),
         ({"dynamic": {"+:[": {}}}, CheckpointError, "regular expression"),
         ({"dynamic": {"x": {"bits": 1}}}, UnsupportedError, "bits 1"),
+        ({"dynamic": {"x": {"sym": 1}}}, CheckpointError, "dynamic.x.sym"),
+        ({"dynamic": {"x": {"format": "gptq_v2"}}}, UnsupportedError, r"dynamic\.x\.'format'"),
     ],
 )
 def test_settings_that_are_refused(change, error, message):
