@@ -53,6 +53,8 @@ _MIXTRAL_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _STACKED = (".experts.gate_up_proj", ".experts.down_proj")
 # Likewise, with what is stored of them joined by "_": "experts.down_proj_blocks".
 _STACKED_PART = re.compile(r"(\.experts\.(?:gate_up|down)_proj)_(blocks|scales|bias)")
+_STACKED_SCALE = re.compile(r"(\.experts\.(?:gate_up|down)_proj)_(scale_inv|activation_scale)")
+_SCALES = {"scale_inv": "weight_scale_inv", "activation_scale": "activation_scale"}
 _BARE = ("embed_tokens.", "layers.", "norm.")
 # The eyes of a multimodal model; what is loaded here is its language model.
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
@@ -77,8 +79,10 @@ def gguf_name(name: str, config: ModelConfig) -> str | None:
     return f"model.layers.{layer}.{names[part]}.{kind}" if part in names else None
 
 
-def hf_name(name: str) -> str:
-    """A safetensors name without the wrappers that multimodal and headless models put around it."""
+def hf_name(name: str, config: ModelConfig) -> str:
+    """A safetensors name without the wrappers that multimodal and headless models put around it,
+    and with one name for what tools name differently.
+    """
     for wrapped, plain in _PREFIXES:
         if name.startswith(wrapped):
             return plain + name.removeprefix(wrapped)
@@ -86,6 +90,9 @@ def hf_name(name: str) -> str:
     if name.endswith(_STACKED):  # parameters without a module of their own
         name += ".weight"
     name = _STACKED_PART.sub(r"\1.\2", name)
+    name = _STACKED_SCALE.sub(lambda match: f"{match[1]}.{_SCALES[match[2]]}", name)
+    if config.model_type == "mixtral":  # transformers 5 calls it so in memory, GPTQModel in files
+        name = name.replace(".mlp.", ".block_sparse_moe.", 1)
     return _MIXTRAL.sub(lambda match: match[1] + _MIXTRAL_PARTS[match[2]], name)
 
 

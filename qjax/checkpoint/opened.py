@@ -13,6 +13,7 @@ from typing import Any
 
 from qjax.checkpoint import detect, names, plan
 from qjax.checkpoint.detect import read_json
+from qjax.checkpoint.expert_scales import taken_apart
 from qjax.checkpoint.gguf_config import ROPE_TENSORS, gguf_config
 from qjax.checkpoint.gguf_io import read_gguf
 from qjax.checkpoint.mapped import TensorFiles
@@ -124,7 +125,8 @@ def opened_folder(
 
         return load_tokenizer(folder)
 
-    hf_names = {tensor: names.hf_name(tensor) for tensor in files.tensors}
+    files.tensors = taken_apart(files.tensors)
+    hf_names = {tensor: names.hf_name(tensor, config) for tensor in files.tensors}
     unused = {n for n, name in hf_names.items() if names.is_ignored(name, config)}
     unused |= {n for n, name in hf_names.items() if kv_scales.is_other(name)}
     scales = {n: kv_scales.canonical(name) for n, name in hf_names.items()}
@@ -137,7 +139,7 @@ def opened_folder(
     return Opened(
         files,
         config,
-        lambda tensor: scales.get(tensor) or names.hf_name(tensor),
+        lambda tensor: scales.get(tensor) or hf_names[tensor],
         frozenset(unused),
         detect.quantization(folder, fields, files, quantization),
         quantize_activations,
