@@ -1,7 +1,9 @@
 """8-bit floats: native `fp8` (per tensor, per channel, in blocks), fbgemm_fp8, fp8 made at load.
 
 DeepSeek's `weight_scale_inv` is a multiplier like every other scale. Blocks at the edges of a
-weight may be partial.
+weight may be partial. With blocks, inputs are rounded in groups of as many columns; where the
+config says that their scales are static, by the one that is stored, as transformers does (vLLM
+refuses such a config).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from qjax.formats.base import (
     Layer,
     QuantizationConfig,
     Stored,
+    dense_layer,
     expect,
     fault,
 )
@@ -32,6 +35,7 @@ from qjax.registry import register_quantization_config
 _SCALES = (*PLAIN, "f8_e8m0")
 _TOKEN = ActSpec("fp8_e4m3", "token", True)
 _STATIC = ActSpec("fp8_e4m3", "tensor", False)
+_INPUT_SCALES = ("input_scale", "activation_scale")
 _LARGEST = 448.0
 
 
@@ -90,7 +94,7 @@ class Fp8(QuantizationConfig):
         record = expect(module, stored, "weight")
         if record.qtype in PLAIN:
             if not self.online or not rounds_online(module):
-                return None
+                return self._plain(module, stored, shape)
             expect(module, stored, "weight", PLAIN, shape)
             return Layer(("weight",), lambda arrays: per_tensor(arrays["weight"], self.act(None)))
         if record.qtype not in weights.FP8_QTYPES:
@@ -102,31 +106,52 @@ class Fp8(QuantizationConfig):
         scale = expect(module, stored, suffix, _SCALES)
         block = self.block or _inferred_block(tuple(scale.shape), shape)
         group = weights.scale_group(scale, shape, block)
-        # Scales [N, 1] are one a row, not blocks, though both have two axes.
-        blocks = group == block and (self.block is not None or group[0] > 1)
-        act = self.act(group[1] if blocks else None)
-        reads = ["weight", suffix]
+        act = self.act(self._block_columns(tuple(scale.shape), shape, group))
+        reads, of_inputs = ["weight", suffix], _of_inputs(stored)
         if not act.dynamic:
-            expect(module, stored, "input_scale", PLAIN, (), (1,), (1, 1), shape[:-2])
-            reads.append("input_scale")
+            lead = shape[:-2]
+            single = () if lead else ((1,), (1, 1))
+            expect(module, stored, of_inputs, PLAIN, lead, *single, (*lead, 1), (*lead, 1, 1))
+            reads.append(of_inputs)
         qtype = weights.FP8_QTYPES[record.qtype]
 
         def decode(arrays: Arrays) -> QArray:
             aux = {}
-            if "input_scale" in reads:
-                aux["act_scale"] = weights.scalar(arrays["input_scale"], shape[:-2])
+            if not act.dynamic:
+                aux["act_scale"] = weights.scalar(arrays[of_inputs], shape[:-2])
             return weights.coded(
                 arrays["weight"], qtype, shape, arrays[suffix], group, act=act, aux=aux
             )
 
-        return Layer(tuple(reads), decode, ("input_scale",) if act.dynamic else ())
+        return Layer(tuple(reads), decode, _INPUT_SCALES if act.dynamic else ())
+
+    def _plain(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
+        """A layer that is not quantized. transformers leaves those alone whose sizes no block
+        divides, but writes scales for them; it does not use these, either.
+        """
+        left = tuple(s for s in ("weight_scale_inv", *_INPUT_SCALES) if s in stored)
+        return replace(dense_layer(module, stored, shape), ignores=left) if left else None
+
+    def _block_columns(
+        self, scale: tuple[int, ...], shape: tuple[int, ...], group: tuple[int, int]
+    ) -> int | None:
+        """Columns of a block of weights, and so of a group of inputs; None where scales are not
+        those of blocks.
+        """
+        if self.block is None:
+            # Scales [N, 1] are one a row, not blocks, though both have two axes.
+            return group[1] if group[0] > 1 and group != shape[-2:] else None
+        # A weight may lie inside of one block.
+        return self.block[1] if scale == weights.grid(shape, self.block) else None
 
     def act(self, block_columns: int | None) -> ActSpec:
         """How activations are rounded for a weight with blocks of so many columns, or without."""
+        if self.static:
+            return _STATIC
         if block_columns is not None:
             scale = "e8m0_ceil" if self.powers_of_two else "float32"
             return ActSpec("fp8_e4m3", "group", True, group_size=block_columns, scale=scale)
-        return _STATIC if self.static else replace(_TOKEN, upper_bound=self.upper_bound)
+        return replace(_TOKEN, upper_bound=self.upper_bound)
 
     def to_config(self) -> dict[str, Any]:
         if self.online:
@@ -140,7 +165,9 @@ class Fp8(QuantizationConfig):
         lead = weight.qvalue.shape[:-2]
         scale = np.asarray(weight.scale)
         tensors = {"weight": np.asarray(weight.qvalue).view(ml_dtypes.float8_e4m3fn)}
-        if weight.group == (n, k):
+        if weight.act is not None and weight.act.strategy == "group":
+            tensors["weight_scale_inv"] = scale
+        elif weight.group == (n, k):
             tensors["weight_scale"] = scale.reshape(lead)
         elif weight.group == (1, k):
             tensors["weight_scale"] = scale
@@ -149,6 +176,11 @@ class Fp8(QuantizationConfig):
         if "act_scale" in weight.aux:
             tensors["input_scale"] = np.asarray(weight.aux["act_scale"]).reshape(lead)
         return tensors
+
+
+def _of_inputs(stored: Stored) -> str:
+    """Name of the scale of inputs: vLLM's, or that of transformers."""
+    return next((name for name in _INPUT_SCALES if name in stored), _INPUT_SCALES[0])
 
 
 def _names(part: str, module: str) -> bool:

@@ -266,6 +266,8 @@ def _nvfp4(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -
     weights.require_divisible(record, k, size)
     expect(module, stored, "_weight_scale", "f8_e4m3", (n, k // size))
     whole = tuple(s for s in ("_weight_per_tensor_scale",) if s in stored)
+    for suffix in whole:
+        expect(module, stored, suffix, PLAIN, (), (1,), (1, 1))
     if data.get("act_quant_kwargs"):
         raise UnsupportedError(f"{record.file}, {module}: activations in nvfp4 are not supported")
 

@@ -71,15 +71,15 @@ def scale_group(
     n, k = shape[-2:]
     lead = shape[:-2]
     sizes = tuple(record.shape)
-    body = sizes[len(lead) :] if sizes[: len(lead)] == lead else sizes
-    body = tuple(size for size in body if size != 1)
-    if not body:
-        return (n, k)
-    if body == (n,):
-        return (1, k)
-    if block is not None and body == tuple(size for size in grid((n, k), block) if size != 1):
-        return block
-    wanted = [(), (n,)] + ([grid((n, k), block)] if block else [])
+    if sizes[: len(lead)] == lead:
+        body = tuple(size for size in sizes[len(lead) :] if size != 1)
+        if not body:
+            return (n, k)
+        if body == (n,):
+            return (1, k)
+        if block is not None and body == tuple(size for size in grid((n, k), block) if size != 1):
+            return block
+    wanted = [lead, (*lead, n)] + ([grid(shape, block)] if block else [])
     raise fault(
         record,
         f"has shape {sizes}, a weight {shape} asks for one of {', '.join(map(str, wanted))}",

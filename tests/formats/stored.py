@@ -9,7 +9,12 @@ from qjax.formats.base import Checkpoint
 from qjax.registry import quantization_config
 
 MODULE = "model.layers.0.mlp.up_proj"
-_DTYPES = {"bfloat16": "bf16", "float8_e4m3fn": "f8_e4m3", "float8_e8m0fnu": "f8_e8m0"}
+_DTYPES = {
+    "bfloat16": "bf16",
+    "float8_e4m3fn": "f8_e4m3",
+    "float8_e5m2": "f8_e5m2",
+    "float8_e8m0fnu": "f8_e8m0",
+}
 
 
 @dataclass

@@ -1,0 +1,93 @@
+import ml_dtypes
+import numpy as np
+import pytest
+
+from qjax.errors import CheckpointError, UnsupportedError
+from qjax.formats import deepspeedfp
+from tests.formats.stored import MODULE, planned, quantization, weight_of
+
+CONFIG = {"quant_method": "deepspeedfp", "bits": 8, "group_size": 64}
+SMALL = {
+    4: (ml_dtypes.float4_e2m1fn, 6),
+    6: (ml_dtypes.float6_e3m2fn, 28),
+    8: (ml_dtypes.float8_e4m3fn, 448),
+}
+
+
+def rounded(dense, group, bits):
+    """float64, from runs of the flattened weight that ml_dtypes rounds."""
+    runs = dense.reshape(-1, group).astype(np.float32)
+    dtype, largest = SMALL[bits]
+    scale = np.abs(runs).max(1, keepdims=True) / np.float32(largest)
+    return ((runs / scale).astype(dtype).astype(np.float64) * scale).reshape(dense.shape)
+
+
+@pytest.mark.parametrize("group", [16, 64, 256])
+@pytest.mark.parametrize("bits", SMALL)
+def test_runs_of_the_flattened_weight(bits, group):
+    dense = np.random.default_rng(bits).normal(size=(16, 64)).astype(np.float16)
+    layer = planned(CONFIG | {"bits": bits, "group_size": group}, {"weight": dense}, (16, 64))
+    found = layer.decode({"weight": dense})
+    assert found.group == ((1, group) if group <= 64 else (4, 64))
+    np.testing.assert_allclose(weight_of(found), rounded(dense, group, bits), rtol=1e-6)
+
+
+def test_twelve_bits():
+    """e7m4: a sign, 7 bits of exponent less 63, 4 of mantissa."""
+    dense = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    layer = planned(CONFIG | {"bits": 12}, {"weight": dense}, (4, 64))
+    found = weight_of(layer.decode({"weight": dense}))
+    largest = np.float32((2 - 2.0**-4) * 2.0**64)
+    scale = (np.abs(dense).max(1, keepdims=True) / largest).astype(np.float64)
+    step = np.exp2(np.floor(np.log2(np.abs(dense / scale))) - 4)
+    np.testing.assert_allclose(found, np.round(dense / scale / step) * step * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [(bits, dtype) for bits, (dtype, _) in SMALL.items()],
+)
+def test_every_code_and_every_tie(bits, dtype):
+    """Each number of a type is its own nearest; half way, ml_dtypes takes the even code, too."""
+    qtype = deepspeedfp.QTYPES[bits]
+    values = np.arange(1 << bits).astype(np.uint8).view(dtype).astype(np.float32)
+    values = np.unique(values[np.isfinite(values)])
+    ties = (values[:-1] + values[1:]) / 2
+    for wanted in (values, ties):
+        codes = deepspeedfp.nearest(wanted, qtype).astype(np.uint8)
+        np.testing.assert_array_equal(
+            codes.view(dtype).astype(np.float32), wanted.astype(dtype).astype(np.float32)
+        )
+
+
+def test_zeros_stay_zeros():
+    assert not weight_of(deepspeedfp.round_to(np.zeros((2, 64)), "fp6_e3m2", (1, 64))).any()
+
+
+@pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head", "model.layers.0.mlp.gate"])
+def test_layers_that_stay_plain(module):
+    assert planned(CONFIG, {"weight": np.zeros((4, 64), np.float16)}, (4, 64), module) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"bits": 5}, UnsupportedError, "bits 5"),
+        ({"group_size": 0}, CheckpointError, "group_size"),
+        ({"new_key": 1}, UnsupportedError, "new_key"),
+    ],
+)
+def test_settings_that_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        quantization(CONFIG | change)
+
+
+def test_what_does_not_fit():
+    with pytest.raises(UnsupportedError, match="two rows"):
+        planned(CONFIG, {"weight": np.zeros((4, 96), np.float16)}, (4, 96))
+    with pytest.raises(CheckpointError, match="weight"):
+        planned(CONFIG, {"weight": np.zeros((4, 64), np.int8)}, (4, 64))
+    with pytest.raises(UnsupportedError, match="deepspeedfp"):
+        quantization(CONFIG).encode(
+            MODULE, deepspeedfp.round_to(np.ones((1, 64)), "fp8_e4m3", (1, 64))
+        )
