@@ -30,7 +30,7 @@ def device_kind() -> str:
     """Kind of the device that jax puts arrays on by default: "cpu", "gpu" or "tpu"."""
     if (assumed := _assumed.get()) is not None:
         return assumed
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

@@ -1,5 +1,7 @@
 """Params as a pytree: one compilation a config, and a tokenizer that waits until it is wanted."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from qjax.params import Host, Params
 
 
 def params_of(value: float, **host) -> Params:
-    return Params({"w": jnp.full((2,), value)}, config="a config", host=Host(**host))
+    config: Any = "a config"
+    return Params({"w": jnp.full((2,), value)}, config=config, host=Host(**host))
 
 
 def test_another_checkpoint_of_the_same_config_is_not_another_compilation():

@@ -98,7 +98,7 @@ def _iq1_m(b: jax.Array) -> jax.Array:
     code = _bits(b, 8 * EIGHT, 8) + 256 * _bits(b, nibble, 3)
     delta = jnp.where(_bits(b, nibble + 3, 1) == 1, -0.125, 0.125)
     scale = 2 * _bits(b, 8 * 48 + 16 * (E // 64) + 3 * (E // 16 % 4), 3) + 1
-    d = sum((b[..., 49 + 2 * i] >> 4) << (4 * i) for i in range(4))
+    d = sum(((b[..., 49 + 2 * i] >> 4) << (4 * i) for i in range(4)), jnp.zeros((), jnp.int32))
     return _as_half(d[..., None]) * scale * (_vectors("iq1", code, E % 8) + delta)
 
 

@@ -64,7 +64,7 @@ def paged_attention(
       NotImplementedError: no implementation, or not the named one, takes the call.
     """
     tokens = q.shape[0]
-    expected = {
+    expected: dict[str, tuple[jax.Array, tuple[int, ...]]] = {
         "q": (q, (tokens, spec.num_heads * spec.head_dim)),
         "k": (k, (tokens, spec.num_kv_heads * spec.head_dim)),
         "v": (v, (tokens, spec.num_kv_heads * spec.head_dim)),

@@ -55,7 +55,7 @@ def paged_attention(
         input_output_aliases={3: 1, 4: 2},
         vmap_method="sequential",
     )
-    return call(
+    out, k_pages, v_pages = call(
         q, k, v, k_pages, v_pages, block_table, query_start_loc, seq_lens, *optional,
         heads=np.int32(spec.num_heads),
         rotary_dim=np.int32(spec.rotary_dim),
@@ -65,3 +65,4 @@ def paged_attention(
         eps=np.float32(norm_eps),
         window=np.int64(spec.sliding_window or 0),
     )  # fmt: skip
+    return out, k_pages, v_pages

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
@@ -30,7 +31,7 @@ def paged_attention(
     sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
-    if any(isinstance(x, jax.core.Tracer) for x in (q, block_table, query_start_loc, seq_lens)):
+    if any(isinstance(x, Tracer) for x in (q, block_table, query_start_loc, seq_lens)):
         raise NotImplementedError("the oracle runs outside jit only")
     page_size, group = k_pages.shape[2], spec.num_heads // spec.num_kv_heads
     table, starts, lens = (np.asarray(x) for x in (block_table, query_start_loc, seq_lens))
@@ -48,19 +49,19 @@ def paged_attention(
         return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest])
 
     out = np.zeros(q.shape, np.float32)
-    q, k, v = (np.asarray(x).reshape(len(x), -1, spec.head_dim) for x in (q, k, v))
+    queries, keys, values = (np.asarray(x).reshape(len(x), -1, spec.head_dim) for x in (q, k, v))
     for s in range(len(lens)):
         for t in range(starts[s], starts[s + 1]):
             position = int(lens[s] - (starts[s + 1] - t))
             page, slot = table[s, position // page_size], position % page_size
             for h in range(spec.num_kv_heads):
-                keys_of[page, h, slot] = turned(k[t, h], k_norm, t).astype(dtype)
-                values_of[page, h, slot] = v[t, h].astype(dtype)
+                keys_of[page, h, slot] = turned(keys[t, h], k_norm, t).astype(dtype)
+                values_of[page, h, slot] = values[t, h].astype(dtype)
             low = 0 if spec.sliding_window is None else max(0, position - spec.sliding_window + 1)
             seen = np.arange(low, position + 1)
             pages, slots = table[s, seen // page_size], seen % page_size
             for h in range(spec.num_heads):
-                query = turned(q[t, h], q_norm, t) * np.float32(spec.scale)
+                query = turned(queries[t, h], q_norm, t) * np.float32(spec.scale)
                 scores = keys_of[pages, h // group, slots].astype(np.float32) @ query
                 if spec.soft_cap is not None:
                     scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)

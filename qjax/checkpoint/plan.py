@@ -263,7 +263,8 @@ def _cache_scale(
     other = {"k_scale": "v_scale", "v_scale": "k_scale"}[last]
     for suffix in (last, "kv_scale") if last in modules.suffixes else ("kv_scale", other):
         if suffix in stored:
-            record = expect(module, stored, suffix, PLAIN)
+            expect(module, stored, suffix, PLAIN)
+            record = stored[suffix]
             if math.prod(record.shape) != shape[0]:
                 raise fault(
                     record, f"has shape {record.shape}, other layers have {shape[0]} scales"

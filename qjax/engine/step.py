@@ -112,6 +112,7 @@ def step(
       (output, cache, state, batch of the next decode step, or None after prefill).
     """
     if not spec.prefill:
+        assert count is not None
         return _decode(tree, cache, state, batch, rows, count, config, spec)
     hidden, cache = functional.run(config, tree, tokens, batch, cache)
     prompt_logprobs = None
@@ -123,8 +124,8 @@ def step(
     if spec.penalties:
         state = _count_prompt(state, tokens, batch, rows)
     picked, logprobs, state = _emit(logits, state, batch, rows, spec)
-    first = jax.tree.map(lambda x: x[None], (picked, logprobs))
-    return StepOutput(*first, prompt_logprobs), cache, state, None
+    picked, logprobs = jax.tree.map(lambda x: x[None], (picked, logprobs))
+    return StepOutput(picked, logprobs, prompt_logprobs), cache, state, None
 
 
 def _decode(
@@ -164,8 +165,8 @@ def _decode(
             jax.tree.map(lambda x: jnp.zeros((DECODE_STEPS, *x.shape), x.dtype), one),
         )
     carry = lax.fori_loop(0, count, once, (output, cache, state, batch))
-    output, cache, state, batch = carry
-    return StepOutput(*output, None), cache, state, batch
+    (picked, logprobs), cache, state, batch = carry
+    return StepOutput(picked, logprobs, None), cache, state, batch
 
 
 def _emit(

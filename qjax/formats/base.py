@@ -21,11 +21,16 @@ PLAIN = ("f32", "f16", "bf16")
 class Record(Protocol):
     """A stored tensor as its file's header describes it; `qtype` is the dtype in lower case."""
 
-    name: str
-    qtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def qtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def offset(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from qjax.qarray import QArray
 
 
 class Linear(nnx.Module):
@@ -13,15 +18,15 @@ class Linear(nnx.Module):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, lead: tuple[int, ...] = ()
     ):
-        self.weight = nnx.Param(jnp.zeros((*lead, out_features, in_features)))
+        self.weight: nnx.Param[Any] = nnx.Param(jnp.zeros((*lead, out_features, in_features)))
         self.bias = nnx.Param(jnp.zeros((*lead, out_features))) if bias else None
 
     @property
-    def w(self):
+    def w(self) -> QArray:
         return self.weight.get_value()
 
     @property
-    def b(self):
+    def b(self) -> jax.Array | None:
         return None if self.bias is None else self.bias.get_value()
 
 
@@ -32,5 +37,5 @@ class Norm(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((features,)))
 
     @property
-    def w(self):
+    def w(self) -> jax.Array:
         return self.weight.get_value()

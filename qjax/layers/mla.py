@@ -77,13 +77,16 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """x + attention(norm(x)), with `post_norm` on what is added. x is float32 [T, E]."""
         q, k, v = self._heads(x, batch, tables[self.rope], norm)
+        size = self.spec.head_dim
         out, layer_cache = ops.paged_attention(
-            *(_filled(each, self.spec.head_dim) for each in (q, k, v)),
+            _filled(q, size),
+            _filled(k, size),
+            _filled(v, size),
             layer_cache,
             batch,
             self.spec,
         )
-        out = out.reshape(*v.shape[:2], self.spec.head_dim)[:, :, : v.shape[-1]]
+        out = out.reshape(*v.shape[:2], size)[:, :, : v.shape[-1]]
         x = ops.linear(
             out.reshape(len(x), -1),
             self.o_proj.w,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,13 @@ ACTIVATION_DTYPES = {"exact": "float32", "int16": "int16", "int8": "int8"}
 _OUTPUT_AUX = {"lora_a", "output_perm"}  # what a weight does to the outputs of its product
 
 
-def linear(
+@overload
+def linear(x: jax.Array, w: QArray, **around: Any) -> jax.Array: ...
+@overload
+def linear(x: jax.Array, w: tuple[QArray, ...], *, activation: str, **around: Any) -> jax.Array: ...
+@overload
+def linear(x: jax.Array, w: tuple[QArray, ...], **around: Any) -> tuple[jax.Array, ...]: ...
+def linear(  # pyright: ignore[reportInconsistentOverload]  (it names what `around` may be)
     x: jax.Array,
     w: QArray | tuple[QArray, ...],
     *,

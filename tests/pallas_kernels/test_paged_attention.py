@@ -103,7 +103,7 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
     blocks = -(-max(lengths) // PAGE)
     table = random.permutation(len(lengths) * blocks).reshape(len(lengths), blocks).astype(np.int32)
     shape = (table.size, case.kv_heads, PAGE, case.head_dim)
-    pages = [jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)]
+    k_pages = v_pages = jnp.zeros(shape, dtype)
 
     def draw(tokens, heads):
         return random.standard_normal((tokens, heads, case.head_dim)).astype(np.float32)
@@ -117,15 +117,11 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
     angles = random.uniform(0, 6, (max(lengths), case.rotary_dim // 2)).astype(np.float32)
     tables = (np.cos(angles), np.sin(angles)) if case.rope else (None, None)
 
-    wanted = [
-        oracle(
-            case,
-            *(x.astype(np.float64) for x in sequence),
-            weights,
-            [t if t is None else t[:n].astype(np.float64) for t in tables],
-        )
-        for n, sequence in zip(lengths, sequences, strict=True)
-    ]
+    wanted = []
+    for n, sequence in zip(lengths, sequences, strict=True):
+        q, k, v = (x.astype(np.float64) for x in sequence)
+        own = [t if t is None else t[:n].astype(np.float64) for t in tables]
+        wanted.append(oracle(case, q, k, v, weights, own))
     call = partial(paged_attention, spec=case.spec, norm_eps=EPS)
     if implementation != "ref":
         call = jax.jit(call)
@@ -141,16 +137,17 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
             return jnp.asarray(np.pad(rows, ((0, case.padding), (0, 0)), constant_values=np.nan))
 
         q, k, v = (flat([sequence[i] for sequence in sequences]) for i in range(3))
-        rope = tuple(flat([t] * len(lengths)) for t in tables) if case.rope else None
-        out, *pages = call(
+        cos, sin = (flat([t] * len(lengths)) for t in tables) if case.rope else (None, None)
+        out, k_pages, v_pages = call(
             q,
             k,
             v,
-            *pages,
+            k_pages,
+            v_pages,
             block_table=jnp.asarray(table),
             query_start_loc=jnp.asarray(np.cumsum([0, *counts]), jnp.int32),
             seq_lens=jnp.asarray(done, jnp.int32),
-            rope=rope,
+            rope=None if cos is None or sin is None else (cos, sin),
             q_norm=weights[0],
             k_norm=weights[1],
         )
