@@ -397,12 +397,15 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> _T
 
 
 def _subclass(function: Any, kind: Any, arguments: Any, state: Any) -> _Object:
-    """`_rebuild_from_type_v2`: a wrapper, whose tensors are in its state."""
+    """`_rebuild_from_type_v2`: a wrapper, whose tensors are in its state, and the dtype that it has
+    to the outside among the arguments.
+    """
     if function != _Global("torch._utils", "_rebuild_wrapper_subclass"):
         raise ValueError("a tensor that is rebuilt in another way")
     if type(kind) is not _Global or type(state) is not dict:
         raise ValueError("a tensor subclass without a state")
-    return _Object(kind.name, dict(state))
+    dtype = arguments[1] if type(arguments) is tuple and len(arguments) > 1 else None
+    return _Object(kind.name, ({"dtype": dtype} if type(dtype) is _Global else {}) | state)
 
 
 def _empty() -> dict[str, Any]:

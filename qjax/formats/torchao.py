@@ -66,7 +66,11 @@ class TorchAO(QuantizationConfig):
                 f"{record.file}, {module}: a tensor of class {kind!r:.80} is not supported; these "
                 f"are: {', '.join(_CLASSES)}"
             )
-        layer = _CLASSES[kind](module, stored, (shape[0], shape[1]), data)
+        make, size = _CLASSES[kind], (shape[0], shape[1])
+        if data.get("is_swizzled_scales"):
+            layer = _unswizzled(make, module, stored, size, data)
+        else:
+            layer = make(module, stored, size, data)
         return replace(layer, decode=_rounded(layer.decode, data))
 
     def _description(self, record: Record) -> tuple[str, Mapping[str, Any]]:
@@ -261,50 +265,109 @@ def _tile_packed(module: str, stored: Stored, shape: Shape, data: Mapping[str, A
 def _nvfp4(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
     n, k = shape
     record = expect(module, stored, _QDATA, "u8", (n, k // 2))
-    _refuse_swizzled(record, data)
-    size = int(data.get("block_size") or 16)
+    size = _block(record, data, 16)
     weights.require_divisible(record, k, size)
     expect(module, stored, "_weight_scale", "f8_e4m3", (n, k // size))
-    whole = tuple(s for s in ("_weight_per_tensor_scale",) if s in stored)
+    known = {"_weight_per_tensor_scale": "global_scale"}
+    act = _nvfp4_act(record, data, size)
+    if act is not None:
+        known["_weight_act_per_tensor_scale"] = "act_global_scale"
+    whole = {suffix: key for suffix, key in known.items() if suffix in stored}
     for suffix in whole:
         expect(module, stored, suffix, PLAIN, (), (1,), (1, 1))
-    if data.get("act_quant_kwargs"):
-        raise UnsupportedError(f"{record.file}, {module}: activations in nvfp4 are not supported")
 
     def decode(arrays: Arrays) -> QArray:
-        aux = {}
-        if whole:
-            aux["global_scale"] = weights.scalar(arrays[whole[0]])
+        # Without a scale of the whole, those of groups are what they are.
+        aux = {} if act is None else {"act_global_scale": np.ones((1, 1), np.float32)}
+        aux |= {key: weights.scalar(arrays[suffix]) for suffix, key in whole.items()}
         scale = arrays["_weight_scale"]
-        return weights.coded(arrays[_QDATA], "fp4_e2m1", shape, scale, (1, size), aux=aux)
+        return weights.coded(arrays[_QDATA], "fp4_e2m1", shape, scale, (1, size), aux=aux, act=act)
 
     return Layer((_QDATA, "_weight_scale", *whole), decode)
 
 
+def _nvfp4_act(record: Record, data: Mapping[str, Any], size: int) -> ActSpec | None:
+    kwargs = _act_settings(record, data)
+    if kwargs is None:
+        return None
+    if kwargs.get("use_dynamic_per_tensor_scale"):
+        raise UnsupportedError(
+            f"{record.file}, {record.name}: activations with a scale of the whole that is computed "
+            "as they come (use_dynamic_per_tensor_scale) are not supported"
+        )
+    return ActSpec("fp4_e2m1", "group", True, group_size=size, scale="fp8_e4m3")
+
+
+_MX_TYPES = {
+    "float8_e4m3fn": "fp8_e4m3",
+    "float8_e5m2": "fp8_e5m2",
+    "float4_e2m1fn_x2": "fp4_e2m1",
+}
+_MX_SCALES = {"FLOOR": "e8m0", "RCEIL": "e8m0_ceil", "EVEN": "e8m0_even"}
+
+
 def _mx(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) -> Layer:
     record = stored[_QDATA]
-    _refuse_swizzled(record, data)
-    element = _torch_name(data.get("elem_dtype"))
-    qtypes = {
-        "float8_e4m3fn": "fp8_e4m3",
-        "float8_e5m2": "fp8_e5m2",
-        "float4_e2m1fn_x2": "fp4_e2m1",
-    }
-    if element not in qtypes:
+    element, size = _torch_name(data.get("elem_dtype")), _block(record, data, 32)
+    if element not in _MX_TYPES:
         raise UnsupportedError(f"{record.file}, {module}: elem_dtype {element!r:.80}")
-    if data.get("act_quant_kwargs"):
-        raise UnsupportedError(f"{record.file}, {module}: activations in MX are not supported")
-
-    size = int(data.get("block_size") or 32)
-    return weights.mx(module, stored, shape, qtypes[element], size, _QDATA, "_weight_scale")
+    act = _mx_act(record, data)
+    layer = weights.mx(module, stored, shape, _MX_TYPES[element], size, _QDATA, "_weight_scale")
+    return replace(layer, decode=lambda arrays: replace(layer.decode(arrays), act=act))
 
 
-def _refuse_swizzled(record: Record, data: Mapping[str, Any]) -> None:
-    if data.get("is_swizzled_scales"):
+def _mx_act(record: Record, data: Mapping[str, Any]) -> ActSpec | None:
+    kwargs = _act_settings(record, data)
+    if kwargs is None:
+        return None
+    element = _torch_name(kwargs.get("elem_dtype"))
+    mode = _torch_name(kwargs.get("scaling_mode")).upper()
+    if element not in _MX_TYPES or mode not in _MX_SCALES:
         raise UnsupportedError(
-            f"{record.file}, {record.name}: scales in a kernel's own order (is_swizzled_scales) "
-            "are not supported; save the model without"
+            f"{record.file}, {record.name}: activations in {element} with scaling_mode {mode} are "
+            f"not supported; {', '.join(_MX_TYPES)} and {', '.join(_MX_SCALES)} are"
         )
+    size = _block(record, kwargs, 32)
+    return ActSpec(_MX_TYPES[element], "group", True, group_size=size, scale=_MX_SCALES[mode])
+
+
+def _block(record: Record, data: Mapping[str, Any], default: int) -> int:
+    size = data.get("block_size", default)
+    if type(size) is not int or size < 1:
+        raise fault(record, f"has block_size {size!r:.80} in the header")
+    return size
+
+
+def _unswizzled(
+    make: Callable[[str, Stored, Shape, Mapping[str, Any]], Layer],
+    module: str,
+    stored: Stored,
+    shape: Shape,
+    data: Mapping[str, Any],
+) -> Layer:
+    """A layer whose scales lie as NVIDIA's tensor cores take them: in tiles of 128 rows and 4
+    columns, of which rows 32 apart are neighbours (cuBLAS, "1D block scaling factors layout").
+    """
+    record = expect(module, stored, "_weight_scale", _SCALES)
+    n, columns = shape[0], shape[1] // _block(record, data, 16)
+    tiles = -(-n // 128), -(-columns // 4)
+    expect(
+        module,
+        stored,
+        "_weight_scale",
+        _SCALES,
+        (32 * tiles[0], 16 * tiles[1]),
+        (512 * tiles[0] * tiles[1],),
+    )
+    rows = replace(record, shape=(n, columns))  # type: ignore[type-var]
+    layer = make(module, {**stored, "_weight_scale": rows}, shape, data)
+
+    def decode(arrays: Arrays) -> QArray:
+        tiled = arrays["_weight_scale"].reshape(*tiles, 32, 4, 4)
+        rows = tiled.transpose(0, 3, 2, 1, 4).reshape(128 * tiles[0], 4 * tiles[1])
+        return layer.decode({**arrays, "_weight_scale": np.ascontiguousarray(rows[:n, :columns])})
+
+    return replace(layer, decode=decode)
 
 
 _CLASSES: dict[str, Callable[[str, Stored, Shape, Mapping[str, Any]], Layer]] = {
@@ -324,14 +387,22 @@ def _torch_name(entry: Any) -> str:
     return str(value).removeprefix("torch.")
 
 
-def _act(record: Record, data: Mapping[str, Any], dtype: str) -> ActSpec | None:
-    """What `act_quant_kwargs` of a tensor means."""
+def _act_settings(record: Record, data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The fields of `act_quant_kwargs`; None where activations stay as they are."""
     kwargs = data.get("act_quant_kwargs")
     if kwargs is None:
         return None
     inner = kwargs.get("_data") if isinstance(kwargs, dict) else None
     if not isinstance(inner, dict):
         raise fault(record, f"has act_quant_kwargs {kwargs!r:.80} in the header")
+    return inner
+
+
+def _act(record: Record, data: Mapping[str, Any], dtype: str) -> ActSpec | None:
+    """What `act_quant_kwargs` of a tensor means."""
+    inner = _act_settings(record, data)
+    if inner is None:
+        return None
     granularity = inner.get("granularity")
     kind = granularity.get("_type") if isinstance(granularity, dict) else None
     strategies = {"PerRow": "token", "PerTensor": "tensor", "PerToken": "token"}
