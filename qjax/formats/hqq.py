@@ -56,8 +56,7 @@ _HISTORY = ("compute_dtype", "optimize", "round_zero", "offload_meta", "unpack_v
 _FLAGS = ("encoded_state_dict", "stores_quant_config")
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     """Of one layer; `group_size` is None where rows or columns are not cut into groups."""
 
     nbits: float
@@ -74,11 +73,13 @@ class HQQ(QuantizationConfig):
       settings: by the end of a layer's name ("self_attn.q_proj"); "" for every other.
       skipped: layers that are not quantized, by parts of their names.
       checkpoint: where settings of layers are read from.
+      values: the configuration as it was read.
     """
 
     settings: Mapping[str, _Settings]
     skipped: tuple[str, ...]
     checkpoint: Checkpoint
+    values: Mapping[str, Any]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
@@ -88,9 +89,9 @@ class HQQ(QuantizationConfig):
         skipped = keys.get("skip_modules", list, [])
         keys.done()
         if "weight_quant_params" in given.values:
-            return cls({"": _settings(given)}, tuple(map(str, skipped)), checkpoint)
+            return cls({"": _settings(given)}, tuple(map(str, skipped)), checkpoint, config)
         settings = {name: _settings(given.section(name)) for name in given.values}
-        return cls(settings, tuple(map(str, skipped)), checkpoint)
+        return cls(settings, tuple(map(str, skipped)), checkpoint, config)
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         if "W_q" not in stored:
@@ -110,7 +111,7 @@ class HQQ(QuantizationConfig):
                 )
         if axis not in (0, 1) or (size is not None and size < 1):
             raise fault(record, f"comes with axis {axis} and group_size {size}")
-        self._check(module, record, _Settings(nbits, size, axis))
+        self._check(module, record, _Settings(nbits, size, axis), (n, k))
         if tuple(read.array("shape").tolist()) != (n, k):
             raise fault(stored["shape"], f"differs from {(n, k)}, the model's sizes")
         packing = read.text("packing")
@@ -130,11 +131,23 @@ class HQQ(QuantizationConfig):
             (*names, "channel_wise", "view_as_float", *_HISTORY, *_FLAGS),
         )
 
-    def _check(self, module: str, record: Record, found: _Settings) -> None:
-        tag = re.sub(r"^.*\blayers\.\d+\.", "", module)
-        said = self.settings.get(tag, self.settings.get(""))
+    def _check(self, module: str, record: Record, found: _Settings, shape: tuple[int, int]) -> None:
+        said = self._said(module)
+        if said is not None and said.group_size is None and found.group_size == shape[found.axis]:
+            found = found._replace(group_size=None)  # whole rows or columns
         if said is not None and said != found:
             raise fault(record, f"is stored with {found}, but the config says {said}")
+
+    def _said(self, module: str) -> _Settings | None:
+        """What the config says of a layer, by the end of its name, or of all."""
+        tag = re.sub(r"^.*\blayers\.\d+\.", "", module)
+        return self.settings.get(tag, self.settings.get(""))
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
+        return _encode(module, weight, self._said(module))
 
 
 def _settings(keys: Keys) -> _Settings:
@@ -144,14 +157,8 @@ def _settings(keys: Keys) -> _Settings:
     size = inner.get("group_size", int)
     axis = inner.choice("axis", (0, 1), 1)
     inner.ignore(*_HISTORY, "channel_wise", "view_as_float")
-    for name in ("scale_quant_params", "zero_quant_params"):
-        if keys.values.get(name) is not None:
-            raise UnsupportedError(
-                f"{keys.file}: {keys.prefix}{name} is not supported; float scales and zero points "
-                "are"
-            )
-        keys.ignore(name)
-    keys.ignore("offload_meta")
+    # HQQ of today takes the settings of quantized scales, but stores floats: each layer tells.
+    keys.ignore("scale_quant_params", "zero_quant_params", "offload_meta")
     keys.done()
     inner.done()
     return _Settings(round(float(nbits), 4), size, axis)
@@ -224,9 +231,9 @@ def _plan(
         aux = {}
         if slabs is not None:
             # Rows of one group become neighbours; the outputs are put back in order.
-            rows = np.arange(n).reshape(-1, slabs)
-            values = values[rows.T.reshape(-1)]
-            aux["output_perm"] = np.argsort(rows.T.reshape(-1)).astype(np.int32)[None]
+            perm = _output_perm(n, n // slabs)
+            values = values[np.argsort(perm)]
+            aux["output_perm"] = perm[None]
         packed = codes.pack(values, packing.bits)
         zero = weights.scales(zero, shape, group)
         return weights.coded(
@@ -242,3 +249,81 @@ def _unpack(words: np.ndarray, packing: _Packing) -> np.ndarray:
     mask = words.dtype.type((1 << packing.bits) - 1)
     parts = [(words >> words.dtype.type(shift)) & mask for shift in shifts]
     return np.concatenate(parts).astype(np.uint8)
+
+
+def _encode(module: str, weight: QArray, said: _Settings | None) -> dict[str, np.ndarray]:
+    """The tensors that a layer is read from, its settings among them.
+
+    Raises:
+      UnsupportedError: HQQ has no layout for such a weight, or the config says another.
+    """
+    code, (n, k), (rows, columns) = (
+        codes.CODES.get(weight.qtype),
+        weight.shape,
+        weight.group or (0, 0),
+    )
+    if (
+        code is None
+        or code.kind != "uint"
+        or 1 not in (rows, columns)
+        or n % rows
+        or k % columns
+        or weight.additive
+        or weight.qvalue.ndim != 2
+        or weight.aux.keys() - {"output_perm"}
+    ):
+        raise UnsupportedError(
+            f"{module}: HQQ has no layout for {weight.qtype} weights in groups of {weight.group}"
+        )
+    axis, size = (1, columns) if rows == 1 else (0, rows)
+    fitting = (name for name, each in _PACKINGS.items() if each.bits >= code.bits)
+    name = min(fitting, key=lambda name: _PACKINGS[name].bits)
+    packing = _PACKINGS[name]
+    nbits = said.nbits if said is not None and said.nbits <= packing.bits else float(code.bits)
+    whole = None if size == (n, k)[axis] else size
+    if said is not None and said not in (_Settings(nbits, s, axis) for s in (size, whole)):
+        raise UnsupportedError(
+            f"{module}: has groups of {size} along axis {axis}, but the config says {said}"
+        )
+    values = codes.unpack(np.asarray(weight.qvalue), code.bits, k, np)
+    order = np.asarray(weight.aux.get("output_perm", np.arange(n)[None]))[0]
+    if not np.array_equal(order, _output_perm(n, n if axis else size)):
+        raise UnsupportedError(f"{module}: HQQ has no layout for rows in this order")
+    matrix = (n * k // size, size) if axis else (size, n * k // size)
+    if packing.word == "u8" and matrix[0] % packing.count:
+        raise UnsupportedError(f"{module}: {(n, k)} weights of {nbits:g} bits fill no whole bytes")
+    scale = np.asarray(weight.scale)
+    zero = np.full_like(scale, code.zero)
+    if weight.zero_point is not None:
+        zero = np.asarray(weight.zero_point).astype(scale.dtype)
+    line = (-1, 1) if axis else (1, -1)
+    word = {"u8": "uint8", "i32": "int32"}[packing.word]
+    texts = {"packing": name, "compute_dtype": f"torch.{scale.dtype.name}"}
+    texts["unpack_view_dtype"] = f"torch.{word}"
+    flags = {**dict.fromkeys((*_FLAGS, "channel_wise", "optimize"), 1), "view_as_float": 0}
+    flags |= dict.fromkeys(("quant_scale", "quant_zero", "round_zero", "offload_meta"), 0)
+    return {
+        "W_q": _pack(values[order].reshape(matrix), packing),
+        "scale": scale.reshape(line),
+        "zero": zero.reshape(line),
+        "shape": np.array([n, k]),
+        "nbits": np.array(nbits, np.int32 if nbits.is_integer() else np.float32),
+        "axis": np.array(axis, np.int32),
+        "group_size": np.array(size, np.int32),
+        **{name: np.array(value, np.uint8) for name, value in flags.items()},
+        **{name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()},
+    }
+
+
+def _output_perm(n: int, size: int) -> np.ndarray:
+    """Where each row went that groups of `size` rows, n / size apart, made neighbours."""
+    return np.argsort(np.arange(n).reshape(size, -1).T.reshape(-1)).astype(np.int32)
+
+
+def _pack(values: np.ndarray, packing: _Packing) -> np.ndarray:
+    """What `_unpack` undoes; rows of zeros fill up where codes share 32 bits."""
+    missing = np.zeros((-len(values) % packing.count, values.shape[1]), np.uint8)
+    parts = np.concatenate([values, missing]).reshape(packing.count, -1, values.shape[1])
+    shifts = packing.bits * np.arange(packing.count - 1, -1, -1)
+    words = np.bitwise_or.reduce(parts.astype(np.uint32) << shifts[:, None, None], dtype=np.uint32)
+    return words.astype(np.uint8) if packing.word == "u8" else words.view(np.int32)

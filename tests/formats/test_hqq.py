@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from qjax.errors import CheckpointError, UnsupportedError
+from qjax.qarray import QArray
 from tests.formats.stored import MODULE, decoded, planned, quantization, weight_of
 
 BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
@@ -65,6 +68,14 @@ def test_every_packing(packing, axis):
     assert found.zero_point.dtype == np.float32
     assert ("output_perm" in found.aux) == (axis == 0)
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-5, atol=1e-6)
+    method = quantization(config(BITS[packing], 32, axis))
+    written = method.encode(MODULE, found)
+    tensors["unpack_view_dtype"] = written["unpack_view_dtype"]
+    assert written.keys() == tensors.keys()
+    for suffix, array in written.items():
+        assert array.dtype == tensors[suffix].dtype
+        np.testing.assert_array_equal(array, tensors[suffix], suffix)
+    assert quantization(method.to_config()).settings == method.settings
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -73,6 +84,34 @@ def test_whole_rows_and_columns(axis):
     found = decoded(config(4, None, axis), tensors, (16, 64))
     assert found.group == ((1, 64) if axis else (16, 1))
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_group_that_is_a_whole_row_or_column(axis):
+    """Where the config tells no size, HQQ stores the one that each layer had."""
+    tensors, weight = layer("4bit_u8", 16, 64, (16, 64)[axis], axis)
+    found = decoded(config(4, None, axis), tensors, (16, 64))
+    np.testing.assert_allclose(weight_of(found), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_settings_of_scales_that_stayed_floats():
+    tensors, weight = layer("4bit_u8", 16, 64, 32, 1)
+    found = config(4, 32, 1)
+    found["quant_config"]["scale_quant_params"] = {"nbits": 8, "group_size": 128}
+    np.testing.assert_allclose(
+        weight_of(decoded(found, tensors, (16, 64))), weight, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_what_has_no_layout_is_not_written():
+    tensors, _ = layer("4bit_u8", 128, 64, 32, 0)
+    found = decoded(config(4, 32, 0), tensors, (128, 64))
+    with pytest.raises(UnsupportedError, match="the config says"):
+        quantization(config(4, 64, 0)).encode(MODULE, found)
+    with pytest.raises(UnsupportedError, match="order"):
+        quantization(config(4, 32, 0)).encode(MODULE, replace(found, aux={}))
+    with pytest.raises(UnsupportedError, match="f16"):
+        quantization(config()).encode(MODULE, QArray.from_dense(np.ones((4, 64), np.float16)))
 
 
 def test_one_scale_for_the_weight():
@@ -174,7 +213,6 @@ def test_layers_that_are_skipped():
         (config() | {"new_key": 1}, "new_key"),
         (config(new_key=1), "new_key"),
         (config(axis=2), "axis 2"),
-        ({"quant_method": "hqq", "quant_config": {"a": {"scale_quant_params": {}}}}, "scale_quant"),
     ],
 )
 def test_settings_that_are_refused(found, message):
