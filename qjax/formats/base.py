@@ -241,8 +241,11 @@ class Keys:
         self.seen.update(names)
 
     def done(self) -> None:
-        """Raises UnsupportedError where a key was not read."""
-        unknown = [name for name in self.values if name not in self.seen]
+        """Raises UnsupportedError where a key was not read, but for those that are null: tools
+        write a null for each setting that was not made.
+        """
+        left = self.values.items()
+        unknown = [name for name, value in left if name not in self.seen and value is not None]
         if unknown:
             raise UnsupportedError(
                 f"{self.file}: unknown key {self.prefix}{unknown[0]!r:.80} in the quantization "
