@@ -33,12 +33,9 @@ from qjax.scheme import QuantizationArgs, QuantizationScheme
 
 # Keys that say how a model was quantized, not how it is stored.
 _HISTORY = (
-    *("quant_method", "autoround_version", "iters", "block_name_to_quantize", "provider"),
-    *("to_quant_block_names", "backend", "nsamples", "seqlen", "low_gpu_mem_usage", "version"),
-    *("enable_quanted_input", "enable_minmax_tuning", "lr", "minmax_lr", "dataset", "batch_size"),
-    *("gradient_accumulate_steps", "export_format", "static_kv_dtype", "static_attention_dtype"),
-    *("modules_to_not_convert", "fmt", "supported_types", "quant_lm_head", "amp"),
-    "enable_norm_bias_tuning",
+    *awq.AUTO_ROUND,
+    *("quant_method", "backend", "version", "export_format", "modules_to_not_convert", "fmt"),
+    "quant_lm_head",
 )
 # The same, of one layer's settings.
 _LAYER_HISTORY = (
@@ -107,7 +104,7 @@ class AutoRound(QuantizationConfig):
             if each["bits"] < 16:
                 _check(packing, each, checkpoint.file)
         inner: QuantizationConfig | None = None
-        if packing.startswith("auto_round:fp8"):
+        if packing.startswith("auto_round:fp8") or _is_plain_fp8(packing, settings):
             static = packing.endswith("static") or not settings["act_dynamic"]
             scheme = config.get("activation_scheme", "static" if static else "dynamic")
             wanted = {"activation_scheme": scheme, "weight_block_size": block or _block(settings)}
@@ -134,7 +131,13 @@ class AutoRound(QuantizationConfig):
         inner = self._inner(module)
         if inner is not None:
             layer = inner.layer(module, stored, shape)
-            return layer if layer is None else replace(layer, decode=_floor_scales(layer.decode))
+            if layer is None:
+                return None
+            own = self._of(module)
+            if _is_plain_fp8(self.packing, own):
+                return replace(layer, decode=_without_act(layer.decode))
+            scale = "e8m0_ceil" if _act_kind(own).endswith("_rceil") else "e8m0"
+            return replace(layer, decode=_with_mx_scales(layer.decode, scale))
         if "qweight" not in stored:
             return None
         settings = self._of(module)
@@ -189,7 +192,7 @@ def _check(packing: str, settings: Mapping[str, Any], file: str) -> None:
     """Raises UnsupportedError where a packing has no layout for the settings of a layer."""
     if packing == "auto_round:llm_compressor":
         _compressed_tensors(settings, file)
-    elif not packing.startswith("auto_round:fp8") and (
+    elif not (packing.startswith("auto_round:fp8") or _is_plain_fp8(packing, settings)) and (
         settings["data_type"] != "int" or settings["act_bits"] < 16
     ):
         raise UnsupportedError(
@@ -204,14 +207,34 @@ def _block(settings: Mapping[str, Any]) -> list[int] | None:
     return size if isinstance(size, list) else None
 
 
-def _floor_scales(decode: Callable[[Arrays], QArray]) -> Callable[[Arrays], QArray]:
-    """AutoRound makes MX scales of activations as OCP MX says, without rounding absmax first."""
+def _is_plain_fp8(packing: str, settings: Mapping[str, Any]) -> bool:
+    """8-bit floats whose inputs stay as they are; the packing that is told then means nothing."""
+    return (
+        not packing.startswith("auto_round:fp8")
+        and (settings["data_type"], settings["bits"]) == ("fp", 8)
+        and settings["act_bits"] >= 16
+    )
+
+
+def _without_act(decode: Callable[[Arrays], QArray]) -> Callable[[Arrays], QArray]:
+    return lambda arrays: replace(decode(arrays), act=None)
+
+
+def _act_kind(settings: Mapping[str, Any]) -> str:
+    """The numeric type of activations, by default that of weights."""
+    return str(settings["act_data_type"] or settings["data_type"])
+
+
+def _with_mx_scales(decode: Callable[[Arrays], QArray], scale: str) -> Callable[[Arrays], QArray]:
+    """AutoRound makes MX scales of activations as OCP MX says, without rounding absmax first; or
+    ("rceil") rounds them up.
+    """
 
     def decode_with(arrays: Arrays) -> QArray:
         weight = decode(arrays)
         if weight.act is None or weight.act.scale != "e8m0_even4":
             return weight
-        return replace(weight, act=replace(weight.act, scale="e8m0"))
+        return replace(weight, act=replace(weight.act, scale=scale))
 
     return decode_with
 
@@ -239,7 +262,7 @@ def _compressed_tensors(settings: Mapping[str, Any], file: str) -> CompressedTen
         strategy, size, scale_dtype = next(
             (value for name, value in kinds.items() if kind.startswith(name)), ("", 0, None)
         )
-        if not strategy or bits not in (4, 8):
+        if not strategy or bits not in (4, 8) or kind.endswith("_v2"):
             raise UnsupportedError(
                 f"{file}: data_type {kind!r:.80} of {bits} bits is not supported here; mx_fp and "
                 "nv_fp of 4 and 8 bits are"
@@ -252,5 +275,5 @@ def _compressed_tensors(settings: Mapping[str, Any], file: str) -> CompressedTen
     act = None
     if settings["act_bits"] < 16:
         local = "local" if weight.strategy == "tensor_group" else True
-        act = args(settings["act_data_type"] or kind, settings["act_bits"], local)
+        act = args(_act_kind(settings), settings["act_bits"], local)
     return CompressedTensors((QuantizationScheme(("Linear",), weight, act),), (), (), {})

@@ -33,11 +33,20 @@ from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 
 VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
+# Keys of AutoRound that say how a model was quantized, not how it is stored.
+AUTO_ROUND = (
+    *("autoround_version", "provider", "iters", "nsamples", "seqlen", "lr", "minmax_lr", "amp"),
+    *("batch_size", "dataset", "gradient_accumulate_steps", "low_gpu_mem_usage"),
+    *("enable_quanted_input", "enable_minmax_tuning", "enable_norm_bias_tuning"),
+    *("supported_types", "scale_dtype", "super_bits", "super_group_size", "quant_block_list"),
+    *("to_quant_block_names", "block_name_to_quantize", "static_kv_dtype"),
+    *("static_kv_granularity", "static_attention_dtype", "static_attention_granularity"),
+)
 _HISTORY = (
+    *AUTO_ROUND,
     *("quant_method", "method", "meta", "lm_head", "backend", "do_fuse", "modules_to_fuse"),
     *("fuse_max_seq_len", "exllama_config", "pack_dtype", "desc_act", "checkpoint_format"),
-    *("format", "autoround_version", "iters", "provider", "data_type", "to_quant_block_names"),
-    *("sym", "model_file_base_name", "block_name_to_quantize", "nsamples", "seqlen"),
+    *("format", "data_type", "sym", "model_file_base_name"),
 )
 # Runs of 8 columns, in the order in which they are packed.
 _INTERLEAVED = [0, 2, 4, 6, 1, 3, 5, 7]

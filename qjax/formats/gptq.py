@@ -36,14 +36,14 @@ WORDS = ("i32", "u32", "i16", "i8", "i64")
 # Keys of the tools that say how a model was quantized, not how it is stored.
 HISTORY = (
     *CALIBRATION,
+    *awq.AUTO_ROUND,
     *("quant_method", "method", "meta", "model_file_base_name", "model_name_or_path"),
-    *("modules_in_block_to_quantize", "block_name_to_quantize", "version", "use_exllama"),
-    *("exllama_config", "use_cuda_fp16", "max_input_length", "backend", "batch_size", "dataset"),
-    *("cache_block_outputs", "disable_exllama", "module_name_preceding_first_block"),
-    *("pad_token_id", "tokenizer", "adapter", "desc_act", "lm_head", "sym", "pack_dtype"),
-    *("is_marlin_format", "parallel_packing", "checkpoint_format", "format", "rotation"),
-    *("autoround_version", "iters", "provider", "data_type", "to_quant_block_names", "enable_"),
-    *("inside_layer_modules", "modules_to_not_convert", "low_gpu_mem_usage", "nsamples", "seqlen"),
+    *("modules_in_block_to_quantize", "version", "use_exllama", "exllama_config"),
+    *("use_cuda_fp16", "max_input_length", "backend", "cache_block_outputs", "disable_exllama"),
+    *("module_name_preceding_first_block", "pad_token_id", "tokenizer", "adapter", "desc_act"),
+    *("lm_head", "sym", "pack_dtype", "is_marlin_format", "parallel_packing"),
+    *("checkpoint_format", "format", "rotation", "data_type", "enable_", "inside_layer_modules"),
+    "modules_to_not_convert",
 )
 # Widths of the planes that 32 codes are cut into in the planar packing, low bits first.
 _PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}

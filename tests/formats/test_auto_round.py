@@ -135,6 +135,42 @@ def test_blocks_of_8_bit_floats():
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
 
 
+def test_8_bit_floats_without_rounded_inputs():
+    """The packing that the tool writes for FPW8A16 is the default one."""
+    values = np.random.default_rng(0).normal(size=(32, 64)).astype(ml_dtypes.float8_e4m3fn)
+    config = CONFIG | {"bits": 8, "group_size": 0, "data_type": "fp", "sym": True}
+    tensors = {"weight": values, "weight_scale": np.full(1, 0.5, ml_dtypes.bfloat16)}
+    found = decoded(config, tensors, (32, 64))
+    assert found.act is None
+    np.testing.assert_array_equal(weight_of(found), values.astype(np.float64) / 2)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("mx_fp", "e8m0"), ("mx_fp_rceil", "e8m0_ceil")])
+def test_scales_of_mx_activations(kind, scale):
+    found = decoded(CONFIG | MX | {"act_data_type": kind}, mx("mxfp4", 8, 64)[0], (8, 64))
+    assert found.act.scale == scale
+
+
+# Keys that AutoRound 0.15 writes into its own config, and into those of GPTQ and AWQ.
+WRITTEN = {
+    "autoround_version": "0.15.1",
+    "enable_quanted_input": False,
+    "data_type": "int",
+    "static_attention_granularity": "tensor",
+    "static_kv_granularity": "tensor",
+    "rotation_config": None,
+    "bits": 4,
+    "group_size": 32,
+}
+
+
+@pytest.mark.parametrize("method", ["auto-round", "gptq", "awq"])
+def test_how_the_tool_worked_says_nothing(method):
+    quantization(WRITTEN | {"quant_method": method})
+    with pytest.raises(UnsupportedError, match="rotation_config"):
+        quantization(WRITTEN | {"quant_method": method, "rotation_config": {"size": 32}})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -145,6 +181,7 @@ def test_blocks_of_8_bit_floats():
         ({"act_bits": 8}, UnsupportedError, "activation"),
         (MX | {"bits": -5}, UnsupportedError, "-5 bits"),
         (MX | {"data_type": "fp"}, UnsupportedError, "'fp'"),
+        (MX | {"act_data_type": "mx_fp4_rceil_v2"}, UnsupportedError, "rceil_v2"),
         ({"extra_config": {"a": {"new_key": 1}}}, UnsupportedError, "new_key"),
         ({"extra_config": {"a": {"bits": "8"}}}, CheckpointError, "extra_config.a.bits"),
     ],
