@@ -80,6 +80,17 @@ def row_bytes(qtype: str, k: int) -> int:
     return bits // 8
 
 
+def is_finite(qvalue: np.ndarray, qtype: str) -> bool:
+    """Whether no code (numpy) of an 8-bit float means NaN or infinity; other types have neither.
+
+    As signed and as unsigned bytes, those codes are the largest: two fast reductions find them.
+    """
+    first = {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}.get(qtype)
+    if first is None:
+        return True
+    return qvalue.view(np.int8).max(initial=-1) < first and qvalue.max(initial=0) < first + 0x80
+
+
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Unsigned codes [..., K] (numpy) as a dense bit stream: uint8 [..., ceil(K * bits / 8)]."""
     if bits == 8:

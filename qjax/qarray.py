@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.codes import is_finite
 from pallas_kernels.inputs import ActSpec
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec, decode
 from qjax.errors import UnsupportedError
@@ -240,6 +241,11 @@ class QArray:
         return WeightArrays(
             self.qvalue, self.scale, self.zero_point, aux.get("global_scale"), aux.get("codebook")
         )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no code of this weight on the host means NaN or infinity."""
+        return is_finite(np.asarray(self.qvalue), self.qtype)
 
     @property
     def nbytes(self) -> int:

@@ -140,6 +140,12 @@ def _decode(opened: Opened, piece: plan.Piece) -> QArray:
                 file=next(iter(piece.stored.values())).file,
                 field=piece.module,
             )
+    if not weight.is_finite:
+        raise CheckpointError(
+            "it holds codes that are not finite",
+            file=next(iter(piece.stored.values())).file,
+            field=piece.module,
+        )
     return weight if piece.rows is None else weight.rows(piece.rows)
 
 

@@ -99,3 +99,13 @@ def test_groups(qtype, group):
             expected = (value[i, j] - np.float32(offset)) * scale[at].astype(np.float32)
             assert got[np][i, j] == expected
     np.testing.assert_array_equal(got[np], got[jnp])
+
+
+@pytest.mark.parametrize("qtype", ["fp8_e4m3", "fp8_e5m2", "uint8", "fp4_e2m1"])
+def test_codes_that_are_not_finite(qtype):
+    kinds = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
+    for code in range(256):
+        qvalue = np.zeros((3, 5), np.uint8)
+        qvalue[1, 2] = code
+        wanted = qtype not in kinds or np.isfinite(np.uint8(code).view(kinds[qtype]))
+        assert codes.is_finite(qvalue, qtype) == wanted
