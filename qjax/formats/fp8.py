@@ -3,12 +3,12 @@
 DeepSeek's `weight_scale_inv` is a multiplier like every other scale. Blocks at the edges of a
 weight may be partial. With blocks, inputs are rounded in groups of as many columns; where the
 config says that their scales are static, by the one that is stored, as transformers does (vLLM
-refuses such a config).
+refuses such a config). GPTQModel alone has scales that are divided by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -37,6 +37,12 @@ _TOKEN = ActSpec("fp8_e4m3", "token", True)
 _STATIC = ActSpec("fp8_e4m3", "tensor", False)
 _INPUT_SCALES = ("input_scale", "activation_scale")
 _LARGEST = 448.0
+# Keys of GPTQModel that say nothing about how its 8-bit floats are read.
+_GPTQMODEL = (
+    *("bits", "group_size", "desc_act", "sym", "lm_head", "method", "meta", "pack_dtype"),
+    *("checkpoint_format", "weight_scale_method", "model_file_base_name"),
+)
+_GPTQMODEL_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 @register_quantization_config("fp8", "fbgemm_fp8", "deepseek_v4_fp8")
@@ -52,6 +58,7 @@ class Fp8(QuantizationConfig):
       excluded: names, or ends or parts of names, of layers that are not quantized.
       online: the checkpoint is in full precision, and weights are rounded as they are read.
       values: the configuration as it was read.
+      divides: codes are divided by stored scales, and inputs not rounded (GPTQModel).
     """
 
     static: bool
@@ -61,6 +68,7 @@ class Fp8(QuantizationConfig):
     excluded: tuple[str, ...]
     online: bool
     values: Mapping[str, Any]
+    divides: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
@@ -79,6 +87,10 @@ class Fp8(QuantizationConfig):
         excluded = [*keys.get("ignored_layers", list, [])]
         excluded += keys.get("modules_to_not_convert", list, [])
         bound = keys.get("activation_scale_ub", (int, float))
+        divides = keys.choice("weight_scale_semantics", ("inverse", None)) is not None
+        if divides:
+            keys.ignore(*_GPTQMODEL)
+            keys.choice("format", _GPTQMODEL_FORMATS, "float8_e4m3fn")
         keys.done()
         return cls(
             scheme == "static",
@@ -88,6 +100,7 @@ class Fp8(QuantizationConfig):
             tuple(map(str, excluded)),
             not config,
             config,
+            divides,
         )
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
@@ -123,7 +136,8 @@ class Fp8(QuantizationConfig):
                 arrays["weight"], qtype, shape, arrays[suffix], group, act=act, aux=aux
             )
 
-        return Layer(tuple(reads), decode, _INPUT_SCALES if act.dynamic else ())
+        ignores = _INPUT_SCALES if act.dynamic else ()
+        return Layer(tuple(reads), _inverted(decode) if self.divides else decode, ignores)
 
     def _plain(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         """A layer that is not quantized. transformers leaves those alone whose sizes no block
@@ -164,6 +178,10 @@ class Fp8(QuantizationConfig):
         n, k = weight.shape
         lead = weight.qvalue.shape[:-2]
         scale = np.asarray(weight.scale)
+        if self.divides:
+            grid = [length for length in scale.shape if length > 1]
+            codes = np.asarray(weight.qvalue).view(ml_dtypes.float8_e4m3fn)
+            return {"weight": codes, "weight_scale_inv": (1 / scale).reshape(grid)}
         tensors = {"weight": np.asarray(weight.qvalue).view(ml_dtypes.float8_e4m3fn)}
         if weight.act is not None and weight.act.strategy == "group":
             tensors["weight_scale_inv"] = scale
@@ -176,6 +194,14 @@ class Fp8(QuantizationConfig):
         if "act_scale" in weight.aux:
             tensors["input_scale"] = np.asarray(weight.aux["act_scale"]).reshape(lead)
         return tensors
+
+
+def _inverted(decode: Callable[[Arrays], QArray]) -> Callable[[Arrays], QArray]:
+    def decode_with(arrays: Arrays) -> QArray:
+        weight = decode(arrays)
+        return replace(weight, scale=1 / weight.scale.astype(np.float32), act=None)
+
+    return decode_with
 
 
 def _of_inputs(stored: Stored) -> str:

@@ -125,6 +125,24 @@ def test_fbgemm():
     np.testing.assert_array_equal(weight_of(found), tensors["weight"].astype(np.float64) / 2)
 
 
+@pytest.mark.parametrize("shape", [(), (16,), (2, 2)])
+def test_scales_that_are_divided_by(shape):
+    """GPTQModel's method fp8, which rounds no inputs."""
+    scale = np.exp2(np.arange(1, 1 + np.prod(shape, dtype=int))).astype(np.float32).reshape(shape)
+    config = {"quant_method": "fp8", "weight_scale_semantics": "inverse", "bits": 8}
+    config |= {"method": "fp8", "format": "float8_e4m3fn", "group_size": -1, "meta": {}}
+    config |= {"weight_block_size": [8, 16]} if len(shape) == 2 else {}
+    tensors = {"weight": codes(16, 32), "weight_scale_inv": scale}
+    found = decoded(config, tensors, (16, 32))
+    assert found.act is None
+    each = spread(scale, 8, 16, (16, 32)) if len(shape) == 2 else scale.reshape(-1, 1)
+    np.testing.assert_array_equal(weight_of(found), tensors["weight"].astype(np.float64) / each)
+    for suffix, array in quantization(config).encode(MODULE, found).items():
+        np.testing.assert_array_equal(array, tensors[suffix], suffix)
+    with pytest.raises(UnsupportedError, match="weight_scale_semantics"):
+        quantization(config | {"weight_scale_semantics": "other"})
+
+
 def test_plain_layers():
     """Those that no block divides are left alone; transformers writes scales that mean nothing."""
     plain = {"weight": np.ones((16, 32), np.float16)}
