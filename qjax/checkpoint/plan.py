@@ -23,6 +23,9 @@ from qjax.formats.base import PLAIN, Layer, QuantizationConfig, dense_layer, exp
 from qjax.models import functional
 from qjax.models.config import ModelConfig
 
+# Parameters that lie beside a weight and are no part of it.
+_VECTORS = ("bias", "e_score_correction_bias")
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -222,7 +225,7 @@ def _piece(
     config: ModelConfig,
     rows: slice | None = None,
 ) -> Piece:
-    stored = {key: r for key, r in modules.of.get(module, {}).items() if key != "bias"}
+    stored = {key: r for key, r in modules.of.get(module, {}).items() if key not in _VECTORS}
     layer = quantization.layer(module, stored, shape) or dense_layer(
         module, stored, shape, transposed=names.are_gpt_oss_experts(module, config)
     )

@@ -228,7 +228,7 @@ def rounds_online(module: str) -> bool:
     """Whether a layer is rounded when a full-precision checkpoint is quantized as it is read:
     linear layers are, but not embedding, head and routers.
     """
-    return not module.endswith(("embed_tokens", "lm_head", ".gate", ".router"))
+    return not module.endswith(("embed_tokens", "lm_head", ".gate", ".router", "_expert_gate"))
 
 
 def per_tensor(dense: np.ndarray, act: ActSpec | None) -> QArray:

@@ -29,6 +29,18 @@ class GatedMLP(nnx.Module):
         self, x: jax.Array, batch: Batch, *, norm: jax.Array, post_norm: jax.Array | None
     ) -> jax.Array:
         """x + mlp(norm(x)), with `post_norm` on what is added. x is float32 [T, E]."""
+        return self.added(x, batch, norm=norm, post_norm=post_norm, residual=x)
+
+    def added(
+        self,
+        x: jax.Array,
+        batch: Batch,
+        *,
+        norm: jax.Array,
+        post_norm: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """mlp(norm(x)) alone, or joined to a residual."""
         hidden = ops.linear(
             x,
             (self.gate_proj.w, self.up_proj.w),
@@ -43,7 +55,7 @@ class GatedMLP(nnx.Module):
             self.down_proj.w,
             bias=self.down_proj.b,
             batch=batch,
-            residual=x,
+            residual=residual,
             post_norm=post_norm,
             norm_eps=self.eps,
         )

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qjax.kv_cache import Batch
 from qjax.layers.linear import Linear
-from qjax.layers.router import RouterConfig, route
+from qjax.layers.mlp import GatedMLP
+from qjax.layers.moe_config import MoEConfig
+from qjax.layers.router import route
 from qjax.ops.linear import linear
 from qjax.ops.moe import experts
 
@@ -24,38 +27,35 @@ class Experts(nnx.Module):
 
 
 class SparseMLP(nnx.Module):
-    """A router, and gated networks of which each token goes to some.
+    """A router, gated networks of which each token goes to some, and maybe one for all tokens.
 
     Args:
-      intermediate_size: of one expert.
       activation: "silu", "gelu_tanh" or "clipped_swiglu".
-      bias: whether router and experts have biases.
-      router_name: of the router's weights.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        router: RouterConfig,
-        *,
-        activation: str,
-        eps: float,
-        bias: bool = False,
-        router_name: str = "gate",
-    ):
-        setattr(self, router_name, Linear(hidden_size, router.num_experts, bias))
-        self.experts = Experts(router.num_experts, hidden_size, intermediate_size, bias)
-        self.routing, self.activation, self.eps = router, activation, eps
-        self.router_name = router_name
+    def __init__(self, hidden_size: int, moe: MoEConfig, *, activation: str, eps: float):
+        count = moe.router.num_experts
+        router = Linear(hidden_size, count, moe.bias)
+        if moe.router.correction_bias:
+            router.e_score_correction_bias = nnx.Param(jnp.zeros((count,)))
+        setattr(self, moe.router_name, router)
+        self.experts = Experts(count, hidden_size, moe.intermediate_size, moe.bias)
+        if moe.shared_size:
+            shared = GatedMLP(
+                hidden_size, moe.shared_size, activation=activation, bias=False, eps=eps
+            )
+            setattr(self, moe.shared_name, shared)
+        if moe.shared_gate:
+            setattr(self, f"{moe.shared_name}_gate", Linear(hidden_size, 1))
+        self.moe, self.activation, self.eps = moe, activation, eps
 
     def __call__(
         self, x: jax.Array, batch: Batch, *, norm: jax.Array, post_norm: jax.Array | None
     ) -> jax.Array:
-        """x + experts(norm(x)). x is float32 [T, E]."""
+        """x + experts(norm(x)) + shared(norm(x)). x is float32 [T, E]."""
         assert post_norm is None
         # Which experts a token takes shall not hang on the rounding of activations.
-        router = getattr(self, self.router_name)
+        router = getattr(self, self.moe.router_name)
         logits = linear(
             x,
             router.w,
@@ -64,9 +64,11 @@ class SparseMLP(nnx.Module):
             norm=norm,
             norm_eps=self.eps,
         )
-        weights, chosen = route(logits, self.routing)
+        corrected = self.moe.router.correction_bias
+        correction = router.e_score_correction_bias.get_value() if corrected else None
+        weights, chosen = route(logits, self.moe.router, correction)
         own = self.experts
-        return x + experts(
+        y = experts(
             x,
             own.gate_proj.w,
             own.up_proj.w,
@@ -79,3 +81,15 @@ class SparseMLP(nnx.Module):
             norm_eps=self.eps,
             activation=self.activation,
         )
+        return self._shared(x, batch, norm) + y
+
+    def _shared(self, x: jax.Array, batch: Batch, norm: jax.Array) -> jax.Array:
+        """x + gate * shared(norm(x)), as much of it as there is."""
+        if not self.moe.shared_size:
+            return x
+        shared = getattr(self, self.moe.shared_name)
+        if not self.moe.shared_gate:
+            return shared(x, batch, norm=norm, post_norm=None)
+        gate = getattr(self, f"{self.moe.shared_name}_gate")
+        score = linear(x, gate.w, batch=batch, norm=norm, norm_eps=self.eps)
+        return x + jax.nn.sigmoid(score) * shared.added(x, batch, norm=norm)

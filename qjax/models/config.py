@@ -13,17 +13,17 @@ from typing import Any
 
 from qjax.errors import UnsupportedError
 from qjax.layers.mla_config import MLAConfig
+from qjax.layers.moe_config import MoEConfig
 from qjax.layers.rope import RopeConfig
-from qjax.layers.router import RouterConfig
-from qjax.models import deepseek_config
+from qjax.models import deepseek_config, experts_config
+from qjax.models.experts_config import read_experts
 from qjax.models.fields import Fields
 from qjax.models.rope_config import read_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
-_SPARSE = ("mixtral", "qwen3_moe", "gpt_oss")
-MODEL_TYPES += (*_SPARSE, *deepseek_config.MODEL_TYPES)
+MODEL_TYPES += (*experts_config.MODEL_TYPES, *deepseek_config.MODEL_TYPES)
 
 # `gemma3` is the multimodal wrapper of the text model, with the sizes in its `text_config`.
 _ALIASES = {"gemma3": "gemma3_text"}
@@ -71,13 +71,11 @@ class ModelConfig:
       attn_soft_cap, final_soft_cap: cap * tanh(x / cap) on attention scores and on logits, or None.
       embedding_scale: factor on the token embeddings.
       qk_norm: RMS norm of each head of q and k before rope.
-      router: how tokens choose experts, in the layers of `sparse_layers`, each of
-        `moe_intermediate_size`; None for a dense model.
       post_norms: the outputs of attention and feed-forward are normed too, before they join the
         residual.
       mla: sizes of latent attention, where the model has it; num_kv_heads and head_dim are then
         those of the cache.
-      moe_bias, router_name: of layers with experts.
+      moe: what experts it has; None for a dense model.
       attention_sinks: each head has a score that takes a share of its attention.
       kv_scales: how many scales each layer has for its keys and for its values, which are rounded
         to 8-bit floats before they are cached: 0 for none, 1, or one a kv head.
@@ -110,13 +108,9 @@ class ModelConfig:
     qk_norm: bool = False
     post_norms: bool = False
     mla: MLAConfig | None = None
-    router: RouterConfig | None = None
-    sparse_layers: tuple[bool, ...] = ()
-    moe_intermediate_size: int = 0
+    moe: MoEConfig | None = None
     num_nextn_predict_layers: int = 0
     kv_scales: int = 0
-    moe_bias: bool = False
-    router_name: str = "gate"
     attention_sinks: bool = False
 
     def rope_for(self, layer_type: str) -> RopeConfig:
@@ -172,12 +166,6 @@ def model_config(
     if model_type in deepseek_config.MODEL_TYPES:
         mla = deepseek_config.read_mla(fields, num_heads)
         head_dim, rotated = mla.cache_head_dim, mla.qk_rope_head_dim
-        if any(deepseek_config.sparse_layers(fields, model_type, num_layers)):
-            router = deepseek_config.read_router(fields, model_type)
-            raise UnsupportedError(
-                f"{file or 'config'}: n_routed_experts {router.num_experts}: models with experts "
-                "are not supported"
-            )
     else:
         named = "head_dim" in fields or "head_dim" in fields.defaults
         if not named and hidden_size % num_heads:
@@ -186,7 +174,7 @@ def model_config(
     max_position_embeddings = fields.integer("max_position_embeddings", 1, 1 << 30, 2048)
     sliding_window = _sliding_window(fields, model_type)
     layer_types = _layer_types(fields, model_type, num_layers, sliding_window)
-    attention_bias = model_type == "qwen2" or fields.flag("attention_bias", False)
+    attention_bias = _attention_bias(fields, model_type)
     rope = tuple(
         (kind, read_rope(fields, kind, model_type, rotated, max_position_embeddings))
         for kind in sorted(set(layer_types))
@@ -219,7 +207,7 @@ def model_config(
         else _clipped_swiglu(fields),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         attention_bias=attention_bias,
-        attention_output_bias=attention_bias and model_type != "qwen2",
+        attention_output_bias=attention_bias and not model_type.startswith("qwen2"),
         mlp_bias=model_type in ("llama", "deepseek_v2") and fields.flag("mlp_bias", False),
         attn_soft_cap=_soft_cap(fields, "attn_logit_softcapping", model_type, 50.0),
         final_soft_cap=_soft_cap(fields, "final_logit_softcapping", model_type, 30.0),
@@ -227,7 +215,8 @@ def model_config(
         qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         post_norms=gemma,
         mla=mla,
-        **_experts(fields, model_type, num_layers),
+        moe=read_experts(fields, model_type, num_layers),
+        attention_sinks=model_type == "gpt_oss",
         num_nextn_predict_layers=(
             fields.integer("num_nextn_predict_layers", 0, 64, 1)
             if model_type == "deepseek_v3"
@@ -239,39 +228,19 @@ def model_config(
 def _refuse_variants(fields: Fields, model_type: str) -> None:
     """Refuses the keys that turn a supported model type into another architecture."""
     for name in ("use_bidirectional_attention", "num_local_experts", "num_experts"):
-        if fields.get(name, None) and (model_type not in _SPARSE or "experts" not in name):
+        if fields.get(name, None) and (
+            model_type not in experts_config.MODEL_TYPES or "experts" not in name
+        ):
             raise UnsupportedError(
                 f"{fields.file or 'config'}: {name} is set, but only dense causal decoders are "
                 "supported"
             )
 
 
-def _experts(fields: Fields, model_type: str, num_layers: int) -> dict[str, Any]:
-    """What a model with experts has beside others."""
-    if model_type not in _SPARSE:
-        return {}
-    name = "num_experts" if "num_experts" in fields else "num_local_experts"
-    count = fields.integer(name, 1, 1 << 14)
-    top_k = fields.integer("num_experts_per_tok", 1, count)
-    if model_type in ("mixtral", "gpt_oss"):
-        size = fields.integer("intermediate_size", 1, _MAX_SIZE)
-        sparse = (True,) * num_layers
-    else:
-        size = fields.integer("moe_intermediate_size", 1, _MAX_SIZE)
-        step = fields.integer("decoder_sparse_step", 1, 1 << 30, 1)
-        dense = fields.get("mlp_only_layers", [])
-        if not isinstance(dense, list | tuple) or not all(isinstance(i, int) for i in dense):
-            raise fields.error("mlp_only_layers", "must be a list of layers")
-        sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
-    normalize = model_type in ("mixtral", "gpt_oss") or fields.flag("norm_topk_prob", False)
-    found: dict[str, Any] = {
-        "router": RouterConfig(count, top_k, "softmax", normalize),
-        "sparse_layers": sparse,
-        "moe_intermediate_size": size,
-    }
-    if model_type == "gpt_oss":
-        found |= {"moe_bias": True, "router_name": "router", "attention_sinks": True}
-    return found
+def _attention_bias(fields: Fields, model_type: str) -> bool:
+    if model_type == "qwen2_moe":
+        return fields.flag("qkv_bias", True)
+    return model_type == "qwen2" or fields.flag("attention_bias", False)
 
 
 def _clipped_swiglu(fields: Fields) -> str:
@@ -306,9 +275,7 @@ def _soft_cap(fields: Fields, name: str, model_type: str, gemma2_default: float)
 def _sliding_window(fields: Fields, model_type: str) -> int | None:
     if model_type == "llama" or model_type in deepseek_config.MODEL_TYPES:
         return None
-    if model_type in ("qwen2", "qwen3", "qwen3_moe") and not fields.flag(
-        "use_sliding_window", False
-    ):
+    if model_type.startswith("qwen") and not fields.flag("use_sliding_window", False):
         return None
     # An explicit null means none, but a Mistral config without the key 4096, as in transformers.
     missing = model_type == "mistral" and "sliding_window" not in fields.values
@@ -338,6 +305,9 @@ def _layer_types(
     if model_type in ("qwen2", "qwen3"):
         first = fields.integer("max_window_layers", 0, 1 << 30, 28)
         return tuple(SLIDING if i >= first else FULL for i in range(num_layers))
+    if model_type == "qwen2_moe":
+        last = fields.integer("max_window_layers", 0, 1 << 30, 28)
+        return tuple(FULL if i % 2 or i >= last else SLIDING for i in range(num_layers))
     if model_type == "gpt_oss":
         return tuple(FULL if i % 2 else SLIDING for i in range(num_layers))
     if model_type in ("gemma2", "gemma3_text"):

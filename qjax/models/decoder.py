@@ -61,16 +61,15 @@ class DecoderLayer(nnx.Module):
                 sinks=config.attention_sinks,
             )
         mlp: GatedMLP | SparseMLP
-        if config.router is not None and config.sparse_layers[layer]:
+        self.mlp_name = "mlp"
+        if config.moe is not None and config.moe.layers[layer]:
             mlp = SparseMLP(
                 config.hidden_size,
-                config.moe_intermediate_size,
-                config.router,
+                config.moe,
                 activation=config.hidden_act,
                 eps=config.rms_norm_eps,
-                bias=config.moe_bias,
-                router_name=config.router_name,
             )
+            self.mlp_name = config.moe.module
         else:
             mlp = GatedMLP(
                 config.hidden_size,
@@ -79,7 +78,6 @@ class DecoderLayer(nnx.Module):
                 bias=config.mlp_bias,
                 eps=config.rms_norm_eps,
             )
-        self.mlp_name = "block_sparse_moe" if config.model_type == "mixtral" else "mlp"
         setattr(self, self.mlp_name, mlp)
         self.input_layernorm = Norm(config.hidden_size)
         self.post_attention_layernorm = Norm(config.hidden_size)

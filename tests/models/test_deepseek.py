@@ -23,7 +23,8 @@ from qjax.models.config import model_config
 from qjax.params import Params
 
 TOLERANCE = 2e-5
-NAMES = ("tiny-deepseek-v2-dense", "tiny-deepseek-v3-dense")
+DENSE = ("tiny-deepseek-v2-dense", "tiny-deepseek-v3-dense")
+NAMES = ("tiny-deepseek-v2", "tiny-deepseek-v3", *DENSE)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_sizes_of_the_published_models(golden, name):
     assert (rope.rotary_dim, rope.factor, rope.attention_factor) == (64, 40.0, 1.0)
     # The root of 1/192, by the square of yarn's mscale of a factor of 40, 1.3689.
     assert config.query_scale == pytest.approx(0.135233779)
-    assert kv_cache.bytes_per_token(config, jnp.bfloat16) == 2 * 2 * 128 * 192 * 2
+    assert kv_cache.bytes_per_token(config, jnp.bfloat16) == 2 * config.num_layers * 128 * 192 * 2
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,9 @@ def test_sizes_of_the_published_models(golden, name):
         ("topk_group", 1),
         ("num_experts_per_tok", 9),
         ("routed_scaling_factor", -1.0),
+        ("n_shared_experts", -1),
+        ("moe_intermediate_size", None),
+        ("num_nextn_predict_layers", -1),
     ],
 )
 def test_hostile_values_name_the_field(golden, field, value):
@@ -195,7 +199,7 @@ def rounded_in_blocks(weight, size):
     return codes, scale, codes.astype(np.float32) * spread
 
 
-@pytest.mark.parametrize(("name", "size"), [(NAMES[0], 128), (NAMES[1], 32)])
+@pytest.mark.parametrize(("name", "size"), [(DENSE[0], 128), (DENSE[1], 32)])
 def test_fp8_in_blocks(golden, tmp_path, name, size):
     """As DeepSeek publishes its models: `weight_scale_inv`, and a router that stays whole."""
     plain, stored = {}, {}
