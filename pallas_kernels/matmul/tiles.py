@@ -65,6 +65,7 @@ def kind_of(spec: WeightSpec) -> Kind:
     if spec.is_blocks:
         if spec.qtype not in native.TYPE_IDS:
             raise NotImplementedError(f"no native kernel reads weights of type {spec.qtype}")
+        native.provide_grid(spec.qtype)
         return Kind(native.TYPE_IDS[spec.qtype])
     kind = _kind_of_codes(spec)
     assert spec.group is not None

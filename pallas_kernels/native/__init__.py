@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from pallas_kernels.native.build import ISAS, library_name
 from pallas_kernels.platform import cpu_features
@@ -23,7 +24,14 @@ CALLS = ("qjax_matmul", "qjax_matmul_grouped", "qjax_embedding", "qjax_attention
 # Numbers of ggml for the types whose tiles the kernels read.
 TYPE_IDS = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10,
-    "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20, "iq4_xs": 23, "bf16": 30,
+    "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq2_xxs": 16, "iq2_xs": 17, "iq3_xxs": 18,
+    "iq1_s": 19, "iq4_nl": 20, "iq3_s": 21, "iq2_s": 22, "iq4_xs": 23, "iq1_m": 29, "bf16": 30,
+    "tq1_0": 34, "tq2_0": 35, "q1_0": 41, "q2_0": 42,
+}  # fmt: skip
+# Types with a grid: its name, and its number in blocks.h.
+_GRIDS = {
+    "iq1_s": ("iq1", 0), "iq1_m": ("iq1", 0), "iq2_xxs": ("iq2_xxs", 1), "iq2_xs": ("iq2_xs", 2),
+    "iq2_s": ("iq2_s", 3), "iq3_xxs": ("iq3_xxs", 4), "iq3_s": ("iq3_s", 5),
 }  # fmt: skip
 
 # What /proc/cpuinfo must list before a library may be loaded.
@@ -42,6 +50,18 @@ def supported_isas() -> list[str]:
     return [isa for isa in ISAS if REQUIRED[isa] <= features]
 
 
+def _declare(loaded: ctypes.CDLL) -> None:
+    """Types of the functions that are called from here; AttributeError where one is missing."""
+    loaded.qjax_tile_bytes.restype = ctypes.c_int64
+    loaded.qjax_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    loaded.qjax_set_grid.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    for convert in (loaded.qjax_pack, loaded.qjax_unpack):
+        convert.argtypes = [
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+            ctypes.c_int,
+        ]  # fmt: skip
+
+
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The loaded library and its instruction set; or None and the reason why there is none."""
@@ -57,17 +77,32 @@ def library() -> tuple[ctypes.CDLL | None, str]:
             loaded = ctypes.CDLL(str(path))
         except OSError as error:
             return None, f"{path.name} cannot be loaded: {error}"
+        try:
+            _declare(loaded)
+        except AttributeError as error:
+            return None, (
+                f"{path.name} was built from other sources ({error}); build it again: "
+                "python -m pallas_kernels.native.build"
+            )
         for name in CALLS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(loaded[name]), platform="cpu")
-        loaded.qjax_tile_bytes.restype = ctypes.c_int64
-        loaded.qjax_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-        for convert in (loaded.qjax_pack, loaded.qjax_unpack):
-            convert.argtypes = [
-                ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-                ctypes.c_int,
-            ]  # fmt: skip
         return loaded, isa
     return None, "native kernels are not built (a C++17 compiler at install time builds them)"
+
+
+@functools.cache
+def provide_grid(qtype: str) -> np.ndarray | None:
+    """Hands the library the grid of a type that has one, which stays in memory from then on."""
+    loaded, _ = library()
+    if qtype not in _GRIDS or loaded is None:
+        return None
+    from pallas_kernels.iq_grids import grid
+
+    name, number = _GRIDS[qtype]
+    # Kernels add or subtract an eighth to -1, 0, 1: they count in eighths.
+    values = np.ascontiguousarray(grid(name) * np.int8(8 if name == "iq1" else 1))
+    loaded.qjax_set_grid(number, values.ctypes.data)
+    return values
 
 
 def require() -> ctypes.CDLL:

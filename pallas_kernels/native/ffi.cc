@@ -77,6 +77,8 @@ struct Arguments {
     w.n = n;
     w.bias = nullptr;
     if (!w.traits) return fail("unknown weight type " + std::to_string(type));
+    const int grid = grid_of(w.traits->type);
+    if (grid >= 0 && !grids[grid]) return fail("the grid of a weight type is missing");
     w.tiles = bytes(panels_of(n) * panel_bytes(*w.traits, k));
     if (!w.traits->beside()) return;
     Beside& b = w.beside;
@@ -318,4 +320,6 @@ extern "C" {
 
 // 1 where products with rounded activations exist; elsewhere every product is float32.
 int qjax_rounds_activations() { return qjax::kRoundsActivations; }
+// The caller keeps the grid (blocks.h) alive.
+void qjax_set_grid(int number, const uint8_t* grid) { qjax::grids[number] = grid; }
 }

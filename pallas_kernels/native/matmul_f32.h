@@ -1,6 +1,6 @@
 // Exact products: the weight panel is decoded to float32 and multiplied in float32.
 #pragma once
-#include "scales.h"
+#include "blocks.h"
 
 namespace qjax {
 
@@ -134,11 +134,13 @@ void decode_f32(const View& view, int64_t k, float* w) {
                         : t.type == F16 ? half16(p) : bf16_16(p));
     }
   } else {
+    alignas(64) uint8_t expanded[kExpandedBytes];
     for (int64_t u = 0; u < units; ++u) {
       float* values = w + 512 * u;
-      unit_values<T>(view, u, values);
+      const UnitAt at = unit_at<T>(view, u, expanded);
+      unit_values<T>(at.view, at.u, values);
       for (int g = 0; g < t.groups; ++g) {
-        const GroupScale gs = group_scale(t, view, u, g);
+        const GroupScale gs = group_scale(t, at.view, at.u, g);
         v16f zero = {};
         if (t.beside()) zero = load(view.scales.at(u * t.groups + g) + 32);
         for (int c = 32 / t.groups * g; c < 32 / t.groups * (g + 1); ++c) {

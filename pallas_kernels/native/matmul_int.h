@@ -11,7 +11,7 @@
 
 #include <utility>
 
-#include "scales.h"
+#include "blocks.h"
 
 namespace qjax {
 
@@ -212,6 +212,7 @@ struct Codes {
 
 // The next panels follow in memory, so running ahead is right across the end of a panel too.
 QJAX_INLINE void fetch_ahead(const Traits& t, const uint8_t* unit) {
+  if (t.scale == kExpanded) return;
   for (int line = 0; line < t.unit_bytes(); line += 64)
     _mm_prefetch((const char*)(unit + kAhead * t.unit_bytes() + line), _MM_HINT_T0);
 }
@@ -252,12 +253,14 @@ void tile_fused(const View& view, int64_t k, const IntTile& x, float (*out)[16])
   const int64_t units = units_of(k);
   __m512 total[MR];
   QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
+  alignas(64) uint8_t expanded[kExpandedBytes];
   for (int64_t u = 0; u < units; ++u) {
-    const uint8_t* unit = view.tiles + unit_offset(t, u);
+    const UnitAt at = unit_at<T>(view, u, expanded);
+    const uint8_t* unit = at.view.tiles + unit_offset(t, at.u);
     fetch_ahead(t, unit);
     const int32_t* q = x.q + u * 16 * MR;
     unroll<t.groups>([&](auto g) QJAX_INLINED {
-      const GroupScale gs = group_scale(t, view, u, g);
+      const GroupScale gs = group_scale(t, at.view, at.u, g);
       group_product<Codes<T>::zero16, t.has_min(), MR>(
           x, u, u * t.groups + g, (__m512)gs.s, (__m512)gs.b, total, [&](__m512i(&acc)[MR]) QJAX_INLINED {
             unroll<steps>([&](auto i) QJAX_INLINED {
@@ -277,8 +280,10 @@ template <int T, int Bits>
 void decode_int(const View& view, int64_t k, uint8_t* w, float* sb) {
   constexpr const Traits& t = kTraits[T];
   const int64_t units = units_of(k);
+  alignas(64) uint8_t expanded[kExpandedBytes];
   for (int64_t u = 0; u < units; ++u) {
-    const uint8_t* unit = view.tiles + unit_offset(t, u);
+    const UnitAt at = unit_at<T>(view, u, expanded);
+    const uint8_t* unit = at.view.tiles + unit_offset(t, at.u);
     fetch_ahead(t, unit);
     unroll<Bits>([&](auto i) QJAX_INLINED {
       if constexpr (Bits == 16) _mm512_store_si512(w, Codes<T>::template step<i>(unit));
@@ -286,7 +291,7 @@ void decode_int(const View& view, int64_t k, uint8_t* w, float* sb) {
       w += 64;
     });
     for (int g = 0; g < t.groups; ++g, sb += 32) {
-      const GroupScale gs = group_scale(t, view, u, g);
+      const GroupScale gs = group_scale(t, at.view, at.u, g);
       store(sb, gs.s);
       if (t.has_min()) store(sb + 16, gs.b);
     }

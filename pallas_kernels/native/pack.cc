@@ -326,6 +326,14 @@ void convert_panel(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8
   const int units_per_block = t.raw_elems / 32;
   for (int64_t r = 0; r < rows; ++r) {
     uint8_t* row = raw + r * row_bytes;
+    if (t.scale == kExpanded) {
+      const int size = t.raw_bytes;
+      for (int64_t b = 0; b < k / t.raw_elems; ++b) {
+        uint8_t* tile = panel + (b * 16 + r) * size;
+        kPack ? std::memcpy(tile, row + b * size, size) : std::memcpy(row + b * size, tile, size);
+      }
+      continue;
+    }
     if (t.dense()) {
       const int size = t.base / 8;
       for (int64_t c = 0; c < k; ++c) {

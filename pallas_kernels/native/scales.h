@@ -178,6 +178,7 @@ QJAX_INLINE GroupScale group_scale(const Traits& t, const View& view, int64_t u,
   switch (t.scale) {
     case kD: return {half16(own), v16f{}};
     case kDM: return {half16(own), half16(own + 32)};
+    case kExpanded: return {load(reinterpret_cast<const float*>(own) + 16 * g), v16f{}};
     case kSuper1: return {half16(head) * signed_bytes16(own + 16 * g), v16f{}};
     case kSuper2:
       return {half16(head) * bytes16(own), -(half16(head + 32) * bytes16(own + 16))};

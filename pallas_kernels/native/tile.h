@@ -32,7 +32,9 @@ namespace qjax {
 // Numbers are those of ggml, so that a file's own type id can be passed through.
 enum QType : int {
   F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
-  Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30,
+  Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ2_XXS = 16, IQ2_XS = 17, IQ3_XXS = 18, IQ1_S = 19, IQ4_NL = 20,
+  IQ3_S = 21, IQ2_S = 22, IQ4_XS = 23, IQ1_M = 29, BF16 = 30, TQ1_0 = 34, TQ2_0 = 35, Q1_0 = 41,
+  Q2_0 = 42,
   // Codes with scales beside them, our own numbers. U: with zero points, B: offset binary.
   U2 = 102, U3, U4, U5, U6, U2B = 112, U3B, U4B, U5B, U6B,
   I8 = 120, I8Z,        // signed bytes, without and with zero points
@@ -52,6 +54,7 @@ enum Scale : int {
   kSuper2n, // the same with 4-bit sc | m << 4 in one byte per group
   kBeside,  // arrays of their own
   kBesideZ, // the same with zero points
+  kExpanded, // tiles are blocks of the file, see blocks.h
 };
 
 // Everything a kernel must know about a type, as constants.
@@ -68,7 +71,7 @@ struct Traits {
   constexpr bool only_f32() const { return dense() || small_float() || lookup == kCodebook; }
   constexpr int code_bytes() const { return base >= 16 ? 512 * base / 8 : 64 * (base + high); }
   constexpr int unit_scale_bytes() const {
-    return scale == kD ? 32 : scale == kDM ? 64 : scale == kSuper2 ? 32
+    return scale == kD ? 32 : scale == kDM ? 64 : scale == kSuper2 ? 32 : scale == kExpanded ? 64 * groups
            : scale == kNone || beside() ? 0 : 16 * groups;
   }
   constexpr int header_bytes() const {  // per 8 units
@@ -97,6 +100,17 @@ constexpr Traits kTraits[] = {
     {Q6_K, 256, 210, 4, 2, 2, 32, kSuper1, kNoLookup},
     {IQ4_NL, 32, 18, 4, 0, 1, 128, kD, kIQ4},
     {IQ4_XS, 256, 136, 4, 0, 1, 128, kSuper1, kIQ4},
+    {IQ1_S, 256, 50, 8, 0, 1, 128, kExpanded, kNoLookup},
+    {IQ1_M, 256, 56, 8, 0, 2, 128, kExpanded, kNoLookup},
+    {IQ2_XXS, 256, 66, 8, 0, 1, 128, kExpanded, kNoLookup},
+    {IQ2_XS, 256, 74, 8, 0, 2, 128, kExpanded, kNoLookup},
+    {IQ2_S, 256, 82, 8, 0, 2, 128, kExpanded, kNoLookup},
+    {IQ3_XXS, 256, 98, 8, 0, 1, 128, kExpanded, kNoLookup},
+    {IQ3_S, 256, 110, 8, 0, 1, 128, kExpanded, kNoLookup},
+    {TQ1_0, 256, 54, 8, 0, 1, 128, kExpanded, kNoLookup},
+    {TQ2_0, 256, 66, 8, 0, 1, 128, kExpanded, kNoLookup},
+    {Q1_0, 128, 18, 8, 0, 1, 128, kExpanded, kNoLookup},
+    {Q2_0, 64, 18, 8, 0, 1, 128, kExpanded, kNoLookup},
     {U2, 1, 0, 2, 0, 1, 0, kBesideZ, kNoLookup},
     {U3, 1, 0, 2, 1, 1, 0, kBesideZ, kNoLookup},
     {U4, 1, 0, 4, 0, 1, 0, kBesideZ, kNoLookup},
@@ -133,7 +147,8 @@ constexpr uint8_t kFP4Codes[16] = {128, 129, 130, 131, 132, 134, 136, 140,
 inline int64_t units_of(int64_t k) { return (k + 31) / 32; }
 inline int64_t panel_bytes(const Traits& t, int64_t k) {
   int64_t units = units_of(k);
-  int64_t bytes = units * t.unit_bytes() + units / 8 * t.header_bytes();
+  int64_t bytes = t.scale == kExpanded ? k / t.raw_elems * t.raw_bytes * 16
+                                       : units * t.unit_bytes() + units / 8 * t.header_bytes();
   return (bytes + 63) / 64 * 64;
 }
 inline int64_t panels_of(int64_t n) { return (n + 15) / 16; }
