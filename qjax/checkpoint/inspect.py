@@ -11,15 +11,14 @@ from typing import Any
 
 from qjax import ops
 from qjax.checkpoint import detect, plan
-from qjax.checkpoint.gguf_config import gguf_config
 from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
 from qjax.checkpoint.mapped import TensorFiles
-from qjax.checkpoint.opened import folder_config, opened_folder
+from qjax.checkpoint.opened import folder_config, gguf_model, opened_folder, opened_gguf
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.source import Source, resolve
-from qjax.errors import UnsupportedError
+from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats.base import PLAIN
-from qjax.models.config import ModelConfig, model_config
+from qjax.models.config import ModelConfig
 from qjax.qtypes import QTYPES
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -94,7 +93,7 @@ class Summary:
       kv_bytes_per_token: of a bfloat16 cache, over all layers, or None.
       free_memory: bytes that this process may still take, or None where the system does not say.
       problem: why qjax cannot run it, or None.
-      quantized: of a folder with a quantization config that can be read, or None.
+      quantized: of a GGUF file, or a folder with a quantization config, that can be read; or None.
     """
 
     source: Source
@@ -159,12 +158,16 @@ def _summary(source: Source, files: TensorFiles) -> Summary:
     config, problem, quantized = None, None, None
     try:
         config = _config(source, files)
-        quantized = None if isinstance(files, GGUFFile) else _quantized(source, files, config)
+        quantized = _quantized(source, files, config)
         unknown = [use.qtype for use in types if use.qtype not in QTYPES]
         if unknown and quantized is None:
             problem = f"tensors of type {', '.join(unknown)} are not supported"
     except UnsupportedError as error:
         problem = str(error)
+    except CheckpointError as error:
+        if not isinstance(files, GGUFFile):
+            raise
+        problem = str(error)  # a vocabulary alone, or a part of a model
     architecture = files.metadata.get("general.architecture", "")
     return Summary(
         source=source,
@@ -183,8 +186,7 @@ def _summary(source: Source, files: TensorFiles) -> Summary:
 
 def _config(source: Source, files: TensorFiles) -> ModelConfig:
     if isinstance(files, GGUFFile):
-        fields, shown = gguf_config(files)
-        return model_config(fields, file=files.path, shown=shown)
+        return gguf_model(files)
     folder = source.path if source.path.is_dir() else source.path.parent
     file = folder / "config.json"
     if not file.is_file():
@@ -194,12 +196,15 @@ def _config(source: Source, files: TensorFiles) -> ModelConfig:
 
 def _quantized(source: Source, files: TensorFiles, config: ModelConfig) -> Quantized | None:
     """Plans every weight from the headers, and decodes one layer of each kind to know its type."""
-    folder = source.path if source.path.is_dir() else source.path.parent
-    fields = detect.read_json(folder / "config.json")
-    settings, _ = detect.find(folder, fields)
-    if settings is None:
-        return None
-    opened = opened_folder(folder, fields, config, files)
+    if isinstance(files, GGUFFile):
+        settings, opened = {}, opened_gguf(files, config)
+    else:
+        folder = source.path if source.path.is_dir() else source.path.parent
+        fields = detect.read_json(folder / "config.json")
+        settings, _ = detect.find(folder, fields)
+        if settings is None:
+            return None
+        opened = opened_folder(folder, fields, config, files)
     places = opened.places()
     alike: dict[Hashable, dict[str, plan.Piece]] = {}
     nbytes = 0

@@ -15,7 +15,7 @@ from qjax.checkpoint import detect, names, plan
 from qjax.checkpoint.detect import read_json
 from qjax.checkpoint.expert_scales import taken_apart
 from qjax.checkpoint.gguf_config import ROPE_TENSORS, gguf_config
-from qjax.checkpoint.gguf_io import read_gguf
+from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
 from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.unpickle import open_pickled
@@ -70,8 +70,17 @@ class Opened:
 
 def open_gguf(path: Path, quantize_activations: bool) -> Opened:
     files = read_gguf(path)
+    return opened_gguf(files, gguf_model(files), quantize_activations)
+
+
+def gguf_model(files: GGUFFile) -> ModelConfig:
+    """What the metadata of a GGUF file say of the model."""
     fields, shown = gguf_config(files)
-    config = model_config(fields, file=files.path, shown=shown)
+    return model_config(fields, file=files.path, shown=shown)
+
+
+def opened_gguf(files: GGUFFile, config: ModelConfig, quantize_activations: bool = True) -> Opened:
+    """What the tensors of a GGUF file are."""
 
     def load_tokenizer() -> Any:
         from qjax.checkpoint.tokenizer import load_tokenizer

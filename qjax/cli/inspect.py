@@ -36,7 +36,7 @@ def report(found: "Summary") -> list[str]:
         lines.append(f"{use.qtype:<10}{use.tensors:>8}{use.elements:>16,}{mb:>10.1f}")
     if found.quantized is not None:
         lines += ["", *_quantized(found.quantized)]
-    same = "" if found.quantized else ", as they are in the file"
+    same = ", as they are in the file" if found.memory == found.nbytes else ""
     lines += ["", f"weights       {found.memory / 1e6:,.1f} MB in memory{same}"]
     if found.kv_bytes_per_token and found.context_length:
         lines.append(f"cache         {found.kv_bytes_per_token / 1e3:.1f} KB a token, in bfloat16")
@@ -60,9 +60,10 @@ def _quantized(found: "Quantized") -> list[str]:
         for key, value in found.settings.items()
         if key != "quant_method" and isinstance(value, str | int | float)
     )
-    lines = [
-        f"method        {found.method}",
-        f"settings      {settings or 'see its config'}",
+    lines = [f"method        {found.method}"]
+    if found.settings:
+        lines.append(f"settings      {settings or 'see its config'}")
+    lines += [
         "",
         f"{'weights':<12}{'group':<12}{'inputs':<10}{'layers':>7}{'MB':>10}  {'kernel':<8} of",
     ]

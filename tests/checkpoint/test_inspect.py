@@ -24,6 +24,9 @@ def test_gguf(golden):
         TypeUse("f32", 5, 5 * 256, 5 * 1024),
     )
     assert summary.parameters == 2 * layer + 2 * 512 * 256 + 5 * 256
+    assert summary.quantized is not None
+    assert {kind.qtype: kind.layers for kind in summary.quantized.kinds} == {"q4_1": 15, "q6_k": 1}
+    assert summary.memory == summary.nbytes
     assert summary.nbytes == sum(use.nbytes for use in summary.types)
     assert 5 < summary.bits_per_weight < 6
     assert summary.context_length == 512
