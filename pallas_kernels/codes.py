@@ -27,16 +27,19 @@ class Code:
 
     Attributes:
       kind: "uint" (the code less `zero`), "int" (two's complement), "float" (a small float with
-        `exponent` bits, the rest of it mantissa and sign), or "lookup" (an entry of a codebook that
-        comes with the weight).
-      zero: the code that means 0; of "uint" only.
+        `exponent` bits, the rest of it mantissa and sign), "lookup" (an entry of a codebook that
+        comes with the weight), or "sparse" (of every four weights two are 0, and `bits` is what one
+        takes on average).
+      zero: the code that means 0; of "uint", and of what "sparse" keeps.
       exponent: bits of the exponent; of "float" only.
+      kept: bits of a weight that is kept; of "sparse" only.
     """
 
     bits: int
     kind: str
     zero: int = 0
     exponent: int = 0
+    kept: int = 0
 
 
 def _integers() -> dict[str, Code]:
@@ -56,8 +59,13 @@ CODES: dict[str, Code] = _integers() | {
     "fp12_e7m4": Code(12, "float", exponent=7),
     "lookup4": Code(4, "lookup"),
     "lookup8": Code(8, "lookup"),
+    "sparse24_uint4b8": Code(3, "sparse", 8, kept=4),
+    "sparse24_uint8b128": Code(5, "sparse", 128, kept=8),
 }
 """By name. "uint4b8" is offset binary: the code less 8; "uint4" comes with zero points.
+
+A row of a "sparse24" type begins with the codes of the K / 2 weights that are kept, and ends with
+their places: for each, 2 bits say which of its four columns it is.
 
 "fp8_e4m3" is the finite kind (float8_e4m3fn of ml_dtypes); the smaller floats and fp12 have neither
 infinities nor NaN.
@@ -161,6 +169,8 @@ def values(
         (those of a weight, all 1) are dropped.
     """
     code = CODES[qtype]
+    if code.kind == "sparse":
+        return _sparse_values(qvalue, code, k, xp)
     if code.kind == "int":
         return qvalue.view(np.int8).astype(np.float32)
     if code.kind == "float" and code.bits == 8:
@@ -172,6 +182,15 @@ def values(
         assert codebook is not None
         return codebook.reshape(-1)[codes]
     return codes.astype(np.float32) - np.float32(code.zero)
+
+
+def _sparse_values(qvalue: Array, code: Code, k: int, xp: ModuleType) -> Array:
+    split = k // 2 * code.kept // 8
+    kept = unpack(qvalue[..., :split], code.kept, k // 2, xp).astype(np.float32)
+    kept = (kept - np.float32(code.zero)).reshape(*qvalue.shape[:-1], k // 4, 2, 1)
+    places = unpack(qvalue[..., split:], 2, k // 2, xp).reshape(kept.shape)
+    four = np.arange(4, dtype=np.uint8)
+    return xp.where(places == four, kept, np.float32(0)).sum(-2).reshape(*qvalue.shape[:-1], k)
 
 
 def spread(scale: Array, group: tuple[int, int], shape: tuple[int, int], xp: ModuleType) -> Array:

@@ -100,6 +100,13 @@ def decode(spec: WeightSpec, arrays: WeightArrays) -> jax.Array:
 
 def _code_values(raw: jax.Array, qtype: str, k: int, codebook: jax.Array | None) -> jax.Array:
     """Codes of a row follow each other in a stream of bits, lowest first: float32 [N, K]."""
+    if qtype.startswith("sparse24_"):
+        # Two of four columns, in a stream as dense ones are, and then their places.
+        kind = qtype.removeprefix("sparse24_")
+        places = _code_values(raw[:, -k // 8 :], "uint2", k // 2, None).astype(jnp.int32)
+        kept = _code_values(raw[:, : -k // 8], kind, k // 2, None)
+        row, column = np.arange(len(raw))[:, None], 4 * (np.arange(k // 2) // 2) + places
+        return jnp.zeros((len(raw), k)).at[row, column].set(kept)
     name, _, offset = qtype.partition("b")
     digits = "".join(c for c in name.partition("_")[0] if c.isdigit())
     bits = int(digits)

@@ -113,7 +113,15 @@ NVFP4_A16 = _codes("NVFP4 W4A16", "fp4_e2m1", (1, 16), "float8_e4m3fn", global_s
 METHODS = (
     Method("gptq", "GPTQModel, AutoGPTQ", _integers(2, 3, 4, 8, asymmetric=(4,)), ("gptq-",)),
     Method("awq", "AutoAWQ, GPTQModel", _integers(asymmetric=(4,)), ("awq-", "autoawq-"), "GEMM"),
-    Method("marlin", "AutoGPTQ, sparseml", _integers(4, 8)),
+    Method(
+        "marlin",
+        "AutoGPTQ, sparseml",
+        (
+            *_integers(4, 8),
+            _codes("W4A16 2:4 sparse", "sparse24_uint4b8", scale="float16"),
+            _codes("W8A16 2:4 sparse", "sparse24_uint8b128", scale="float16"),
+        ),
+    ),
     Method(
         "compressed-tensors",
         "LLM Compressor",
@@ -152,7 +160,10 @@ METHODS = (
     Method(
         "auto-round",
         "Intel AutoRound",
-        (*_integers(2, 3, 4, 8, asymmetric=(4,)), W8A8_FP8_STATIC, MXFP4, NVFP4),
+        (
+            *_integers(2, 3, 4, 8, asymmetric=(4,)),
+            *(W8A8_FP8_STATIC, W8A8_FP8_BLOCK, W8A16_FP8, MXFP4, MXFP8, NVFP4),
+        ),
         ("ar-",),
     ),
     Method(
@@ -161,6 +172,7 @@ METHODS = (
         (
             *_integers(2, 3, 4, 5, 6, 7, asymmetric=(4,)),
             *(W4A8, W8A8_INT8, W8A16_INT8, W8A8_FP8, W8A16_FP8),
+            *(MXFP4_A16, MXFP4, MXFP8, NVFP4_A16, NVFP4),
         ),
         ("ao-",),
     ),

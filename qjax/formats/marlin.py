@@ -7,8 +7,7 @@ al., arXiv 2408.11743); here it is undone. Three kinds of names mean two layouts
   B_24, s, B_meta                2:4 sparse, 4 or 8 bits ("marlin_24")
   weight_packed, scale_packed, meta   the same sparse layout in compressed-tensors ("marlin-24")
 
-No kernel here is sparse, so a 2:4 weight becomes a dense one of its own width in which pruned codes
-mean 0. That takes 4/3 of the bytes of a sparse 4-bit layer, and 8/5 of those of an 8-bit one.
+A 2:4 weight stays as small as it is stored: two codes of every four columns, and which they are.
 """
 
 from __future__ import annotations
@@ -54,6 +53,7 @@ class Marlin(QuantizationConfig):
 
     bits: int
     group_size: int
+    values: Mapping[str, Any]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
@@ -69,7 +69,7 @@ class Marlin(QuantizationConfig):
         if keys.section("dynamic").values:
             raise UnsupportedError(f"{checkpoint.file}: Marlin has no `dynamic` settings of layers")
         keys.done()
-        return cls(bits, size)
+        return cls(bits, size, config)
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         if "B_24" in stored:
@@ -78,6 +78,27 @@ class Marlin(QuantizationConfig):
         if "B" in stored:
             return _dense(module, stored, shape, self.bits, self.group_size)
         return None
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
+        (n, k), bits = weight.shape, self.bits
+        size, qtype = min(weights.columns(self.group_size, k), k), f"uint{bits}b{1 << (bits - 1)}"
+        names = {qtype, f"sparse24_{qtype}"}
+        if weight.qtype not in names or weight.zero_point is not None or weight.aux:
+            raise UnsupportedError(
+                f"{module}: Marlin of {bits} bits has no layout for {weight.qtype} weights, but "
+                f"for {qtype} without zero points"
+            )
+        sparse = weight.qtype != qtype
+        rows = k // 2 if sparse else k
+        if weight.group != (1, size) or weight.qvalue.ndim != 2 or n % 64 or rows % _TILE:
+            raise UnsupportedError(
+                f"{module}: {(n, k)} weights in groups of {weight.group} are not tiles of 64 x "
+                f"{_TILE} in groups of {(1, size)}"
+            )
+        return _encode_sparse(weight, bits) if sparse else _encode_dense(weight, bits)
 
 
 def _dense(
@@ -88,11 +109,35 @@ def _dense(
 
     def decode(arrays: Arrays) -> QArray:
         values = _untile(arrays["B"], k, n, bits, _order(bits)).T
-        single = size == k
-        scale = _unshuffle(arrays["s"], _SCALES_SINGLE if single else _SCALES_GROUPED)
-        return _weight(values, scale, (n, k), bits, size)
+        scale = np.ascontiguousarray(_unshuffle(arrays["s"], _scales_order(size, k)).T)
+        packed = codes.pack(np.ascontiguousarray(values), bits)
+        return weights.coded(packed, f"uint{bits}b{1 << (bits - 1)}", (n, k), scale, (1, size))
 
     return Layer(("B", "s"), decode, ("workspace",))
+
+
+def _encode_dense(weight: QArray, bits: int) -> dict[str, np.ndarray]:
+    k = weight.shape[1]
+    assert weight.group is not None
+    values = codes.unpack(np.asarray(weight.qvalue), bits, k, np)
+    scale = np.ascontiguousarray(np.asarray(weight.scale).T)
+    return {
+        "B": _tile(values.T, bits, _order(bits)),
+        "s": _shuffle(scale, _scales_order(weight.group[1], k)),
+    }
+
+
+def _encode_sparse(weight: QArray, bits: int) -> dict[str, np.ndarray]:
+    n, k = weight.shape
+    assert weight.group is not None
+    raw, split = np.asarray(weight.qvalue), k // 2 * bits // 8
+    kept = codes.unpack(raw[:, :split], bits, k // 2, np)
+    scale = np.ascontiguousarray(np.asarray(weight.scale).T)
+    return {
+        "B_24": _tile(kept.T, bits, _order_sparse(bits)),
+        "s": scale if weight.group[1] == k else _shuffle(scale, _SCALES_SPARSE),
+        "B_meta": _meta(np.ascontiguousarray(raw[:, split:]).view(np.uint16), n, k),
+    }
 
 
 def sparse(
@@ -126,11 +171,12 @@ def sparse(
         places = _places(np.ascontiguousarray(arrays[names[2]]), n, k)
         if (places[..., 0] >= places[..., 1]).any():
             raise fault(meta, "does not name two of every four columns in rising order")
-        values = np.full((n, k // 4, 4), 1 << (bits - 1), np.uint8)
-        np.put_along_axis(values, places, kept.reshape(n, k // 4, 2), -1)
         scale = arrays[names[1]]
         scale = scale if single else _unshuffle(scale, _SCALES_SPARSE)
-        return _weight(values.reshape(n, k), scale, (n, k), bits, size)
+        parts = [codes.pack(kept, bits), codes.pack(places.reshape(n, k // 2), 2)]
+        packed, scale = np.concatenate(parts, axis=1), np.ascontiguousarray(scale.T)
+        qtype = f"sparse24_uint{bits}b{1 << (bits - 1)}"
+        return weights.coded(packed, qtype, (n, k), scale, (1, size))
 
     return Layer(names, decode, ("workspace",))
 
@@ -161,12 +207,8 @@ def _check(
     return size
 
 
-def _weight(
-    values: np.ndarray, scale: np.ndarray, shape: tuple[int, int], bits: int, size: int
-) -> QArray:
-    packed = codes.pack(np.ascontiguousarray(values), bits)
-    scale = np.ascontiguousarray(scale.T)
-    return weights.coded(packed, f"uint{bits}b{1 << (bits - 1)}", shape, scale, (1, size))
+def _scales_order(size: int, k: int) -> np.ndarray:
+    return _SCALES_SINGLE if size == k else _SCALES_GROUPED
 
 
 def _untile(words: np.ndarray, rows: int, columns: int, bits: int, order: np.ndarray) -> np.ndarray:
@@ -177,6 +219,18 @@ def _untile(words: np.ndarray, rows: int, columns: int, bits: int, order: np.nda
     values[:, order] = shuffled
     tiles = values.reshape(rows // _TILE, columns // _TILE, _TILE, _TILE)
     return tiles.transpose(0, 2, 1, 3).reshape(rows, columns)
+
+
+def _tile(values: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:
+    """What `_untile` undoes: int32 [rows / 16, columns * bits / 2]."""
+    rows, columns = values.shape
+    tiles = values.reshape(rows // _TILE, _TILE, columns // _TILE, _TILE).transpose(0, 2, 1, 3)
+    shuffled = tiles.reshape(-1, len(order))[:, order].reshape(rows // _TILE, -1)
+    return np.ascontiguousarray(codes.pack(shuffled, bits)).view(np.int32)
+
+
+def _shuffle(scale: np.ndarray, order: np.ndarray) -> np.ndarray:
+    return scale.reshape(-1, len(order))[:, order].reshape(scale.shape)
 
 
 def _unshuffle(scale: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -222,6 +276,13 @@ def _places(meta: np.ndarray, n: int, k: int) -> np.ndarray:
     of row 64 g + 8 a + 4 b + 2 c + d, word 2 h + e lies at (h, g, c, a, d, e, b).
     """
     bits = meta.view(np.uint16).reshape(k // 32, n // 64, 2, 8, 2, 2, 2)
-    words = bits.transpose(1, 3, 6, 2, 4, 0, 5).reshape(n, k // 16)
+    words = bits.transpose(1, 3, 6, 2, 4, 0, 5).reshape(n, k // 16)  # see `_meta`
     pairs = (words[..., None] >> np.arange(0, 16, 4, dtype=np.uint16)) & 15
     return np.stack([pairs & 3, pairs >> 2], -1).reshape(n, k // 4, 2).astype(np.int64)
+
+
+def _meta(words: np.ndarray, n: int, k: int) -> np.ndarray:
+    """int16 [K / 32, 2 N] of words uint16 [N, K / 16] with four pairs of positions each, in the
+    order that `_places` undoes."""
+    bits = words.reshape(n // 64, 8, 2, 2, 2, k // 32, 2)
+    return bits.transpose(5, 0, 3, 1, 4, 6, 2).reshape(k // 32, 2 * n).view(np.int16)

@@ -61,9 +61,22 @@ def layer(bits, n, k, size):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dense(bits, size):
     tensors, weight = layer(bits, 128, 256, 256 if size == -1 else size)
-    found = decoded(CONFIG | {"bits": bits, "group_size": size}, tensors, (128, 256))
+    config = CONFIG | {"bits": bits, "group_size": size}
+    found = decoded(config, tensors, (128, 256))
     assert found.qtype == f"uint{bits}b{1 << (bits - 1)}"
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
+    written(config, found, tensors, "workspace")
+
+
+def written(config, weight, tensors, *but):
+    """The tensors are what was read, and the config is."""
+    method = quantization(config)
+    found = method.encode("m", weight)
+    assert found.keys() == tensors.keys() - {*but}
+    for suffix, array in found.items():
+        assert array.dtype == tensors[suffix].dtype
+        np.testing.assert_array_equal(array, tensors[suffix], suffix)
+    assert method.to_config() == config
 
 
 @pytest.mark.parametrize(
@@ -100,12 +113,25 @@ def test_sparse(bits, strategy):
     config = {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": groups}
     found = decoded(config, tensors, (64, 512))
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
+    assert found.qtype == f"sparse24_uint{bits}b{1 << (bits - 1)}"
+    assert found.nbytes == sum(array.nbytes for array in tensors.values())
+    np.testing.assert_array_equal(found.dequantize(), weight_of(found).astype(np.float32))
     # The names that GPTQ's "marlin_24" has.
     names = {"weight_packed": "B_24", "scale_packed": "s", "meta": "B_meta"}
     renamed = {names[suffix]: array for suffix, array in tensors.items()}
     config = {"quant_method": "gptq", "checkpoint_format": "marlin_24", "bits": bits}
-    found = decoded(config | {"group_size": size}, renamed, (64, 512))
+    config = config | {"group_size": size}
+    found = decoded(config, renamed, (64, 512))
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
+    written(config, found, renamed)
+
+
+def test_what_has_no_layout_is_not_written():
+    tensors, _ = layer(4, 64, 256, 128)
+    found = decoded(CONFIG, tensors, (64, 256))
+    for change, message in (({"bits": 8}, "uint8b128"), ({"group_size": 64}, "groups")):
+        with pytest.raises(UnsupportedError, match=message):
+            quantization(CONFIG | change).encode("m", found)
 
 
 def test_positions_in_falling_order_are_refused():

@@ -47,8 +47,10 @@ def draw(kind, seed=0):
     rng = np.random.default_rng(seed)
     (n, k), bits = kind.shape, CODES[kind.qtype].bits
     codes = rng.integers(0, 1 << bits, (n, k), np.uint8)
-    codebook = None
-    if kind.qtype in _FLOATS:
+    codebook, stream = None, None
+    if kind.qtype.startswith("sparse24"):
+        stream, values = _sparse(rng, kind)
+    elif kind.qtype in _FLOATS:
         values = codes.view(_FLOATS[kind.qtype]).astype(np.float64)
         # The few that are no numbers become zeros; all others occur, subnormal ones too.
         codes = np.where(np.isfinite(values), codes, 0).astype(np.uint8)
@@ -64,8 +66,7 @@ def draw(kind, seed=0):
     scale = _scales(rng, kind.scale, grid)
     zero = None if kind.zero_point is None else _zeros(rng, kind, bits, grid)
     whole = np.full((1, 1), 0.37, np.float32) if kind.has_global_scale else None
-    bit = codes[..., None] >> np.arange(bits, dtype=np.uint8) & 1
-    stream = np.packbits(bit.reshape(n, -1), axis=1, bitorder="little")
+    stream = _stream(codes, bits) if stream is None else stream
 
     def spread(array):
         wide = np.repeat(np.repeat(array, kind.group[0], 0)[:n], kind.group[1], 1)[:, :k]
@@ -79,6 +80,23 @@ def draw(kind, seed=0):
     else:
         decoded = (values - spread(zero)) * s
     return WeightArrays(stream, scale, zero, whole, codebook), decoded
+
+
+def _stream(codes, bits):
+    bit = codes[..., None] >> np.arange(bits, dtype=np.uint8) & 1
+    return np.packbits(bit.reshape(len(codes), -1), axis=1, bitorder="little")
+
+
+def _sparse(rng, kind):
+    """Two of every four columns, then 2 bits for the place of each."""
+    (n, k), bits = kind.shape, CODES[kind.qtype].kept
+    kept = rng.integers(0, 1 << bits, (n, k // 2), np.uint8)
+    pairs = np.array([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], np.uint8)
+    places = pairs[rng.integers(0, 6, (n, k // 4))].reshape(n, k // 2)
+    values = np.zeros((n, k))
+    at = 4 * (np.arange(k // 2) // 2) + places
+    np.put_along_axis(values, at, kept - float(1 << (bits - 1)), axis=1)
+    return np.concatenate([_stream(kept, bits), _stream(places, 2)], axis=1), values
 
 
 def _scales(rng, dtype, grid):

@@ -109,3 +109,18 @@ def test_codes_that_are_not_finite(qtype):
         qvalue[1, 2] = code
         wanted = qtype not in kinds or np.isfinite(np.uint8(code).view(kinds[qtype]))
         assert codes.is_finite(qvalue, qtype) == wanted
+
+
+def test_two_of_every_four():
+    """Kept codes first, the places of each pair behind: here 3 and 12 (less 8) in columns 1 and 3,
+    then 15 and 0 in columns 0 and 2."""
+    row = np.array([[0xC3, 0x0F, 0b1000_1101]], np.uint8)
+    expected = [[0, -5, 0, 4, 7, 0, -8, 0]]
+    for xp in (np, jnp):
+        found = codes.values(xp.asarray(row), "sparse24_uint4b8", 8, xp=xp)
+        np.testing.assert_array_equal(found, expected)
+    row = np.array([[131, 12, 255, 0, 0b1000_1101]], np.uint8)
+    expected = [[0, 3, 0, -116, 127, 0, -128, 0]]
+    for xp in (np, jnp):
+        found = codes.values(xp.asarray(row), "sparse24_uint8b128", 8, xp=xp)
+        np.testing.assert_array_equal(found, expected)

@@ -69,9 +69,13 @@ KINDS = {
         Coded("lookup4", (1, 32), "float16", shape=(24, 136)),
         Coded("lookup4", (N, K), "bfloat16"),
     ],
+    "sparse24": [
+        Coded("sparse24_uint4b8", (1, 64), "float16"),
+        Coded("sparse24_uint8b128", (1, K), "float16"),
+    ],
 }
 # What native kernels leave to others.
-NOT_NATIVE = ("uint7", "fp6")
+NOT_NATIVE = ("uint7", "fp6", "sparse24")
 
 
 def ready(kind, seed=0):
