@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
 
 import qjax
@@ -199,10 +200,10 @@ def rounded_in_blocks(weight, size):
     return codes, scale, codes.astype(np.float32) * spread
 
 
-@pytest.mark.parametrize(("name", "size"), [(DENSE[0], 128), (DENSE[1], 32)])
-def test_fp8_in_blocks(golden, tmp_path, name, size):
-    """As DeepSeek publishes its models: `weight_scale_inv`, and a router that stays whole."""
-    plain, stored = {}, {}
+def fp8_in_blocks(golden, folder, name, size, further=()):
+    """A checkpoint as DeepSeek publishes its models, `weight_scale_inv` and a router that stays
+    whole; and its tensors in full precision. `further` tensors are stored as they are."""
+    plain, stored = {}, dict(further)
     for key, value in load_file(golden / name / "model.safetensors").items():
         plain[key] = stored[key] = value
         if "proj" in key and value.ndim == 2:
@@ -213,7 +214,14 @@ def test_fp8_in_blocks(golden, tmp_path, name, size):
         "activation_scheme": "dynamic",
         "weight_block_size": [size, size],
     }
-    folder = copied(golden, name, tmp_path / "fp8", stored, quantization_config=method)
+    # So many layers behind the last are published; none of them is where nothing is stored.
+    fields = {"num_nextn_predict_layers": 1, "quantization_config": method}
+    return copied(golden, name, folder, stored, **fields), plain
+
+
+@pytest.mark.parametrize(("name", "size"), [(DENSE[0], 128), (DENSE[1], 32)])
+def test_fp8_in_blocks(golden, tmp_path, name, size):
+    folder, plain = fp8_in_blocks(golden, tmp_path / "fp8", name, size)
     params = qjax.load(folder, quantize_activations=False)
     latent = params.tree["model"]["layers"]["1"]["self_attn"]["kv_a_proj_with_mqa"]["weight"]
     module = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
@@ -224,3 +232,50 @@ def test_fp8_in_blocks(golden, tmp_path, name, size):
     exact = forward(qjax.load(copied(golden, name, tmp_path / "plain", plain)), ids)
     assert difference(forward(params, ids), exact) < TOLERANCE
     assert 100 * TOLERANCE < difference(exact, logits) < 0.3
+
+
+def test_fp8_experts(golden, tmp_path):
+    """Those of V3 as it is published, with a layer behind the last that predicts further tokens."""
+    name, layer = "tiny-deepseek-v3", "model.layers.3"
+    codes, scale, _ = rounded_in_blocks(np.ones((48, 64)), 32)
+    further = {
+        f"{layer}.embed_tokens.weight": np.ones((160, 64), ml_dtypes.bfloat16),
+        f"{layer}.eh_proj.weight": np.ones((64, 128), ml_dtypes.bfloat16),
+        f"{layer}.shared_head.norm.weight": np.ones(64, ml_dtypes.bfloat16),
+        f"{layer}.mlp.experts.0.up_proj.weight": codes,
+        f"{layer}.mlp.experts.0.up_proj.weight_scale_inv": scale,
+        f"{layer}.mlp.gate.e_score_correction_bias": np.ones(8, np.float32),
+    }
+    folder, plain = fp8_in_blocks(golden, tmp_path / "fp8", name, 32, further)
+    params = qjax.load(folder, quantize_activations=False)
+    experts = params.tree["model"]["layers"]["1"]["mlp"]["experts"]
+    for part, stack in experts.items():
+        weight = ops.unprepare(stack["weight"])
+        assert weight.qtype == "fp8_e4m3"
+        wanted = [plain[f"model.layers.1.mlp.experts.{i}.{part}.weight"] for i in range(8)]
+        assert (np.asarray(weight.dequantize()) == np.stack(wanted)).all()
+    ids, _ = reference(golden, name, 1)
+    exact = forward(qjax.load(copied(golden, name, tmp_path / "plain", plain)), ids)
+    assert difference(forward(params, ids), exact) < TOLERANCE
+    saved = qjax.save(qjax.load(folder), tmp_path / "saved")
+    files = [path / "model.safetensors" for path in (saved, folder)]
+    one, other = (
+        {name: bytes(entry["data"]) for name, entry in deserialize(file.read_bytes())}
+        for file in files
+    )
+    assert one == other
+
+
+def test_biases_of_the_choice_of_experts(golden, tmp_path):
+    """They are stored in float32 and needed, and choose alone: weights come from the scores."""
+    name, bias = "tiny-deepseek-v3", "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors = load_file(golden / name / "model.safetensors")
+    tensors[bias] = tensors[bias].astype(np.float32)
+    ids, logits = reference(golden, name, 1)
+    turned = copied(golden, name, tmp_path / "turned", tensors | {bias: -tensors[bias]})
+    assert difference(forward(qjax.load(turned), ids), logits) > 100 * TOLERANCE
+    raised = copied(golden, name, tmp_path / "raised", tensors | {bias: tensors[bias] + 1})
+    assert difference(forward(qjax.load(raised), ids), logits) < TOLERANCE
+    del tensors[bias]
+    with pytest.raises(CheckpointError, match="e_score_correction_bias"):
+        qjax.load(copied(golden, name, tmp_path / "without", tensors))
