@@ -120,11 +120,17 @@ class QuantizationConfig:
         Raises:
           UnsupportedError: the format cannot hold such a weight, or is not written.
         """
-        raise UnsupportedError(f"{module}: qjax does not write {self.name} checkpoints")
+        raise UnsupportedError(f"{module}: {self._not_written()}")
 
     def to_config(self) -> dict[str, Any]:
         """The quantization_config that `from_config` would read."""
-        raise UnsupportedError(f"qjax does not write {self.name} checkpoints")
+        raise UnsupportedError(self._not_written())
+
+    def _not_written(self) -> str:
+        return (
+            f"qjax does not write {self.name} checkpoints; give `save` the quantization_config of "
+            "another method that holds such weights (`qjax methods --support` lists what is saved)"
+        )
 
 
 @dataclass(frozen=True)
