@@ -102,7 +102,8 @@ class BitsAndBytes(QuantizationConfig):
                 weight, f"holds {weight.shape}, {(n, k)} 4-bit weights take {n * k // 2} bytes"
             )
         blocks = -(-n * k // state.blocksize)
-        group = weights.flat_group(f"{record.file}, {record.name}", (n, k), state.blocksize)
+        where = f"{record.file}, {record.name}"
+        group, times = weights.flat_group(where, (n, k), state.blocksize)
         nested = state.nested_blocksize is not None
         expect(module, stored, "weight.absmax", "u8" if nested else "f32", (blocks,))
         expect(module, stored, "weight.quant_map", "f32", (16,))
@@ -119,6 +120,8 @@ class BitsAndBytes(QuantizationConfig):
                 outer = np.repeat(arrays["weight.nested_absmax"], state.nested_blocksize)[:blocks]
                 absmax = arrays["weight.nested_quant_map"][absmax] * outer
                 absmax = absmax + np.float32(state.nested_offset)
+            if times > 1:  # the last block may be shorter
+                absmax = np.repeat(absmax, times)[: n * k // group[1]]
             raw = np.ascontiguousarray(arrays["weight"]).view(np.uint8).reshape(n, k // 2)
             swapped = (raw << np.uint8(4)) | (raw >> np.uint8(4))
             aux = {"codebook": arrays["weight.quant_map"].reshape(1, 16)}

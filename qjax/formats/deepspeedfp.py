@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from pallas_kernels import codes
+from qjax.errors import UnsupportedError
 from qjax.formats import weights
 from qjax.formats.base import PLAIN, Checkpoint, Keys, Layer, QuantizationConfig, Stored, expect
 from qjax.formats.fp8 import rounds_online
@@ -47,22 +48,27 @@ class DeepSpeedFP(QuantizationConfig):
         record = expect(module, stored, "weight", PLAIN, shape)
         if not rounds_online(module):
             return None
-        group = weights.flat_group(f"{record.file}, {module}, group_size", shape, self.group_size)
+        where, size = f"{record.file}, {module}, group_size", self.group_size
+        group, times = weights.flat_group(where, shape, size)
+        if shape[-2] * shape[-1] % size:
+            raise UnsupportedError(f"{where}: {shape} weights are no whole number of {size}")
         qtype = QTYPES[self.bits]
-        return Layer(("weight",), lambda arrays: round_to(arrays["weight"], qtype, group))
+        return Layer(("weight",), lambda arrays: round_to(arrays["weight"], qtype, group, times))
 
 
-def round_to(dense: np.ndarray, qtype: str, group: tuple[int, int]) -> QArray:
-    """A plain weight [..., N, K] in small floats with a scale for each group."""
+def round_to(dense: np.ndarray, qtype: str, group: tuple[int, int], times: int = 1) -> QArray:
+    """A plain weight [..., N, K] in small floats with a scale for each group, or for as many as
+    follow each other in the flattened weight.
+    """
     values = np.asarray(dense, np.float32)
-    *lead, n, k = values.shape
-    tiles = values.reshape(*lead, n // group[0], group[0], k // group[1], group[1])
-    largest = np.abs(tiles).max((-3, -1), keepdims=True)
+    runs = values.reshape(*values.shape[:-2], -1, times, group[0] * group[1])
+    largest = np.abs(runs).max((-2, -1), keepdims=True)
     scale = np.where(largest > 0, largest / _magnitudes(qtype)[-1], 1).astype(np.float32)
     packed = codes.pack(
-        nearest((tiles / scale).reshape(values.shape), qtype), codes.CODES[qtype].bits
+        nearest((runs / scale).reshape(values.shape), qtype), codes.CODES[qtype].bits
     )
-    return weights.coded(packed, qtype, values.shape, scale, group)
+    each = np.repeat(scale, times, axis=-2)
+    return weights.coded(packed, qtype, values.shape, each, group)
 
 
 @cache

@@ -198,17 +198,18 @@ def _plan(
     """Checks the shapes of codes and scales, and says how they decode."""
     n, k = shape
     record = stored["W_q"]
+    times = 1  # groups that share a scale, where they are parts of one that crosses rows
     slabs = None  # rows that lie between two weights of a group, for axis 0
     matrix, group, scales = shape, shape, (1, 1)
     if size is not None:
-        if (axis == 1 and k % size) or (axis == 0 and n % size):
+        if n * k % size or (axis == 0 and n % size):
             raise UnsupportedError(
-                f"{record.file}, {module}: groups of {size} along axis {axis} do not divide "
-                f"{shape}; a group that crosses rows is not supported"
+                f"{record.file}, {module}: groups of {size} along axis {axis} do not divide {shape}"
             )
         count = n * k // size
         if axis == 1:
-            matrix, group, scales = (count, size), (1, size), (count, 1)
+            matrix, scales = (count, size), (count, 1)
+            group, times = weights.flat_group(f"{record.file}, {module}", shape, size)
         else:
             matrix, group, scales, slabs = (size, count), (size, 1), (1, count), n // size
     elif per_axis:
@@ -227,7 +228,9 @@ def _plan(
     def decode(arrays: Arrays) -> QArray:
         raw = np.ascontiguousarray(arrays["W_q"]).view(_WORDS[packing.word])
         values = _unpack(raw, packing)[: matrix[0]].reshape(shape)
-        scale, zero = arrays["scale"], arrays["zero"]
+        scale, zero = (arrays[suffix] for suffix in ("scale", "zero"))
+        if times > 1:
+            scale, zero = np.repeat(scale, times), np.repeat(zero, times)
         aux = {}
         if slabs is not None:
             # Rows of one group become neighbours; the outputs are put back in order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -32,21 +33,31 @@ def require_group_size(keys: Keys, size: int | None) -> int:
     return size
 
 
-def flat_group(where: str, shape: tuple[int, ...], size: int) -> tuple[int, int]:
-    """Rows and columns of a run of `size` weights of the flattened matrix.
+_FEWEST = 32  # columns of a part of a group, below which its scales would take too much
+
+
+def flat_group(where: str, shape: tuple[int, ...], size: int) -> tuple[tuple[int, int], int]:
+    """Rows and columns of a run of `size` weights of the flattened matrix, which is whole rows, or
+    lies in one; where some lie across two rows, of the parts that all runs and rows are made of.
+
+    Returns:
+      The group, and how many of them share a scale one after the other (1 but for parts).
 
     Raises:
-      UnsupportedError: some would lie across two rows.
+      UnsupportedError: parts would be too small.
     """
     n, k = shape[-2:]
     if k % size == 0:
-        return 1, size
+        return (1, size), 1
     if size % k == 0 and n % (size // k) == 0:
-        return size // k, k
-    raise UnsupportedError(
-        f"{where}: blocks of {size} weights do not fit rows of {k}, so that some lie across two "
-        f"rows; sizes that divide {k} are supported, and whole rows"
-    )
+        return (size // k, k), 1
+    part = math.gcd(size, k)
+    if part < _FEWEST:
+        raise UnsupportedError(
+            f"{where}: blocks of {size} weights do not fit rows of {k}, so that some lie across "
+            f"two rows, and parts of {part} are too small; from {_FEWEST} on they are supported"
+        )
+    return (1, part), size // part
 
 
 def columns(group_size: int, k: int) -> int:

@@ -32,6 +32,15 @@ def test_runs_of_the_flattened_weight(bits, group):
     np.testing.assert_allclose(weight_of(found), rounded(dense, group, bits), rtol=1e-6)
 
 
+def test_runs_across_rows():
+    """DeepSpeed's 512 in rows of 576: parts of 64, eight of which share a scale."""
+    dense = np.random.default_rng(0).normal(size=(8, 576)).astype(np.float16)
+    layer = planned(CONFIG | {"group_size": 512}, {"weight": dense}, (8, 576))
+    found = layer.decode({"weight": dense})
+    assert found.group == (1, 64)
+    np.testing.assert_allclose(weight_of(found), rounded(dense, 512, 8), rtol=1e-6)
+
+
 def test_twelve_bits():
     """e7m4: a sign, 7 bits of exponent less 63, 4 of mantissa."""
     dense = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
@@ -84,7 +93,9 @@ def test_settings_that_are_refused(change, error, message):
 
 def test_what_does_not_fit():
     with pytest.raises(UnsupportedError, match="two rows"):
-        planned(CONFIG, {"weight": np.zeros((4, 96), np.float16)}, (4, 96))
+        planned(CONFIG, {"weight": np.zeros((8, 72), np.float16)}, (8, 72))
+    with pytest.raises(UnsupportedError, match="whole number"):
+        planned(CONFIG, {"weight": np.zeros((3, 96), np.float16)}, (3, 96))
     with pytest.raises(CheckpointError, match="weight"):
         planned(CONFIG, {"weight": np.zeros((4, 64), np.int8)}, (4, 64))
     with pytest.raises(UnsupportedError, match="deepspeedfp"):

@@ -194,10 +194,15 @@ def test_missing_tensors(suffix):
         planned(config(), tensors, (64, 64))
 
 
-def test_groups_across_rows_are_refused():
-    tensors, _ = layer("4bit_u8", 64, 96, 64, 1)
-    with pytest.raises(UnsupportedError, match="crosses rows"):
-        planned(config(), tensors, (64, 96))
+def test_groups_across_rows():
+    """Groups of 64 in rows of 96 are taken in halves; parts of 8 would be too many."""
+    tensors, weight = layer("4bit_u8", 64, 96, 64, 1)
+    found = decoded(config(), tensors, (64, 96))
+    assert found.group == (1, 32)
+    np.testing.assert_allclose(weight_of(found), weight, rtol=1e-5, atol=1e-6)
+    tensors, _ = layer("4bit_u8", 64, 72, 64, 1)
+    with pytest.raises(UnsupportedError, match="two rows"):
+        planned(config(), tensors, (64, 72))
 
 
 def test_layers_that_are_skipped():
