@@ -35,7 +35,6 @@ NOT_SAVED = {
     "autoawq-gemv": "writes gemm only",
     "base-tiny-gptoss": "gpt-oss models cannot be saved",
     "gptoss-": "gpt-oss models cannot be saved",
-    "hqq-": "does not write hqq",
     **dict.fromkeys(("quark-int", "quark-mixed", "quark-mx", "quark-nv"), "only those of FP8"),
     **dict.fromkeys(("quark-qwen3moe-mx", "quark-uint4"), "only those of FP8"),
 }
