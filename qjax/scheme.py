@@ -43,11 +43,16 @@ class QuantizationArgs:
 
 @dataclass(frozen=True)
 class QuantizationScheme:
-    """What happens to the layers that `targets` name; None is left in full precision."""
+    """What happens to the layers that `targets` name; None is left in full precision.
+
+    Attributes:
+      format: how they are stored, where it is told for these layers.
+    """
 
     targets: tuple[str, ...]
     weights: QuantizationArgs | None = None
     input_activations: QuantizationArgs | None = None
+    format: str | None = None
 
 
 def expression(target: str) -> re.Pattern[str]:

@@ -36,10 +36,11 @@ FORMATS = (
     *("marlin-24", "mixed-precision", "nvfp4-pack-quantized", "mxfp4-pack-quantized"),
     *("mxfp6-pack-quantized", "mxfp8-quantized"),
 )
+_IN_BYTES = ("int-quantized", "naive-quantized")
 _FLOAT_TYPES = {4: "fp4_e2m1", 6: "fp6_e2m3", 8: "fp8_e4m3"}
 
 
-@register_quantization_config("compressed-tensors", "compressed_tensors")
+@register_quantization_config("compressed-tensors", "compressed_tensors", "sparseml")
 @dataclass(frozen=True)
 class CompressedTensors(QuantizationConfig):
     """Settings of one checkpoint.
@@ -48,6 +49,8 @@ class CompressedTensors(QuantizationConfig):
       schemes: one for each config group.
       ignore: targets of layers that are left alone.
       transforms: rotations that are applied to inputs and outputs at run time.
+      biases: names of the biases that are stored.
+      kv_cache: what keys and values are rounded to, or None.
       values: the configuration as it was read.
     """
 
@@ -55,12 +58,19 @@ class CompressedTensors(QuantizationConfig):
     ignore: tuple[str, ...]
     transforms: tuple[Transform, ...]
     values: Mapping[str, Any]
+    biases: frozenset[str] = frozenset()
+    kv_cache: QuantizationArgs | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
+        # Of the first releases: both configs one level lower, beside each other.
+        inner = config.get("quantization_config")
+        if isinstance(inner, Mapping):
+            config = {k: v for k, v in config.items() if k != "quantization_config"} | dict(inner)
         keys = Keys(config, checkpoint.file)
         keys.ignore("quant_method", "quantization_status", "global_compression_ratio", "version")
-        keys.ignore("provider", "moe_sparsity_config", "kv_cache_scheme", "autoround_version")
+        keys.ignore("provider", "moe_sparsity_config", "autoround_version", "sparseml_version")
+        cache = read_args(keys, "kv_cache_scheme")
         keys.choice("format", FORMATS, "dense")
         _refuse_sparse(keys)
         groups = keys.section("config_groups")
@@ -68,12 +78,30 @@ class CompressedTensors(QuantizationConfig):
         ignore = tuple(map(str, keys.get("ignore", list, [])))
         transforms = read_transforms(keys.section("transform_config"))
         keys.done()
-        return cls(schemes, ignore, transforms, config)
+        biases = frozenset(n for n in checkpoint.tensors if transforms and n.endswith(".bias"))
+        return cls(schemes, ignore, transforms, config, biases, cache)
+
+    @property
+    def quantizes_weights(self) -> bool:
+        return any(scheme.weights is not None for scheme in self.schemes)
+
+    @property
+    def cache(self) -> str | None:
+        """Of `kv_cache_scheme`, or of a config group that names attention itself."""
+        if any(scheme.weights is None and scheme.input_activations for scheme in self.schemes):
+            return "attention whose queries are rounded, too"
+        args = self.kv_cache
+        if args is None:
+            return None
+        if args.type == "float" and args.num_bits == 8 and args.symmetric and not args.dynamic:
+            return "fp8_e4m3"
+        kind = ("dynamic " if args.dynamic else "") + ("" if args.symmetric else "asymmetric ")
+        return f"{kind}{args.type}{args.num_bits}"
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
-        layer_class = "Embedding" if module.endswith("embed_tokens") else "Linear"
-        scheme = scheme_for(module, self.schemes, layer_class)
-        if is_ignored(module, self.ignore, layer_class):
+        kind = layer_class(module)
+        scheme = scheme_for(module, self.schemes, kind)
+        if is_ignored(module, self.ignore, kind):
             scheme = None
         found = ct_layouts.layout(module, stored, shape)
         if found is None:  # plain, whatever the configuration wanted
@@ -88,22 +116,40 @@ class CompressedTensors(QuantizationConfig):
     def _rotated(
         self, module: str, stored: Stored, shape: tuple[int, ...], plan: Layer | None
     ) -> Layer | None:
-        sizes = tuple(
-            next((t.size(shape) for t in self.transforms if t.applies(module, where)), 0)
-            for where in ("input", "output")
-        )
-        if sizes == (0, 0):
+        online = [t for t in self.transforms if t.applies(module, layer_class(module))]
+        if not online:
             return plan
+        sizes = {t.location: t.size(shape) for t in online}
+        if len(sizes) < len(online):
+            raise UnsupportedError(f"{online[0].file}: {module} has two transforms at one place")
+        if "output" in sizes and f"{module}.bias" in self.biases:
+            raise UnsupportedError(
+                f"{online[0].file}: transform_config rotates the outputs of {module}, which has a "
+                "bias; only outputs without one are supported"
+            )
         if plan is None:
             plan = dense_layer(module, stored, shape)
-        decode = plan.decode
-        return replace(plan, decode=lambda arrays: replace(decode(arrays), hadamard=sizes))
+        decode, both = plan.decode, (sizes.get("input", 0), sizes.get("output", 0))
+        known = tuple(t.tensor for t in online if t.tensor in stored)
+        return Layer(
+            plan.reads,
+            lambda arrays: replace(decode(arrays), hadamard=both),
+            (*plan.ignores, *known),
+        )
 
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
-        return ct_layouts.encode(module, weight)
+        """The tensors that `layer` reads, integers packed unless the config says otherwise."""
+        scheme = scheme_for(module, self.schemes, layer_class(module))
+        told = (scheme and scheme.format) or self.values.get("format")
+        return ct_layouts.encode(module, weight, packed=told not in _IN_BYTES)
 
     def to_config(self) -> dict[str, Any]:
         return dict(self.values)
+
+
+def layer_class(module: str) -> str:
+    """The class that targets name a module by."""
+    return "Embedding" if module.endswith("embed_tokens") else "Linear"
 
 
 def _refuse_sparse(keys: Keys) -> None:
@@ -126,9 +172,11 @@ def read_scheme(keys: Keys) -> QuantizationScheme:
             f"{keys.file}: {keys.prefix}output_activations is not supported: only weights, "
             "inputs and the key-value cache are quantized"
         )
-    keys.choice("format", (None, *FORMATS))  # tensors say it themselves
     found = QuantizationScheme(
-        tuple(targets), read_args(keys, "weights"), read_args(keys, "input_activations")
+        tuple(targets),
+        read_args(keys, "weights"),
+        read_args(keys, "input_activations"),
+        keys.choice("format", (None, *FORMATS)),
     )
     keys.done()
     return found
@@ -211,7 +259,10 @@ def _with_inputs(
         if "input_zero_point" in reads:
             aux["act_zero_point"] = weights.scalar(arrays["input_zero_point"], lead)
         if "input_global_scale" in reads:
-            aux["act_global_scale"] = 1 / weights.scalar(arrays["input_global_scale"], lead)
+            divisor = weights.scalar(arrays["input_global_scale"], lead)
+            if not (divisor > 0).all():
+                raise fault(stored["input_global_scale"], "is not above 0")
+            aux["act_global_scale"] = 1 / divisor
         return replace(weight, act=act, aux=aux)
 
     unused = tuple(s for s in ct_layouts.INPUT_TENSORS if s not in reads)

@@ -17,6 +17,7 @@ from qjax.scheme import QuantizationArgs
 
 INPUT_TENSORS = ("input_scale", "input_zero_point", "input_global_scale")
 Shape = tuple[int, ...]
+_FP8_DTYPES = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
 
 
 def layout(module: str, stored: Stored, shape: Shape) -> str | None:
@@ -76,10 +77,11 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
     columns = -(-k // group[1])
     zero_dense = True
     if not args.symmetric:
-        zero = expect(module, stored, "weight_zero_point", ("i32", "u32"))
-        if group[0] > 1:
-            raise fault(zero, "zero points of a whole tensor are not supported in packed weights")
-        zero_dense = _words(zero, tuple(lead), n, bits, (columns,))
+        if args.strategy in ("group", "channel"):
+            zero = expect(module, stored, "weight_zero_point", ("i32", "u32"))
+            zero_dense = _words(zero, tuple(lead), n, bits, (columns,))
+        else:  # of a whole tensor: not packed
+            _zero_point(module, stored, ("i8", "i32"))
         reads.append("weight_zero_point")
     elif "weight_zero_point" in stored:
         raise fault(stored["weight_zero_point"], "is there, but the config says symmetric")
@@ -95,7 +97,10 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
             raise fault(stored["weight_shape"], f"says {told}, the model's sizes ask for {(n, k)}")
         packed = _bytes(arrays["weight_packed"], k, bits, dense, record)
         zero = None
-        if "weight_zero_point" in arrays:
+        if "weight_zero_point" in arrays and args.strategy not in ("group", "channel"):
+            offset = arrays["weight_zero_point"].astype(np.int32) + (1 << (bits - 1))
+            zero = weights.scales(offset.astype(np.uint8), shape, group)
+        elif "weight_zero_point" in arrays:
             along_n = np.swapaxes(arrays["weight_zero_point"], -1, -2)
             record_ = stored["weight_zero_point"]
             stream = _bytes(np.ascontiguousarray(along_n), n, bits, zero_dense, record_)
@@ -109,6 +114,12 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
         return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, aux=aux)
 
     return Layer(tuple(reads), decode)
+
+
+def _zero_point(module: str, stored: Stored, dtypes: tuple[str, ...]) -> Record:
+    """The record of zero points that lie as the scales do."""
+    scale = tuple(expect(module, stored, "weight_scale").shape)
+    return expect(module, stored, "weight_zero_point", dtypes, scale)
 
 
 def _words(record: Record, rows: Shape, count: int, bits: int, after: Shape = ()) -> bool:
@@ -148,7 +159,7 @@ def _int(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> L
     group = group_of(module, stored, shape, args)
     reads = ["weight", "weight_scale"]
     if not args.symmetric or "weight_zero_point" in stored:
-        expect(module, stored, "weight_zero_point", ("i8", "i32"))
+        _zero_point(module, stored, ("i8", "i32"))
         reads.append("weight_zero_point")
 
     def decode(arrays: Arrays) -> QArray:
@@ -165,11 +176,17 @@ def _float(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) ->
     _require_float(record, args, 8)
     qtype = weights.FP8_QTYPES[record.qtype]
     group = group_of(module, stored, shape, args)
+    reads = ["weight", "weight_scale"]
+    if not args.symmetric or "weight_zero_point" in stored:
+        _zero_point(module, stored, (*weights.FP8_QTYPES, *PLAIN))
+        reads.append("weight_zero_point")
 
     def decode(arrays: Arrays) -> QArray:
-        return weights.coded(arrays["weight"], qtype, shape, arrays["weight_scale"], group)
+        zero = weights.zero_points(arrays.get("weight_zero_point"), shape, group)
+        scale = arrays["weight_scale"]
+        return weights.coded(arrays["weight"], qtype, shape, scale, group, zero_point=zero)
 
-    return Layer(("weight", "weight_scale"), decode, ("weight_zero_point",))  # of floats: always 0
+    return Layer(tuple(reads), decode)
 
 
 def _require_float(record: Record, args: QuantizationArgs, bits: int) -> None:
@@ -226,8 +243,12 @@ LAYOUTS: dict[str, Callable[[str, Stored, Shape, QuantizationArgs], Layer]] = {
 }
 
 
-def encode(module: str, weight: QArray) -> dict[str, np.ndarray]:
-    """The tensors that `LAYOUTS` read, of the newest releases."""
+def encode(module: str, weight: QArray, *, packed: bool = True) -> dict[str, np.ndarray]:
+    """The tensors that `LAYOUTS` read, of the newest releases.
+
+    Args:
+      packed: whether integers are packed in words, or lie in a byte each.
+    """
     n, k = weight.shape
     lead = weight.qvalue.shape[:-2]
     code = codes.CODES.get(weight.qtype)
@@ -242,13 +263,22 @@ def encode(module: str, weight: QArray) -> dict[str, np.ndarray]:
     if weight.qtype == "int8":
         tensors["weight"] = raw.view(np.int8)
         if weight.zero_point is not None:
-            tensors["weight_zero_point"] = np.asarray(weight.zero_point).astype(np.int8)
+            tensors["weight_zero_point"] = _like_scale(weight.zero_point, tensors).astype(np.int8)
+    elif code.kind == "uint" and not packed and not sorted_:
+        half = 1 << (code.bits - 1)
+        tensors["weight"] = (codes.unpack(raw, code.bits, k, np) - np.uint8(half)).view(np.int8)
+        if weight.zero_point is not None:
+            zero = _like_scale(weight.zero_point, tensors).astype(np.int32) - half
+            tensors["weight_zero_point"] = zero.astype(np.int8)
     elif code.kind == "uint":
         if sorted_:
             raw, tensors["weight_g_idx"] = weights.unsort_columns(weight)
         tensors["weight_packed"] = _to_words(raw)
         tensors["weight_shape"] = np.array([n, k], np.int64)
-        if weight.zero_point is not None:
+        if weight.zero_point is not None and single:
+            offset = _like_scale(weight.zero_point, tensors).astype(np.int32)
+            tensors["weight_zero_point"] = (offset - (1 << (code.bits - 1))).astype(np.int8)
+        elif weight.zero_point is not None:
             along_n = np.swapaxes(np.asarray(weight.zero_point), -1, -2)
             words = _to_words(codes.pack(along_n, code.bits))
             tensors["weight_zero_point"] = np.ascontiguousarray(np.swapaxes(words, -1, -2))
@@ -262,8 +292,10 @@ def encode(module: str, weight: QArray) -> dict[str, np.ndarray]:
         tensors["weight_packed"] = raw
         divisor = 1 / np.asarray(weight.aux["global_scale"])
         tensors["weight_global_scale"] = divisor.reshape(*lead, 1)
-    elif weight.qtype == "fp8_e4m3":
-        tensors["weight"] = raw.view(ml_dtypes.float8_e4m3fn)
+    elif weight.qtype in _FP8_DTYPES:
+        tensors["weight"] = raw.view(_FP8_DTYPES[weight.qtype])
+        if weight.zero_point is not None:
+            tensors["weight_zero_point"] = _like_scale(weight.zero_point, tensors)
     else:
         raise UnsupportedError(f"{module}: compressed-tensors has no layout for {weight.qtype}")
     for suffix, key in (("input_scale", "act_scale"), ("input_zero_point", "act_zero_point")):
@@ -271,10 +303,13 @@ def encode(module: str, weight: QArray) -> dict[str, np.ndarray]:
             value = np.asarray(weight.aux[key]).reshape(*lead, 1)
             tensors[suffix] = value.astype(np.int8) if suffix == "input_zero_point" else value
     if "act_global_scale" in weight.aux:
-        tensors["input_global_scale"] = 1 / np.asarray(weight.aux["act_global_scale"]).reshape(
-            *lead, 1
-        )
+        divisor = 1 / np.asarray(weight.aux["act_global_scale"])
+        tensors["input_global_scale"] = divisor.reshape(*lead, 1)
     return tensors
+
+
+def _like_scale(zero_point: np.ndarray, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    return np.asarray(zero_point).reshape(tensors["weight_scale"].shape)
 
 
 def _to_words(stream: np.ndarray) -> np.ndarray:
