@@ -24,7 +24,7 @@ _MODULES = {
     "auto_round": ("auto-round", "inc", "intel"),
     "awq": ("awq", "auto_awq", "awq_marlin", "llm-awq"),
     "bitsandbytes": ("bitsandbytes",),
-    "compressed_tensors": ("compressed-tensors", "compressed_tensors"),
+    "compressed_tensors": ("compressed-tensors", "compressed_tensors", "sparseml"),
     "deepspeedfp": ("deepspeedfp",),
     "experts_int8": ("experts_int8",),
     "fp8": ("fp8", "fbgemm_fp8", "deepseek_v4_fp8"),

@@ -115,6 +115,8 @@ def _method(config: Mapping[str, Any], file: Path) -> str:
             return "modelopt"
         if str(config.get("quant_library", "")).lower() == "modelopt":
             return "modelopt"
+        if "config_groups" in config or isinstance(config.get("quantization_config"), Mapping):
+            return "compressed-tensors"  # in compression_config, which needs no name
         if config.get("is_marlin_format"):
             return "marlin"
         if config.get("load_in_4bit") or config.get("load_in_8bit"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +20,7 @@ from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
 from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.unpickle import open_pickled
+from qjax.errors import UnsupportedError
 from qjax.formats import kv_scales
 from qjax.formats.base import QuantizationConfig
 from qjax.formats.gguf import GGUF
@@ -140,6 +142,11 @@ def opened_folder(
     unused |= {n for n, name in hf_names.items() if kv_scales.is_other(name)}
     scales = {n: kv_scales.canonical(name) for n, name in hf_names.items()}
     scales = {n: name for n, name in scales.items() if name is not None}
+    method = detect.quantization(folder, fields, files, quantization)
+    if quantize_activations:
+        _check_cache(folder, method.cache, has_scales=bool(scales))
+    else:
+        unused |= {n for n, name in hf_names.items() if kv_scales.is_zero_point(name)}
     if quantize_activations and scales:
         sizes = [math.prod(files.tensors[n].shape) for n in scales]
         config = replace(config, kv_scales=mode(sizes))
@@ -150,7 +157,7 @@ def opened_folder(
         config,
         lambda tensor: scales.get(tensor) or hf_names[tensor],
         frozenset(unused),
-        detect.quantization(folder, fields, files, quantization),
+        method,
         quantize_activations,
         rotated_pairs=False,
         # Gemma's checkpoints hold the norm weights less one.
@@ -160,3 +167,18 @@ def opened_folder(
         folder=folder,
         fields=fields,
     )
+
+
+def _check_cache(folder: Path, cache: str | None, *, has_scales: bool) -> None:
+    """Refuses a key-value cache that is not rounded here as the checkpoint's method does it."""
+    if cache not in (None, "fp8_e4m3"):
+        raise UnsupportedError(
+            f"{folder}: asks for a key-value cache of {cache}, which is not supported; "
+            "quantize_activations=False loads it with a cache (and activations) left unrounded"
+        )
+    if cache is not None and not has_scales:
+        warnings.warn(
+            f"{folder}: asks for a key-value cache of {cache}, but has no scales of it; the cache "
+            "is left unrounded",
+            stacklevel=2,
+        )

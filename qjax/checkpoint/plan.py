@@ -107,6 +107,7 @@ class _Modules:
     of: dict[str, dict[str, TensorRecord]] = field(default_factory=dict)
     suffixes: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
+    quantized: bool = False
 
     def take(self, module: str, *suffixes: str) -> None:
         self.used.update(self.of[module][suffix].name for suffix in suffixes)
@@ -141,6 +142,13 @@ def plan(
         if found is not None:
             result[name] = found
     _check_all_used(files, config, modules, ignored, rename)
+    if quantization.quantizes_weights and not modules.quantized:
+        raise CheckpointError(
+            f"names {quantization.name}, but every weight is stored plain: without this key they "
+            "load as they are",
+            file=files.path,
+            field="quantization_config",
+        )
     missing = sorted(expected.keys() - result.keys())
     if missing:
         raise CheckpointError(
@@ -226,9 +234,12 @@ def _piece(
     rows: slice | None = None,
 ) -> Piece:
     stored = {key: r for key, r in modules.of.get(module, {}).items() if key not in _VECTORS}
-    layer = quantization.layer(module, stored, shape) or dense_layer(
-        module, stored, shape, transposed=names.are_gpt_oss_experts(module, config)
-    )
+    layer = quantization.layer(module, stored, shape)
+    if layer is None:
+        transposed = names.are_gpt_oss_experts(module, config)
+        layer = dense_layer(module, stored, shape, transposed=transposed)
+    else:
+        modules.quantized = True
     modules.take(module, *layer.reads, *(s for s in layer.ignores if s in stored))
     return Piece(module, shape, stored, layer, rows)
 

@@ -87,6 +87,18 @@ class QuantizationConfig:
 
     name: ClassVar[str] = "dense"
 
+    @property
+    def quantizes_weights(self) -> bool:
+        """Whether the configuration promises that some weight is quantized."""
+        return True
+
+    @property
+    def cache(self) -> str | None:
+        """What the configuration rounds keys and values to before they are cached: "fp8_e4m3", or
+        in words what else. None where it says nothing of it: stored scales alone then tell.
+        """
+        return None
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
         """Reads a checkpoint's quantization config.
@@ -136,6 +148,10 @@ class QuantizationConfig:
 @dataclass(frozen=True)
 class Dense(QuantizationConfig):
     """A checkpoint without a quantization config."""
+
+    @property
+    def quantizes_weights(self) -> bool:
+        return False
 
 
 def dense_layer(

@@ -28,6 +28,7 @@ _OTHERS = re.compile(
     r".+\.self_attn\.(q_scale|q_proj\.(q_scale|output_scale)|qkv_proj\.q_scale|q\.scale|prob_scale|"
     r"prob_output_scale)"
 )
+_ZERO_POINT = re.compile(r".+\.self_attn\.[qkv]_zero_point")
 
 
 def canonical(name: str) -> str | None:
@@ -46,3 +47,8 @@ def canonical(name: str) -> str | None:
 def is_other(name: str) -> bool:
     """Whether a tensor is a scale of queries or of attention weights."""
     return _OTHERS.fullmatch(name) is not None
+
+
+def is_zero_point(name: str) -> bool:
+    """Whether a tensor is a zero point of LLM Compressor's queries, keys or values."""
+    return _ZERO_POINT.fullmatch(name) is not None

@@ -14,13 +14,15 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 GROUP = ("config_groups", "group_0")
 
 
-def changed(tmp_path: Path, name: str, keys: tuple[str, ...], value: Any) -> Path:
+def changed(
+    tmp_path: Path, name: str, keys: tuple[str, ...], value: Any, start: Any = None
+) -> Path:
     """A copy of a checkpoint with one value of its quantization config replaced."""
     folder = tmp_path / name
     shutil.copytree(GOLDEN / name, folder)
     file = folder / "config.json"
     config = json.loads(file.read_text("utf-8"))
-    node = config["quantization_config"]
+    node = config.setdefault("quantization_config", {} if start is None else start)
     for key in keys[:-1]:
         node = node.setdefault(key, {})
     node[keys[-1]] = value
@@ -63,3 +65,26 @@ def test_is_told(tmp_path, name, keys, value, told):
     with pytest.raises(QjaxError) as error:
         qjax.load(changed(tmp_path, name, keys, value))
     assert told in str(error.value)
+
+
+def test_a_method_of_which_no_weight_is_quantized(tmp_path):
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    folder = changed(tmp_path, "base-tiny-llama", ("quant_method",), "compressed-tensors", config)
+    with pytest.raises(QjaxError, match="quantization_config: names compressed-tensors"):
+        qjax.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "told"),
+    [({"num_bits": 8, "type": "int"}, "int8"), ({"num_bits": 8, "type": "float"}, "no scales")],
+)
+def test_a_cache_that_is_not_rounded_as_told(tmp_path, scheme, told):
+    folder = changed(tmp_path, "ct-mxfp4", ("kv_cache_scheme",), scheme)
+    if told == "no scales":
+        with pytest.warns(UserWarning, match=told):
+            qjax.load(folder)
+    else:
+        with pytest.raises(QjaxError, match=told):
+            qjax.load(folder)
+    qjax.load(folder, quantize_activations=False)
