@@ -8,13 +8,12 @@ in place.
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ import ml_dtypes
 import numpy as np
 
 from qjax import ops
-from qjax.checkpoint import detect, plan
+from qjax.checkpoint import detect, joined, names, plan
 from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.opened import open_folder
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats.base import PLAIN, Checkpoint, Dense, QuantizationConfig
+from qjax.models.config import ModelConfig
 from qjax.params import Params
 from qjax.qarray import QArray
 from qjax.registry import quantization_config as registered
@@ -108,8 +108,6 @@ def _check(params: Params, folder: Path) -> None:
             f"{where}: only models that were loaded from a folder with config.json and safetensors "
             "can be saved"
         )
-    if origin.fields.get("model_type") == "gpt_oss":
-        raise UnsupportedError(f"{params.source}: gpt-oss models cannot be saved yet")
     if not origin.folder.is_dir():
         raise CheckpointError(
             "has gone: config and tokenizer are copied from where the model was loaded",
@@ -196,25 +194,27 @@ def _tensors(
         value: Any
         if isinstance(place, plan.Vector):
             value, stored, whole = _vector(name, leaf, place, origin), place.record.name, place
-            rows, total = place.rows, math.prod(place.record.shape)
-            join: Callable[[list[Any]], Any] = np.concatenate
+            rows, total = place.rows, place.record.shape[-1]
+            join: Callable[[list[Any], bool], Any] = partial(joined.arrays, axis=-1)
         else:
             whole, rows = place, place.pieces[0].rows
             stored, total = place.pieces[0].module, place.pieces[0].shape[-2]
             value = ops.unprepare(jax.tree.map(np.asarray, leaf))
-            join = partial(join_rows, stored)
+            join = partial(joined.weights, stored)
         if rows is not None:
             waiting = parts.setdefault(stored, [])
             waiting.append((rows.start, value))
-            if sum(value.shape[0] for _, value in waiting) < total:
+            axis = -1 if isinstance(place, plan.Vector) else -2
+            if sum(value.shape[axis] for _, value in waiting) < total:
                 continue
-            value = join([part for _, part in sorted(parts.pop(stored), key=lambda part: part[0])])
+            ordered = sorted(parts.pop(stored), key=lambda part: part[0])
+            value = join([part for _, part in ordered], rows.step is not None)
         if isinstance(whole, plan.Vector):
             yield stored, value
             continue
         for index, piece in enumerate(whole.pieces):
             one = value if len(whole.pieces) == 1 else jax.tree.map(lambda a, i=index: a[i], value)
-            for suffix, array in _encode(piece, one, target.quantization).items():
+            for suffix, array in _encode(piece, one, target.quantization, params.config).items():
                 yield _stored_name(piece, suffix), array
 
 
@@ -234,11 +234,14 @@ def _vector(name: str, leaf: Any, place: plan.Vector, origin: plan.Origin) -> np
 
 
 def _encode(
-    piece: plan.Piece, weight: QArray, quantization: QuantizationConfig
+    piece: plan.Piece, weight: QArray, quantization: QuantizationConfig, config: ModelConfig
 ) -> dict[str, np.ndarray]:
     if weight.qtype in PLAIN and weight.act is None and not weight.aux:
         values = np.ascontiguousarray(weight.qvalue).view(_DTYPES[weight.qtype])
-        return {"weight": values.reshape(*weight.qvalue.shape[:-1], weight.shape[1])}
+        values = values.reshape(*weight.qvalue.shape[:-1], weight.shape[1])
+        if names.are_gpt_oss_experts(piece.module, config):
+            values = values.swapaxes(-1, -2)
+        return {"weight": values}
     return quantization.encode(piece.module, weight)
 
 
@@ -250,48 +253,6 @@ def _stored_name(piece: plan.Piece, suffix: str) -> str:
         if record.name.endswith("." + known):
             return f"{record.name.removesuffix(known)}{suffix}"
     return f"{piece.module}.{suffix}"
-
-
-def join_rows(module: str, weights: list[QArray]) -> QArray:
-    """Weights on the host that were rows of one, put together again.
-
-    Raises:
-      UnsupportedError: they no longer share what belongs to the whole.
-    """
-    first = weights[0]
-    n = sum(weight.shape[0] for weight in weights)
-    single = [w for w in weights if w.scale is not None and w.scale.shape[-2] == 1]
-    shared = len(single) == len(weights)
-
-    def same(arrays: list[Any]) -> Any:
-        if any(a.tobytes() != arrays[0].tobytes() for a in arrays):
-            raise UnsupportedError(f"{module}: its parts differ in what they have in common")
-        return arrays[0]
-
-    def rows(arrays: list[Any]) -> Any:
-        if arrays[0] is None:
-            return None
-        return same(arrays) if shared else np.concatenate(arrays, axis=-2)
-
-    alike = {(w.qtype, w.act, w.additive, w.hadamard, tuple(sorted(w.aux))) for w in weights}
-    groups = {w.group for w in weights} if not shared else set()
-    if len(alike) > 1 or len(groups) > 1 or "output_perm" in first.aux:
-        raise UnsupportedError(f"{module}: its parts are stored in ways that cannot be joined")
-    aux = {
-        key: np.concatenate([w.aux[key] for w in weights], axis=-2)
-        if key == "lora_b"
-        else same([w.aux[key] for w in weights])
-        for key in first.aux
-    }
-    return replace(
-        first,
-        qvalue=np.concatenate([w.qvalue for w in weights], axis=-2),
-        scale=rows([w.scale for w in weights]),
-        zero_point=rows([w.zero_point for w in weights]),
-        shape=(n, first.shape[1]),
-        group=(n, first.group[1]) if shared and first.group else first.group,
-        aux=aux,
-    )
 
 
 def _check_readable(params: Params, work: Path) -> None:

@@ -12,7 +12,7 @@ from qjax.kv_cache import Batch
 from qjax.layers.linear import Linear
 from qjax.layers.mlp import GatedMLP
 from qjax.layers.moe_config import MoEConfig
-from qjax.layers.router import route
+from qjax.layers.router import RouterConfig, route
 from qjax.ops.linear import linear
 from qjax.ops.moe import experts
 
@@ -26,6 +26,35 @@ class Experts(nnx.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias, (count,))
 
 
+class Router(nnx.Module):
+    """Scores experts and chooses some for each token, maybe with a bias for the choice alone."""
+
+    def __init__(self, hidden_size: int, config: RouterConfig, *, bias: bool, eps: float):
+        scores = Linear(hidden_size, config.num_experts, bias)
+        self.weight, self.bias = scores.weight, scores.bias
+        self.e_score_correction_bias = (
+            nnx.Param(jnp.zeros((config.num_experts,))) if config.correction_bias else None
+        )
+        self.config, self.eps = config, eps
+
+    def __call__(self, x: jax.Array, batch: Batch, norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weights float32 [T, top_k] and experts int32 [T, top_k] for x float32 [T, E]."""
+        bias, correction = (
+            None if param is None else param.get_value()
+            for param in (self.bias, self.e_score_correction_bias)
+        )
+        logits = linear(
+            x,
+            self.weight.get_value(),
+            bias=bias,
+            # Which experts a token takes shall not hang on the rounding of activations.
+            batch=replace(batch, numerics="exact"),
+            norm=norm,
+            norm_eps=self.eps,
+        )
+        return route(logits, self.config, correction)
+
+
 class SparseMLP(nnx.Module):
     """A router, gated networks of which each token goes to some, and maybe one for all tokens.
 
@@ -35,10 +64,7 @@ class SparseMLP(nnx.Module):
 
     def __init__(self, hidden_size: int, moe: MoEConfig, *, activation: str, eps: float):
         count = moe.router.num_experts
-        router = Linear(hidden_size, count, moe.bias)
-        if moe.router.correction_bias:
-            router.e_score_correction_bias = nnx.Param(jnp.zeros((count,)))
-        setattr(self, moe.router_name, router)
+        setattr(self, moe.router_name, Router(hidden_size, moe.router, bias=moe.bias, eps=eps))
         self.experts = Experts(count, hidden_size, moe.intermediate_size, moe.bias)
         if moe.shared_size:
             shared = GatedMLP(
@@ -54,19 +80,8 @@ class SparseMLP(nnx.Module):
     ) -> jax.Array:
         """x + experts(norm(x)) + shared(norm(x)). x is float32 [T, E]."""
         assert post_norm is None
-        # Which experts a token takes shall not hang on the rounding of activations.
-        router = getattr(self, self.moe.router_name)
-        logits = linear(
-            x,
-            router.w,
-            bias=router.b,
-            batch=replace(batch, numerics="exact"),
-            norm=norm,
-            norm_eps=self.eps,
-        )
-        corrected = self.moe.router.correction_bias
-        correction = router.e_score_correction_bias.get_value() if corrected else None
-        weights, chosen = route(logits, self.moe.router, correction)
+        router: Router = getattr(self, self.moe.router_name)
+        weights, chosen = router(x, batch, norm)
         own = self.experts
         y = experts(
             x,
