@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from qjax.checkpoint.gguf_deepseek import deepseek_config, yarn_fields
 from qjax.checkpoint.gguf_io import GGUFFile
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.models.fields import Fields
 
-# GGUF architecture -> model_type. Mistral files say "llama".
+# GGUF architecture -> model_type. Mistral files say "llama", and so do those of Mixtral.
 ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
+    "deepseek2": "deepseek_v2",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
@@ -36,6 +39,7 @@ _KEYS = {
     "num_local_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "head_dim": "attention.key_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "sliding_window": "attention.sliding_window",
@@ -77,12 +81,19 @@ def gguf_config(gguf: GGUFFile) -> tuple[dict[str, Any], dict[str, str]]:
     for field in _REQUIRED:
         fields.get(shown[field])
     config = {field: fields.get(key, None) for field, key in shown.items()}
+    if model_type == "llama" and config["num_local_experts"]:
+        model_type = "mixtral"
     config["model_type"] = model_type
     config["vocab_size"] = _vocab_size(gguf)
-    config["norm_topk_prob"] = True  # of Qwen3-MoE; files do not say
+    config["norm_topk_prob"] = model_type == "qwen3_moe"  # files of Qwen's do not say
     config["tie_word_embeddings"] = "output.weight" not in gguf.tensors
-    config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
+    config["attention_bias"] = config["qkv_bias"] = "blk.0.attn_q.bias" in gguf.tensors
     config["mlp_bias"] = "blk.0.ffn_gate.bias" in gguf.tensors
+    config["rope_scaling"] = _rope_scaling(gguf, fields, f"{architecture}.rope.scaling.")
+    if architecture == "deepseek2":
+        del config["num_local_experts"]
+        further, names = deepseek_config(gguf, f"{architecture}.")
+        return config | further, shown | names
 
     hidden_size = fields.integer(shown["hidden_size"], 1, 1 << 24)
     num_heads = fields.integer(shown["num_attention_heads"], 1, 1024)
@@ -101,7 +112,6 @@ def gguf_config(gguf: GGUFFile) -> tuple[dict[str, Any], dict[str, str]]:
 
     rotary_dim = fields.integer(f"{architecture}.rope.dimension_count", 1, head_dim, head_dim)
     config["partial_rotary_factor"] = rotary_dim / head_dim
-    config["rope_scaling"] = _rope_scaling(gguf, fields, f"{architecture}.rope.scaling.")
     return config, shown
 
 
@@ -145,6 +155,7 @@ def _rope_scaling(gguf: GGUFFile, fields: Fields, prefix: str) -> dict[str, Any]
         "factor": factor,
         "original_max_position_embeddings": fields.get(prefix + "original_context_length", None),
         "attention_factor": grown * fields.number(prefix + "attn_factor", 0, 1e6, 1.0),
+        **(yarn_fields(fields, prefix) if prefix.startswith("deepseek2.") else {}),
         "beta_fast": fields.get(prefix + "yarn_beta_fast", None),
         "beta_slow": fields.get(prefix + "yarn_beta_slow", None),
     }

@@ -23,16 +23,31 @@ _GGUF_LAYER = {
     "attn_v": "self_attn.v_proj",
     "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
+}
+# Of a layer with experts, below the module that `MoEConfig` names.
+_GGUF_EXPERTS = {
+    "ffn_gate_inp": "{router}",
+    "ffn_gate_exps": "experts.gate_proj",
+    "ffn_up_exps": "experts.up_proj",
+    "ffn_down_exps": "experts.down_proj",
+    "ffn_gate_inp_shexp": "{shared}_gate",
+    "ffn_gate_shexp": "{shared}.gate_proj",
+    "ffn_up_shexp": "{shared}.up_proj",
+    "ffn_down_shexp": "{shared}.down_proj",
 }
 # Gemma has a norm before and one after, and names the one after attention as others name the one
 # before the feed-forward network.
@@ -41,7 +56,7 @@ _GGUF_POST_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_GGUF_GPT_OSS = {"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"}
+_GGUF_GPT_OSS = {"post_attention_norm": "post_attention_layernorm"}
 
 _PREFIXES = (
     ("model.language_model.", "model."),
@@ -74,6 +89,12 @@ def gguf_name(name: str, config: ModelConfig) -> str | None:
         if part == "attn_sinks":
             return f"model.layers.{layer}.self_attn.sinks"
         names = _GGUF_LAYER | _GGUF_GPT_OSS
+    if config.moe is not None and part in _GGUF_EXPERTS:
+        moe = config.moe
+        inside = _GGUF_EXPERTS[part].format(router=moe.router_name, shared=moe.shared_name)
+        return f"model.layers.{layer}.{moe.module}.{inside}.{kind}"
+    if config.moe is not None and (part, kind) == ("exp_probs_b", "bias"):
+        return f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
     if config.model_type == "phi3" and part == "ffn_up":
         return f"model.layers.{layer}.mlp.gate_up_proj.{kind}"
     return f"model.layers.{layer}.{names[part]}.{kind}" if part in names else None

@@ -61,7 +61,9 @@ class GGUF(QuantizationConfig):
                 f"{record.file}, {record.name}: type {record.qtype} is not supported here; "
                 f"supported are {', '.join(supported)}"
             )
-        expect(module, stored, "weight", record.qtype, shape)
+        # A weight of one row is stored without the axis of its rows.
+        row = shape[1:] if shape[0] == 1 else shape
+        expect(module, stored, "weight", record.qtype, shape, row)
         if record.qtype not in _FP4:
             return Layer(("weight",), _blocks(record.qtype, shape))
         reads = ("weight",)
@@ -87,7 +89,7 @@ class GGUF(QuantizationConfig):
 def _blocks(qtype: str, shape: tuple[int, ...]) -> Callable[[Arrays], QArray]:
     def decode(arrays: Arrays) -> QArray:
         raw = np.ascontiguousarray(arrays["weight"]).view(np.uint8)
-        return QArray(raw, qtype, (shape[-2], shape[-1]))
+        return QArray(raw.reshape(*shape[:-1], -1), qtype, (shape[-2], shape[-1]))
 
     return decode
 

@@ -4,10 +4,12 @@ DeepSeek-V2 (arXiv:2405.04434, section 2.1) projects the input down to a latent 
 projects that up to the keys and values of all heads. Positions enter by a few more dimensions of
 each query and one more key, which all heads share; only these are rotated.
 
-The cache holds the heads' full keys and values here, each filled up to one width with zeros, which
-is exact and serves every attention kernel: 2 * heads * width numbers a token. Keeping the latent
-vector and the shared key instead would take kv_lora_rank + qk_rope_head_dim, 85 times less in
-DeepSeek-V3, but asks for pages and kernels of another kind.
+Where one matrix makes keys and values of all heads, the cache holds these, each filled up to one
+width with zeros, which is exact and serves every attention kernel: 2 * heads * width numbers a
+token. Where each head has a matrix for its keys and one for its values (as llama.cpp stores them),
+the first goes to the queries and the second behind the attention (section 2.1.2 there, "absorbed"):
+all heads attend to the latent vector and the shared key, and the cache takes 2 * (kv_lora_rank +
+qk_rope_head_dim) numbers a token, 42 times less in DeepSeek-V3.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from qjax.kv_cache import Batch
 from qjax.layers.linear import Linear, Norm
 from qjax.layers.mla_config import MLAConfig
 from qjax.layers.rope import RopeConfig
+from qjax.ops.heads import norm as rms_norm
+from qjax.ops.heads import per_head
 
 # Norms of the latent vectors have an epsilon of their own, whatever the config says of others.
 LATENT_EPS = 1e-6
@@ -33,8 +37,8 @@ class LatentAttention(nnx.Module):
     Args:
       hidden_size: of the residual stream.
       mla: sizes of its projections.
-      spec: heads, scale and window; as many heads of keys as of queries, each of
-        `mla.cache_head_dim`, of which the kernel rotates nothing.
+      spec: heads, scale and window; as many heads of keys as of queries, or one where these are
+        latent, each of `mla.cache_head_dim`, of which the kernel rotates nothing.
       bias: whether the projections from and to the residual stream have biases (but for `q_proj`).
       eps: of the norms of the residual stream.
     """
@@ -60,8 +64,12 @@ class LatentAttention(nnx.Module):
         latent = mla.kv_lora_rank
         self.kv_a_proj_with_mqa = Linear(hidden_size, latent + mla.qk_rope_head_dim, bias)
         self.kv_a_layernorm = Norm(latent)
-        heads = spec.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-        self.kv_b_proj = Linear(latent, heads)
+        if mla.split:
+            self.k_b_proj = Linear(mla.qk_nope_head_dim, latent, lead=(spec.num_heads,))
+            self.v_b_proj = Linear(latent, mla.v_head_dim, lead=(spec.num_heads,))
+        else:
+            heads = spec.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+            self.kv_b_proj = Linear(latent, heads)
         self.o_proj = Linear(spec.num_heads * mla.v_head_dim, hidden_size, bias)
         self.mla, self.spec, self.rope, self.eps = mla, spec, rope, eps
 
@@ -86,7 +94,9 @@ class LatentAttention(nnx.Module):
             batch,
             self.spec,
         )
-        out = out.reshape(*v.shape[:2], size)[:, :, : v.shape[-1]]
+        out = out.reshape(len(x), self.spec.num_heads, size)[:, :, : v.shape[-1]]
+        if self.mla.split:
+            out = per_head(out, self.v_b_proj.w, batch=batch)
         x = ops.linear(
             out.reshape(len(x), -1),
             self.o_proj.w,
@@ -105,7 +115,8 @@ class LatentAttention(nnx.Module):
         tables: tuple[jax.Array, jax.Array],
         norm: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated q and k [T, H, qk_head_dim] and v [T, H, v_head_dim]."""
+        """Rotated q and k [T, H, qk_head_dim] and v [T, H, v_head_dim]; latent ones, q [T, H,
+        cache_head_dim], k [T, 1, cache_head_dim] and v [T, 1, kv_lora_rank]."""
         mla, shape = self.mla, (len(x), self.spec.num_heads, -1)
         direct = mla.q_lora_rank is None
         down = (self.q_proj if direct else self.q_a_proj, self.kv_a_proj_with_mqa)
@@ -122,14 +133,22 @@ class LatentAttention(nnx.Module):
                 q, self.q_b_proj.w, batch=batch, norm=self.q_a_layernorm.w, norm_eps=LATENT_EPS
             )
         latent, shared = jnp.split(kv, [mla.kv_lora_rank], axis=-1)
-        kv = ops.linear(
-            latent, self.kv_b_proj.w, batch=batch, norm=self.kv_a_layernorm.w, norm_eps=LATENT_EPS
-        )
         q_nope, q_rope = jnp.split(q.reshape(shape), [mla.qk_nope_head_dim], axis=-1)
-        k_nope, v = jnp.split(kv.reshape(shape), [mla.qk_nope_head_dim], axis=-1)
         q_rope = rotate(q_rope, tables, mla.rope_interleave)
         k_rope = rotate(shared[:, None], tables, mla.rope_interleave)
-        k_rope = jnp.broadcast_to(k_rope, q_rope.shape)
+        if mla.split:
+            q_nope = per_head(q_nope, self.k_b_proj.w, batch=batch)
+            k_nope = v = rms_norm(latent, self.kv_a_layernorm.w, LATENT_EPS)[:, None]
+        else:
+            kv = ops.linear(
+                latent,
+                self.kv_b_proj.w,
+                batch=batch,
+                norm=self.kv_a_layernorm.w,
+                norm_eps=LATENT_EPS,
+            )
+            k_nope, v = jnp.split(kv.reshape(shape), [mla.qk_nope_head_dim], axis=-1)
+            k_rope = jnp.broadcast_to(k_rope, q_rope.shape)
         return (
             jnp.concatenate([q_nope, q_rope], axis=-1),
             jnp.concatenate([k_nope, k_rope], axis=-1),

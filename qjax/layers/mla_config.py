@@ -16,6 +16,8 @@ class MLAConfig:
         that know no positions and that are rotated.
       v_head_dim: of a head's values.
       rope_interleave: pairs to rotate are neighbours, not half of `qk_rope_head_dim` apart.
+      split: each head has a matrix for its keys and one for its values, not all heads one together;
+        the cache then holds the latent vector.
     """
 
     q_lora_rank: int | None
@@ -24,6 +26,7 @@ class MLAConfig:
     qk_rope_head_dim: int
     v_head_dim: int
     rope_interleave: bool
+    split: bool = False
 
     @property
     def qk_head_dim(self) -> int:
@@ -32,4 +35,6 @@ class MLAConfig:
     @property
     def cache_head_dim(self) -> int:
         """Width of keys and values in the cache."""
+        if self.split:
+            return self.kv_lora_rank + self.qk_rope_head_dim
         return max(self.qk_head_dim, self.v_head_dim)

@@ -166,6 +166,7 @@ def model_config(
     if model_type in deepseek_config.MODEL_TYPES:
         mla = deepseek_config.read_mla(fields, num_heads)
         head_dim, rotated = mla.cache_head_dim, mla.qk_rope_head_dim
+        num_kv_heads = 1 if mla.split else num_heads
     else:
         named = "head_dim" in fields or "head_dim" in fields.defaults
         if not named and hidden_size % num_heads:

@@ -37,6 +37,7 @@ def read_mla(fields: Fields, num_heads: int) -> MLAConfig:
         qk_rope_head_dim=rope,
         v_head_dim=fields.integer("v_head_dim", 1, 4096),
         rope_interleave=fields.flag("rope_interleave", True),
+        split=fields.flag("split_kv_b", False),  # of GGUF files
     )
 
 
@@ -91,7 +92,9 @@ def read_router(fields: Fields, model_type: str) -> RouterConfig:
         raise UnsupportedError(f"{fields.file or 'config'}: norm_topk_prob of {model_type} is set")
     grouped = _choice(fields, "topk_method", "greedy", "group_limited_greedy") != "greedy"
     groups, top_groups = _groups(fields, experts, top_k) if grouped else (1, 1)
-    return RouterConfig(experts, top_k, "softmax", False, scale, groups, top_groups)
+    # One score stands for a group, but for two in llama.cpp, as in V3.
+    best = fields.integer("group_best", 1, 2, 1)
+    return RouterConfig(experts, top_k, "softmax", False, scale, groups, top_groups, best)
 
 
 def _choice(fields: Fields, name: str, *known: str) -> str:

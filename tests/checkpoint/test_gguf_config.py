@@ -142,10 +142,60 @@ def test_factors_of_a_wrong_number(tmp_path):
     ("architecture", "keys", "named"),
     [
         ("mamba", {}, "mamba"),
-        ("llama", {"expert_count": 8}, "expert"),
+        ("qwen2", {"expert_count": 8}, "expert"),
         ("llama", {"rope.scaling.type": "unheard"}, "unheard"),
     ],
 )
 def test_unsupported(tmp_path, architecture, keys, named):
     with pytest.raises(UnsupportedError, match=named):
         config_of(tmp_path, architecture, keys)
+
+
+DEEPSEEK = {
+    "attention.q_lora_rank": 20,
+    "attention.kv_lora_rank": 24,
+    "attention.key_length": 32,
+    "attention.key_length_mla": 24,
+    "attention.value_length": 24,
+    "attention.value_length_mla": 12,
+    "rope.dimension_count": 8,
+    "leading_dense_block_count": 1,
+    "expert_count": 8,
+    "expert_used_count": 2,
+    "expert_shared_count": 2,
+    "expert_feed_forward_length": 16,
+    "expert_group_count": 4,
+    "expert_group_used_count": 2,
+}
+
+
+def test_deepseek_v2_and_v3(tmp_path):
+    """One architecture: the scores of experts tell them apart."""
+    v2 = config_of(tmp_path, "deepseek2", DEEPSEEK)
+    v3 = config_of(tmp_path, "deepseek2", DEEPSEEK | {"expert_gating_func": 2})
+    assert (v2.model_type, v3.model_type) == ("deepseek_v2", "deepseek_v3")
+    assert (v2.mla.qk_nope_head_dim, v2.mla.qk_rope_head_dim, v2.mla.v_head_dim) == (16, 8, 12)
+    assert v2.moe.layers == (False, True, True, True)
+    assert (v2.moe.intermediate_size, v2.moe.shared_size) == (16, 32)
+    assert (v2.moe.router.num_groups, v2.moe.router.top_groups) == (4, 2)
+    assert (v2.moe.router.scoring, v3.moe.router.scoring) == ("softmax", "sigmoid")
+    assert (v2.moe.router.correction_bias, v3.moe.router.correction_bias) == (False, True)
+    # Keys and values made by one matrix: without it, the cache is that of one latent head.
+    assert (v2.num_kv_heads, v2.head_dim) == (4, 24)
+    split = config_of(tmp_path, "deepseek2", DEEPSEEK, {"blk.0.attn_k_b.weight": np.ones(1)})
+    assert (split.num_kv_heads, split.head_dim, split.query_scale) == (1, 32, 24**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "error"),
+    [
+        ({"expert_gating_func": 3}, UnsupportedError),
+        ({"attention.kv_lora_rank": None}, CheckpointError),
+        ({"expert_feed_forward_length": None}, CheckpointError),
+        ({"attention.key_length_mla": 8}, CheckpointError),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, CheckpointError),
+    ],
+)
+def test_deepseek_that_contradicts_itself(tmp_path, keys, error):
+    with pytest.raises(error, match="deepseek2"):
+        config_of(tmp_path, "deepseek2", DEEPSEEK | keys)

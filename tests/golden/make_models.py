@@ -130,6 +130,22 @@ CONFIGS = {
     "tiny-deepseek-v3-dense": transformers.DeepseekV3Config(
         **DENSE, q_lora_rank=48, attention_bias=True, num_mtp_layers=0
     ),
+    # A layer without experts between two with; windows in the first of them alone.
+    "tiny-qwen2moe": transformers.Qwen2MoeConfig(
+        **SIZES
+        | {
+            "num_hidden_layers": 3,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "max_window_layers": 2,
+            "experts_implementation": "eager",
+        },
+    ),
 }
 CONTINUED = "tiny-deepseek"  # also greedily, by so many tokens
 CONTINUATION = 32

@@ -30,6 +30,7 @@ REFERENCES = (
     "base-tiny-qwen3",
     "base-tiny-mixtral",
     "base-tiny-qwen3moe",
+    "tiny-qwen2moe",
     "tiny-mistral",
     "tiny-gemma2",
     "tiny-llama-llama3",
@@ -72,6 +73,11 @@ def without_window(config):
     )
 
 
+def normalized(config):
+    router = replace(config.moe.router, normalize=True)
+    return replace(config, moe=replace(config.moe, router=router))
+
+
 def with_rope(config, **changes):
     return replace(config, rope=tuple((kind, replace(r, **changes)) for kind, r in config.rope))
 
@@ -81,6 +87,8 @@ def with_rope(config, **changes):
     [
         ("tiny-mistral", without_window),
         ("tiny-gemma2", without_window),
+        ("tiny-qwen2moe", without_window),
+        ("tiny-qwen2moe", normalized),
         ("tiny-gemma2", partial(replace, attn_soft_cap=None)),
         ("tiny-gemma2", partial(replace, final_soft_cap=None)),
         ("tiny-gemma2", partial(replace, embedding_scale=1.0)),
