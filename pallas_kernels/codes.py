@@ -71,7 +71,7 @@ their places: for each, 2 bits say which of its four columns it is.
 infinities nor NaN.
 """
 
-_ML_DTYPES = {
+ML_DTYPES = {
     "fp4_e2m1": ml_dtypes.float4_e2m1fn,
     "fp6_e2m3": ml_dtypes.float6_e2m3fn,
     "fp6_e3m2": ml_dtypes.float6_e3m2fn,
@@ -147,8 +147,8 @@ def table(qtype: str) -> np.ndarray:
     """float32 [2 ** bits]: what each code of a float type stands for."""
     code = CODES[qtype]
     patterns = np.arange(1 << code.bits)
-    if qtype in _ML_DTYPES:
-        return patterns.astype(np.uint8).view(_ML_DTYPES[qtype]).astype(np.float32)
+    if qtype in ML_DTYPES:
+        return patterns.astype(np.uint8).view(ML_DTYPES[qtype]).astype(np.float32)
     mantissa_bits = code.bits - 1 - code.exponent
     bias = (1 << (code.exponent - 1)) - 1
     sign = np.where(patterns >> (code.bits - 1), -1.0, 1.0)
@@ -174,7 +174,7 @@ def values(
     if code.kind == "int":
         return qvalue.view(np.int8).astype(np.float32)
     if code.kind == "float" and code.bits == 8:
-        return qvalue.view(_ML_DTYPES[qtype]).astype(np.float32)
+        return qvalue.view(ML_DTYPES[qtype]).astype(np.float32)
     codes = unpack(qvalue, code.bits, k, xp)
     if code.kind == "float":
         return xp.asarray(table(qtype))[codes]

@@ -82,6 +82,9 @@ def _magnitudes(qtype: str) -> np.ndarray:
 def nearest(values: np.ndarray, qtype: str) -> np.ndarray:
     """The codes of the nearest numbers of a type; half way, of those with an even code."""
     positive = _magnitudes(qtype)
+    if qtype in codes.ML_DTYPES:
+        inside = np.clip(values, -positive[-1], positive[-1])
+        return inside.astype(codes.ML_DTYPES[qtype]).view(np.uint8)
     magnitude = np.abs(values)
     high = np.clip(np.searchsorted(positive, magnitude), 1, len(positive) - 1)
     low_gap, high_gap = magnitude - positive[high - 1], positive[high] - magnitude

@@ -52,21 +52,23 @@ def test_twelve_bits():
     np.testing.assert_allclose(found, np.round(dense / scale / step) * step * scale, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("bits", "dtype"),
-    [(bits, dtype) for bits, (dtype, _) in SMALL.items()],
-)
-def test_every_code_and_every_tie(bits, dtype):
-    """Each number of a type is its own nearest; half way, ml_dtypes takes the even code, too."""
-    qtype = deepspeedfp.QTYPES[bits]
-    values = np.arange(1 << bits).astype(np.uint8).view(dtype).astype(np.float32)
-    values = np.unique(values[np.isfinite(values)])
+@pytest.mark.parametrize("bits", [4, 6, 8, 12])
+def test_every_code_and_every_tie(bits):
+    """Each number of a type is its own nearest; half way it is the one with an even code."""
+    qtype, sign = deepspeedfp.QTYPES[bits], 1 << (bits - 1)
+    top = {4: 7, 6: 31, 8: 126, 12: 2047}[bits]
+    exponent_bits = {4: 2, 6: 3, 8: 4, 12: 7}[bits]
+    mantissa_bits = bits - 1 - exponent_bits
+    codes = np.arange(top + 1)
+    exponent, mantissa = codes >> mantissa_bits, codes % (1 << mantissa_bits) / 2.0**mantissa_bits
+    values = np.exp2(np.maximum(exponent, 1) - (2.0 ** (exponent_bits - 1) - 1))
+    values = (values * (mantissa + (exponent > 0))).astype(np.float32)
+    np.testing.assert_array_equal(deepspeedfp.nearest(values, qtype), codes)
+    np.testing.assert_array_equal(deepspeedfp.nearest(-values, qtype), codes | sign)
     ties = (values[:-1] + values[1:]) / 2
-    for wanted in (values, ties):
-        codes = deepspeedfp.nearest(wanted, qtype).astype(np.uint8)
-        np.testing.assert_array_equal(
-            codes.view(dtype).astype(np.float32), wanted.astype(dtype).astype(np.float32)
-        )
+    even = codes[:-1] + codes[:-1] % 2
+    np.testing.assert_array_equal(deepspeedfp.nearest(ties, qtype), even)
+    np.testing.assert_array_equal(deepspeedfp.nearest(2 * values[-1:], qtype), top)
 
 
 def test_zeros_stay_zeros():
