@@ -27,13 +27,14 @@ from qjax.formats.base import (
 )
 from qjax.formats.compressed_tensors import CompressedTensors
 from qjax.formats.fp8 import Fp8
+from qjax.formats.history import AUTO_ROUND
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 from qjax.scheme import QuantizationArgs, QuantizationScheme
 
 # Keys that say how a model was quantized, not how it is stored.
 _HISTORY = (
-    *awq.AUTO_ROUND,
+    *AUTO_ROUND,
     *("quant_method", "backend", "version", "export_format", "modules_to_not_convert", "fmt"),
     "quant_lm_head",
 )

@@ -29,25 +29,12 @@ from qjax.formats.base import (
     fault,
 )
 from qjax.formats.dynamic import Dynamic, LayerSettings, find, read
+from qjax.formats.history import HISTORY
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 
 VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
-# Keys of AutoRound that say how a model was quantized, not how it is stored.
-AUTO_ROUND = (
-    *("autoround_version", "provider", "iters", "nsamples", "seqlen", "lr", "minmax_lr", "amp"),
-    *("batch_size", "dataset", "gradient_accumulate_steps", "low_gpu_mem_usage"),
-    *("enable_quanted_input", "enable_minmax_tuning", "enable_norm_bias_tuning"),
-    *("supported_types", "scale_dtype", "super_bits", "super_group_size", "quant_block_list"),
-    *("to_quant_block_names", "block_name_to_quantize", "static_kv_dtype"),
-    *("static_kv_granularity", "static_attention_dtype", "static_attention_granularity"),
-)
-_HISTORY = (
-    *AUTO_ROUND,
-    *("quant_method", "method", "meta", "lm_head", "backend", "do_fuse", "modules_to_fuse"),
-    *("fuse_max_seq_len", "exllama_config", "pack_dtype", "desc_act", "checkpoint_format"),
-    *("format", "data_type", "sym", "model_file_base_name"),
-)
+_FUSING = ("do_fuse", "modules_to_fuse", "fuse_max_seq_len")
 # Runs of 8 columns, in the order in which they are packed.
 _INTERLEAVED = [0, 2, 4, 6, 1, 3, 5, 7]
 # Columns in the order in which the fast layout stores runs of 32.
@@ -82,14 +69,14 @@ class AWQ(QuantizationConfig):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
         keys = Keys(config, checkpoint.file)
-        keys.ignore(*_HISTORY)
+        keys.ignore(*HISTORY, *_FUSING)
         bits = keys.get("bits", int) or keys.get("w_bit", int, 4)
         keys.ignore("bits", "w_bit", "group_size", "q_group_size")
         size = keys.get("group_size", int) or keys.get("q_group_size", int, 128)
         weights.require_group_size(keys, size)
-        version = str(keys.get("version", str, "gemm")).lower()
-        if version not in VERSIONS:
-            version = "gemm"  # names of kernels, which all read this layout
+        names = (keys.get(key, str, "") for key in ("version", "checkpoint_format", "format"))
+        # Other names are those of kernels, which all read the first layout.
+        version = next((name.lower() for name in names if name.lower() in VERSIONS), "gemm")
         if str(config.get("backend", "")) == "llm-awq" and "version" not in config:
             version = "llm-awq"
         symmetric = not keys.get("zero_point", bool, True)

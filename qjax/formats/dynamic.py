@@ -12,12 +12,7 @@ from typing import NamedTuple
 from qjax.errors import UnsupportedError
 from qjax.formats import weights
 from qjax.formats.base import Keys
-
-# How a layer was calibrated, which says nothing about how it is stored.
-CALIBRATION = (
-    *("mse", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "hyb_act"),
-    *("act_group_aware", "fallback", "hessian", "gptaq", "foem", "smoother", "smooth"),
-)
+from qjax.formats.history import CALIBRATION
 
 
 class LayerSettings(NamedTuple):

@@ -27,24 +27,13 @@ from qjax.formats.base import (
     expect,
     fault,
 )
-from qjax.formats.dynamic import CALIBRATION, Dynamic, LayerSettings, bits_of, find, read
+from qjax.formats.dynamic import Dynamic, LayerSettings, bits_of, find, read
+from qjax.formats.history import HISTORY
 from qjax.qarray import QArray
 from qjax.registry import quantization_config, register_quantization_config
 
 WORDS = ("i32", "u32", "i16", "i8", "i64")
 
-# Keys of the tools that say how a model was quantized, not how it is stored.
-HISTORY = (
-    *CALIBRATION,
-    *awq.AUTO_ROUND,
-    *("quant_method", "method", "meta", "model_file_base_name", "model_name_or_path"),
-    *("modules_in_block_to_quantize", "version", "use_exllama", "exllama_config"),
-    *("use_cuda_fp16", "max_input_length", "backend", "cache_block_outputs", "disable_exllama"),
-    *("module_name_preceding_first_block", "pad_token_id", "tokenizer", "adapter", "desc_act"),
-    *("lm_head", "sym", "pack_dtype", "is_marlin_format", "parallel_packing"),
-    *("checkpoint_format", "format", "rotation", "data_type", "enable_", "inside_layer_modules"),
-    "modules_to_not_convert",
-)
 # Widths of the planes that 32 codes are cut into in the planar packing, low bits first.
 _PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 

@@ -33,7 +33,7 @@ from qjax.formats.base import (
     expect,
     fault,
 )
-from qjax.formats.gptq import HISTORY
+from qjax.formats.history import HISTORY
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 

@@ -178,6 +178,17 @@ def test_without_zero_points():
         decoded(config, gemm(values, zero - 1, scale), (8, 64))
 
 
+def test_config_of_transformers():
+    """It has GPTQ's keys as well, and calls the layout `format`."""
+    config = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "sym": True}
+    config |= {"damp_percent": 0.1, "true_sequential": True, "act_group_aware": True}
+    config |= {"cache_block_outputs": True, "batch_size": 1, "backend": "auto", "meta": None}
+    config |= {"desc_act": False, "model_seqlen": 2048, "tokenizer": None}
+    assert quantization(config | {"version": "gemm", "format": "gemm"}).version == "gemm"
+    assert quantization(config | {"format": "gemv_fast"}).version == "gemv_fast"
+    assert quantization(config | {"version": "exllama"}).version == "gemm"
+
+
 def test_layers_that_are_not_converted():
     values, zero, scale, _ = layer(8, 64, 32)
     config = CONFIG | {"modules_to_not_convert": ["up_proj"]}
