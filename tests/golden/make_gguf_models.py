@@ -4,6 +4,7 @@ Run by hand, where the packages gguf and llama-cpp-python are installed:
 `python tests/golden/make_gguf_models.py`. Names and shapes are those that llama.cpp's converter
 writes: the matrices of latent attention apart (V3) or joined (V2), the gate of a shared network as
 a vector. Weights and cache are float32, since llama.cpp rounds activations for every other type.
+Sizes are those that no kernel pads.
 """
 
 import json
@@ -15,8 +16,8 @@ import gguf
 import llama_cpp
 import numpy as np
 
-LAYERS, HIDDEN, WIDE, HEADS, VOCAB = 2, 32, 48, 4, 96
-EXPERTS, USED, NARROW = 6, 2, 16
+LAYERS, HIDDEN, WIDE, HEADS, VOCAB = 2, 32, 64, 4, 96
+EXPERTS, USED, NARROW = 6, 2, 32
 BETAS = (4.0, 0.5)
 LENGTHS = (12, 24, 48)
 
@@ -36,9 +37,9 @@ GROUPED |= {"rope.dimension_count": 8}
 ATTENTION = {"attn_q": (32, HIDDEN), "attn_k": (16, HIDDEN), "attn_v": (16, HIDDEN)}
 ATTENTION |= {"attn_output": (HIDDEN, 32)}
 LATENT = {
-    "attention.q_lora_rank": 20,
-    "attention.kv_lora_rank": 24,
-    "rope.dimension_count": 8,
+    "attention.q_lora_rank": 32,
+    "attention.kv_lora_rank": 64,
+    "rope.dimension_count": 16,
     "rope.scaling.type": "yarn",
     "rope.scaling.factor": 4.0,
     "rope.scaling.original_context_length": 16,
@@ -51,16 +52,16 @@ LATENT = {
     "expert_group_count": 3,
     "expert_group_used_count": 2,
 }
-APART = {"head_count_kv": 1, "key_length": 32, "value_length": 24}
-APART |= {"key_length_mla": 24, "value_length_mla": 12}
-JOINED = {"head_count_kv": HEADS, "key_length": 24, "value_length": 12}
+APART = {"head_count_kv": 1, "key_length": 80, "value_length": 64}
+APART |= {"key_length_mla": 48, "value_length_mla": 16}
+JOINED = {"head_count_kv": HEADS, "key_length": 48, "value_length": 16}
 LATENT_ATTENTION = {
-    "attn_q_a": (20, HIDDEN),
-    "attn_q_a_norm": (20,),
-    "attn_q_b": (HEADS * 24, 20),
-    "attn_kv_a_mqa": (32, HIDDEN),
-    "attn_kv_a_norm": (24,),
-    "attn_output": (HIDDEN, HEADS * 12),
+    "attn_q_a": (32, HIDDEN),
+    "attn_q_a_norm": (32,),
+    "attn_q_b": (HEADS * 48, 32),
+    "attn_kv_a_mqa": (80, HIDDEN),
+    "attn_kv_a_norm": (64,),
+    "attn_output": (HIDDEN, HEADS * 16),
 }
 
 
@@ -81,9 +82,9 @@ def attention(keys: dict) -> dict:
 # name -> (architecture, keys, tensors of the first layer, tensors of the others)
 MIXTRAL = ATTENTION | experts(32)
 QWEN = ATTENTION | {"attn_q.bias": (32,), "attn_k.bias": (16,), "attn_v.bias": (16,)}
-QWEN |= experts(NARROW) | network("_shexp", 40) | {"ffn_gate_inp_shexp": (HIDDEN,)}
-V2 = LATENT_ATTENTION | {"attn_kv_b": (HEADS * 28, 24)}
-V3 = LATENT_ATTENTION | {"attn_k_b": (HEADS, 24, 16), "attn_v_b": (HEADS, 12, 24)}
+QWEN |= experts(NARROW) | network("_shexp", 64) | {"ffn_gate_inp_shexp": (HIDDEN,)}
+V2 = LATENT_ATTENTION | {"attn_kv_b": (HEADS * 48, 64)}
+V3 = LATENT_ATTENTION | {"attn_k_b": (HEADS, 64, 32), "attn_v_b": (HEADS, 16, 64)}
 V2_EXPERTS = experts(NARROW) | network("_shexp", 2 * NARROW)
 V3_EXPERTS = experts(NARROW) | network("_shexp", NARROW) | {"exp_probs_b.bias": (EXPERTS,)}
 MODELS = {
@@ -92,7 +93,7 @@ MODELS = {
         "qwen2moe",
         COMMON
         | GROUPED
-        | {"expert_feed_forward_length": NARROW, "expert_shared_feed_forward_length": 40},
+        | {"expert_feed_forward_length": NARROW, "expert_shared_feed_forward_length": 64},
         QWEN,
         QWEN,
     ),
