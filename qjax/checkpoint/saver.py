@@ -149,7 +149,7 @@ def _write(
         kept = {key: text for key, text in texts.items() if isinstance(text, str)}
         writer = SafetensorsWriter(work, {"format": "pt"} | kept, shard_bytes)
         try:
-            for name, array in _tensors(params, origin, target):
+            for name, array in _tensors(params, origin, target, files):
                 writer.add(name, array)
             for name in sorted(origin.ignored):
                 writer.add(name, files.array(name))
@@ -185,7 +185,7 @@ def _write_configs(origin: plan.Origin, target: _Target, source: Path, work: Pat
 
 
 def _tensors(
-    params: Params, origin: plan.Origin, target: _Target
+    params: Params, origin: plan.Origin, target: _Target, files: TensorFiles
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the model by the name it is stored under."""
     parts: dict[str, list[tuple[int, Any]]] = {}  # of joined layers, with their first rows
@@ -214,8 +214,14 @@ def _tensors(
             continue
         for index, piece in enumerate(whole.pieces):
             one = value if len(whole.pieces) == 1 else jax.tree.map(lambda a, i=index: a[i], value)
-            for suffix, array in _encode(piece, one, target.quantization, params.config).items():
+            written = _encode(piece, one, target.quantization, params.config)
+            for suffix, array in written.items():
                 yield _stored_name(piece, suffix), array
+            # What is not needed here, other engines may read.
+            for suffix in () if target.changed else piece.layer.ignores:
+                if suffix in piece.stored and suffix not in written:
+                    name = piece.stored[suffix].name
+                    yield name, files.array(name)
 
 
 def _leaf(params: Params, name: str) -> Any:

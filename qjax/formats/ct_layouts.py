@@ -84,12 +84,9 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
             _zero_point(module, stored, ("i8", "i32"))
         reads.append("weight_zero_point")
     elif "weight_zero_point" in stored:
-        raise fault(stored["weight_zero_point"], "is there, but the config says symmetric")
-    if "weight_g_idx" in stored:
-        expect(module, stored, "weight_g_idx", ("i32", "i64"), (k,))
-        reads.append("weight_g_idx")
-    elif args.actorder == "group" and columns > 1:
-        expect(module, stored, "weight_g_idx")
+        expect(module, stored, "weight_zero_point", ("i8", "i32"))
+        reads.append("weight_zero_point")
+    reads += _order(module, stored, shape, args, group)
 
     def decode(arrays: Arrays) -> QArray:
         told = tuple(arrays["weight_shape"].tolist()) if "weight_shape" in arrays else ()
@@ -97,10 +94,13 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
             raise fault(stored["weight_shape"], f"says {told}, the model's sizes ask for {(n, k)}")
         packed = _bytes(arrays["weight_packed"], k, bits, dense, record)
         zero = None
-        if "weight_zero_point" in arrays and args.strategy not in ("group", "channel"):
+        if args.symmetric:
+            if "weight_zero_point" in arrays and arrays["weight_zero_point"].any():
+                raise fault(stored["weight_zero_point"], "is not 0, the config says symmetric")
+        elif args.strategy not in ("group", "channel"):
             offset = arrays["weight_zero_point"].astype(np.int32) + (1 << (bits - 1))
             zero = weights.scales(offset.astype(np.uint8), shape, group)
-        elif "weight_zero_point" in arrays:
+        else:
             along_n = np.swapaxes(arrays["weight_zero_point"], -1, -2)
             record_ = stored["weight_zero_point"]
             stream = _bytes(np.ascontiguousarray(along_n), n, bits, zero_dense, record_)
@@ -114,6 +114,16 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
         return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, aux=aux)
 
     return Layer(tuple(reads), decode)
+
+
+def _order(
+    module: str, stored: Stored, shape: Shape, args: QuantizationArgs, group: tuple[int, int]
+) -> list[str]:
+    """The tensor with the group of each column, where there is one."""
+    if "weight_g_idx" not in stored and (args.actorder != "group" or group[1] >= shape[-1]):
+        return []
+    expect(module, stored, "weight_g_idx", ("i32", "i64"), (shape[-1],))
+    return ["weight_g_idx"]
 
 
 def _zero_point(module: str, stored: Stored, dtypes: tuple[str, ...]) -> Record:
@@ -157,7 +167,7 @@ def _int(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> L
     if args.type != "int":
         raise fault(record, f"holds integers, but the config says {args.type}")
     group = group_of(module, stored, shape, args)
-    reads = ["weight", "weight_scale"]
+    reads = ["weight", "weight_scale", *_order(module, stored, shape, args, group)]
     if not args.symmetric or "weight_zero_point" in stored:
         _zero_point(module, stored, ("i8", "i32"))
         reads.append("weight_zero_point")
@@ -165,8 +175,13 @@ def _int(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> L
     def decode(arrays: Arrays) -> QArray:
         zero = weights.zero_points(arrays.get("weight_zero_point"), shape, group)
         packed, qtype, zero = weights.signed_bytes(record, arrays["weight"], args.num_bits, zero)
+        aux = {}
+        if "weight_g_idx" in arrays:
+            g_idx, record_ = arrays["weight_g_idx"], stored["weight_g_idx"]
+            raw = packed.view(np.uint8)
+            packed, aux = weights.sort_columns(raw, args.num_bits, record_, g_idx, group[1])
         scale = arrays["weight_scale"]
-        return weights.coded(packed, qtype, shape, scale, group, zero_point=zero)
+        return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, aux=aux)
 
     return Layer(tuple(reads), decode)
 
@@ -258,21 +273,22 @@ def encode(module: str, weight: QArray, *, packed: bool = True) -> dict[str, np.
     single = weight.group == (n, k) and not blocks
     tensors = {"weight_scale": scale.reshape(*lead, 1) if single else scale}
     sorted_ = "perm" in weight.aux
-    if code is None or weight.additive or (sorted_ and (code.kind != "uint" or lead)):
+    integer = code is not None and code.kind in ("int", "uint")
+    if code is None or weight.additive or (sorted_ and (lead or not integer)):
         raise UnsupportedError(f"{module}: compressed-tensors has no layout for {weight.qtype}")
+    if sorted_:
+        raw, tensors["weight_g_idx"] = weights.unsort_columns(weight)
     if weight.qtype == "int8":
         tensors["weight"] = raw.view(np.int8)
         if weight.zero_point is not None:
             tensors["weight_zero_point"] = _like_scale(weight.zero_point, tensors).astype(np.int8)
-    elif code.kind == "uint" and not packed and not sorted_:
+    elif code.kind == "uint" and not packed:
         half = 1 << (code.bits - 1)
         tensors["weight"] = (codes.unpack(raw, code.bits, k, np) - np.uint8(half)).view(np.int8)
         if weight.zero_point is not None:
             zero = _like_scale(weight.zero_point, tensors).astype(np.int32) - half
             tensors["weight_zero_point"] = zero.astype(np.int8)
     elif code.kind == "uint":
-        if sorted_:
-            raw, tensors["weight_g_idx"] = weights.unsort_columns(weight)
         tensors["weight_packed"] = _to_words(raw)
         tensors["weight_shape"] = np.array([n, k], np.int64)
         if weight.zero_point is not None and single:
@@ -290,7 +306,7 @@ def encode(module: str, weight: QArray, *, packed: bool = True) -> dict[str, np.
             tensors["weight_packed"] = raw
     elif weight.qtype == "fp4_e2m1" and "global_scale" in weight.aux:
         tensors["weight_packed"] = raw
-        divisor = 1 / np.asarray(weight.aux["global_scale"])
+        divisor = _divisor(np.asarray(weight.aux["global_scale"]))
         tensors["weight_global_scale"] = divisor.reshape(*lead, 1)
     elif weight.qtype in _FP8_DTYPES:
         tensors["weight"] = raw.view(_FP8_DTYPES[weight.qtype])
@@ -303,13 +319,22 @@ def encode(module: str, weight: QArray, *, packed: bool = True) -> dict[str, np.
             value = np.asarray(weight.aux[key]).reshape(*lead, 1)
             tensors[suffix] = value.astype(np.int8) if suffix == "input_zero_point" else value
     if "act_global_scale" in weight.aux:
-        divisor = 1 / np.asarray(weight.aux["act_global_scale"])
+        divisor = _divisor(np.asarray(weight.aux["act_global_scale"]))
         tensors["input_global_scale"] = divisor.reshape(*lead, 1)
     return tensors
 
 
 def _like_scale(zero_point: np.ndarray, tensors: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(zero_point).reshape(tensors["weight_scale"].shape)
+
+
+def _divisor(scale: np.ndarray) -> np.ndarray:
+    """float32 numbers whose reciprocals are these, to the bit where there are such."""
+    result = middle = 1 / scale
+    for direction in (np.inf, -np.inf):
+        near = np.nextafter(middle, np.float32(direction))
+        result = np.where((1 / result != scale) & (1 / near == scale), near, result)
+    return result
 
 
 def _to_words(stream: np.ndarray) -> np.ndarray:

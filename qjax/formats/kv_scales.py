@@ -28,7 +28,7 @@ _OTHERS = re.compile(
     r".+\.self_attn\.(q_scale|q_proj\.(q_scale|output_scale)|qkv_proj\.q_scale|q\.scale|prob_scale|"
     r"prob_output_scale)"
 )
-_ZERO_POINT = re.compile(r".+\.self_attn\.[qkv]_zero_point")
+_ZERO_POINT = re.compile(r".+\.self_attn\.([qkv]_zero_point|k_proj\.k_bias|v_proj\.v_bias)")
 
 
 def canonical(name: str) -> str | None:
@@ -50,5 +50,6 @@ def is_other(name: str) -> bool:
 
 
 def is_zero_point(name: str) -> bool:
-    """Whether a tensor is a zero point of LLM Compressor's queries, keys or values."""
+    """Whether a tensor is a zero point of LLM Compressor's queries, keys or values, or what
+    ModelOpt takes from keys and values first."""
     return _ZERO_POINT.fullmatch(name) is not None

@@ -220,3 +220,53 @@ def test_a_bias_is_not_rotated():
     method = quantization(settings, tensors | {"bias": np.ones(N, np.float32)})
     with pytest.raises(UnsupportedError, match="bias"):
         method.layer(MODULE, {s: record(f"{MODULE}.{s}", a) for s, a in tensors.items()}, (N, K))
+
+
+@pytest.mark.parametrize("layout", ["pack-quantized", "int-quantized"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_columns_in_any_order(layout, bits):
+    rng = np.random.default_rng(0)
+    values, _, scale, _ = integers(bits, 1, 16)
+    g_idx = rng.permutation(np.arange(K) // 16).astype(np.int32)
+    tensors = {"weight_scale": scale, "weight_g_idx": g_idx}
+    if layout == "int-quantized":
+        tensors["weight"] = values.astype(np.int8)
+    else:
+        tensors["weight_packed"] = words(values + (1 << (bits - 1)), bits)
+        tensors["weight_shape"] = np.array([N, K])
+    args = {"num_bits": bits, "strategy": "group", "group_size": 16, "actorder": "group"}
+    found = round_trip(config(args, format=layout), tensors)
+    np.testing.assert_allclose(weight_of(found), values * scale[:, g_idx], rtol=1e-6)
+    del tensors["weight_g_idx"]
+    with pytest.raises(CheckpointError, match="weight_g_idx"):
+        decoded(config(args, format=layout), tensors, (N, K))
+
+
+def test_symmetric_codes_may_have_zero_points_of_0():
+    values, zero, scale, _ = integers(4, 1, K)
+    tensors = packed(4, values, zero, scale)
+    settings = config({"num_bits": 4, "strategy": "channel"})
+    tensors["weight_zero_point"] = np.zeros((N, 1), np.int8)
+    found = decoded(settings, tensors, (N, K))
+    assert found.zero_point is None
+    np.testing.assert_allclose(weight_of(found), values * scale.astype(np.float64), rtol=1e-6)
+    tensors["weight_zero_point"][3] = 1
+    with pytest.raises(CheckpointError, match="is not 0, the config says symmetric"):
+        decoded(settings, tensors, (N, K))
+
+
+def test_divisor_of_nvfp4_survives():
+    """The stored number divides; its reciprocal is computed with, also once it was saved."""
+    rng = np.random.default_rng(0)
+    args = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    packed_ = rng.integers(0, 256, (N, K // 2)).astype(np.uint8)
+    scale = rng.uniform(1, 400, (N, K // 16)).astype(ml_dtypes.float8_e4m3fn)
+    method = quantization(config(args))
+    for divisor in rng.uniform(1, 9000, 300).astype(np.float32):
+        tensors = {"weight_packed": packed_, "weight_scale": scale}
+        tensors["weight_global_scale"] = np.array([divisor])
+        found = decoded(config(args), tensors, (N, K))
+        assert found.aux["global_scale"] == np.float32(1) / divisor
+        back = method.encode(MODULE, found)["weight_global_scale"]
+        assert np.float32(1) / back == found.aux["global_scale"]
+        np.testing.assert_allclose(back, divisor, rtol=2e-7)
