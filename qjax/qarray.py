@@ -124,9 +124,14 @@ class QArray:
     def stack(weights: Sequence[QArray]) -> QArray:
         """Host weights that differ in their values alone, as one with a leading axis (experts).
 
+        Where some have their columns in another order ("perm"), the others get the usual one.
+
         Raises:
           ValueError: they differ in type, shape or in which arrays they have.
         """
+        if any("perm" in weight.aux for weight in weights):
+            usual = np.arange(weights[0].shape[1], dtype=np.int32)[None]
+            weights = [replace(w, aux={"perm": usual} | w.aux) for w in weights]
         structures = {jax.tree.structure(weight) for weight in weights}
         if len(structures) != 1:
             raise ValueError(f"QArray: {len(structures)} kinds of weights cannot be stacked")

@@ -110,7 +110,7 @@ def _read(opened: Opened, place: plan.Weight | plan.Vector) -> QArray | jax.Arra
     if isinstance(place, plan.Vector):
         return jax.device_put(_vector(opened, place))
     pieces = [_decode(opened, piece) for piece in place.pieces]
-    weight = pieces[0] if len(pieces) == 1 else QArray.stack(pieces)
+    weight = pieces[0] if len(pieces) == 1 else _stacked(place, pieces)
     if opened.rotated_pairs:
         weight = _unrotate(place.name, weight, opened.config)
     if not opened.quantize_activations:
@@ -125,6 +125,17 @@ def _read(opened: Opened, place: plan.Weight | plan.Vector) -> QArray | jax.Arra
             for suffix in piece.layer.reads:
                 opened.files.release(piece.stored[suffix].name)
     return weight
+
+
+def _stacked(place: plan.Weight, experts: list[QArray]) -> QArray:
+    try:
+        return QArray.stack(experts)
+    except ValueError as error:
+        kinds = " and ".join(sorted({f"{w.qtype} in groups of {w.group}" for w in experts}))
+        raise UnsupportedError(
+            f"{next(iter(place.pieces[0].stored.values())).file}, {place.name}: experts of one "
+            f"layer must be stored alike, but these are {kinds}"
+        ) from error
 
 
 def _decode(opened: Opened, piece: plan.Piece) -> QArray:
