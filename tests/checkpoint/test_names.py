@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -36,5 +37,5 @@ LAYER = "model.layers.0"
     ],
 )
 def test_names(model_type, stored, wanted):
-    config = SimpleNamespace(model_type=model_type)
+    config: Any = SimpleNamespace(model_type=model_type)
     assert names.hf_name(stored, config) == wanted

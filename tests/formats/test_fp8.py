@@ -1,3 +1,5 @@
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def test_blocks(block):
     found = decoded(config, tensors, (96, 192))
     assert found.group == block
     assert (found.act.strategy, found.act.group_size) == ("group", block[1])
-    wanted = tensors["weight"].astype(np.float64) * spread(scale, *block, (96, 192))
+    wanted = tensors["weight"].astype(np.float64) * spread(scale, block[0], block[1], (96, 192))
     np.testing.assert_allclose(weight_of(found), wanted, rtol=1e-6)
     written = quantization(config).encode(MODULE, found)
     for suffix, array in written.items():
@@ -145,7 +147,7 @@ def test_scales_that_are_divided_by(shape):
 
 def test_plain_layers():
     """Those that no block divides are left alone; transformers writes scales that mean nothing."""
-    plain = {"weight": np.ones((16, 32), np.float16)}
+    plain: dict[str, Any] = {"weight": np.ones((16, 32), np.float16)}
     config = CONFIG | {"weight_block_size": [128, 128]}
     assert planned(config, plain, (16, 32)) is None
     plain["weight_scale_inv"] = np.zeros((1, 1), np.float32)

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -34,7 +35,7 @@ def dtype(name):
     return DTYPE | {"_data": name}
 
 
-def random(low, high, shape, kind=np.float32):
+def random(low, high, shape, kind: Any = np.float32):
     return np.random.default_rng(0).uniform(low, high, shape).astype(kind)
 
 
