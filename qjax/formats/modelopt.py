@@ -1,4 +1,4 @@
-"""NVIDIA ModelOpt: FP8, NVFP4, MXFP8, INT4-AWQ and INT8 checkpoints.
+"""NVIDIA ModelOpt: FP8, NVFP4, MXFP4, MXFP8, INT4-AWQ and INT8 checkpoints.
 
 The layouts are those of `modelopt.torch.export` (unified Hugging Face checkpoints). Which one a
 layer has is plain from its tensors; the configuration must not say otherwise.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Self
 
 import ml_dtypes
@@ -36,7 +37,9 @@ _FP8_STATIC = ActSpec("fp8_e4m3", "tensor", False)
 _NVFP4 = ActSpec("fp4_e2m1", "group", True, group_size=16, scale="fp8_e4m3")
 _MXFP8 = ActSpec("fp8_e4m3", "group", True, group_size=32, scale="e8m0_ceil")
 _TOKEN = ActSpec("fp8_e4m3", "token", True)
-_INT8_TOKEN = ActSpec("int8", "token", True)
+_TENSOR = ActSpec("fp8_e4m3", "tensor", True)
+_MXFP4 = ActSpec("fp4_e2m1", "group", True, group_size=32, scale="e8m0_ceil")
+_INT8_STATIC = ActSpec("int8", "tensor", False)
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,14 @@ _ALGORITHMS = {
     "NVFP4_AWQ": _Algorithm("nvfp4", _NVFP4),
     "NVFP4_SVD": _Algorithm("nvfp4", _NVFP4),
     "W4A16_NVFP4": _Algorithm("nvfp4"),
+    "W4A8_NVFP4_FP8": _Algorithm("nvfp4", _FP8_STATIC),
+    "MXFP4": _Algorithm("mxfp4", _MXFP4),
+    "W4A8_MXFP4_FP8": _Algorithm("mxfp4", _TENSOR),  # exported without scales of inputs
     "MXFP8": _Algorithm("mxfp8", _MXFP8),
     "W4A16_AWQ": _Algorithm("int4"),
     "W4A8_AWQ": _Algorithm("int4", _FP8_STATIC),
     "W8A16": _Algorithm("int8"),
-    "W8A8_SQ_PER_CHANNEL": _Algorithm("int8", _INT8_TOKEN),
+    "W8A8_SQ_PER_CHANNEL": _Algorithm("int8", _INT8_STATIC),
 }
 _BLOCK = (128, 128)
 
@@ -75,6 +81,7 @@ class ModelOpt(QuantizationConfig):
       layers: module -> algorithm, of mixed precision.
       excluded: patterns of modules that are not quantized.
       values: the configuration as it was read.
+      kv_cache: what keys and values are rounded to, in ModelOpt's words, or "".
     """
 
     algorithm: str | None
@@ -82,6 +89,7 @@ class ModelOpt(QuantizationConfig):
     excluded: tuple[str, ...]
     values: Mapping[str, Any]
     file: str
+    kv_cache: str = ""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
@@ -90,8 +98,8 @@ class ModelOpt(QuantizationConfig):
         nested = keys.section("quantization") if "quantization" in config else keys
         if nested is not keys:
             keys.done()
-        nested.ignore("kv_cache_quant_algo", "kv_cache_scheme", "has_zero_point", "pre_quant_scale")
-        nested.ignore("group_size")
+        nested.ignore("has_zero_point", "pre_quant_scale", "group_size")
+        kv_cache = _kv_cache(nested)
         algorithm = nested.get("quant_algo", str, "").upper()
         mixed = nested.section("quantized_layers")
         layers = {}
@@ -104,16 +112,25 @@ class ModelOpt(QuantizationConfig):
         if algorithm == "MIXED_PRECISION":
             if not layers:
                 raise keys.error("quantized_layers", "missing, but quant_algo is MIXED_PRECISION")
-        else:
+        elif algorithm or not kv_cache:  # or the cache alone is rounded
             _known(algorithm, nested)
         nested.done()
         return cls(
-            None if layers else algorithm,
+            None if layers or not algorithm else algorithm,
             layers,
             tuple(map(str, excluded)),
             config,
             checkpoint.file,
+            kv_cache,
         )
+
+    @property
+    def quantizes_weights(self) -> bool:
+        return bool(self.algorithm or self.layers)
+
+    @property
+    def cache(self) -> str | None:
+        return "fp8_e4m3" if self.kv_cache == "FP8" else self.kv_cache or None
 
     def _algorithm(self, module: str) -> str | None:
         """The algorithm that the configuration names for a module, or None for none."""
@@ -136,7 +153,7 @@ class ModelOpt(QuantizationConfig):
         plan = _LAYOUTS[found](module, stored, shape)
         reads, ignores = list(plan.reads), list(plan.ignores)
         *lead, _, k = shape
-        scaled = act in (_FP8_STATIC, _NVFP4)
+        scaled = act in (_FP8_STATIC, _INT8_STATIC, _NVFP4)
         if scaled or "input_scale" in stored:
             one = (tuple(lead), (*lead, 1), (*lead, 1, 1))
             expect(module, stored, "input_scale", PLAIN, *one)
@@ -166,7 +183,12 @@ class ModelOpt(QuantizationConfig):
                 tensors["weight_scale"] = scale.reshape(*lead, n)
             else:
                 tensors["weight_scale"] = scale[..., :, None, :, None]
-        elif weight.qtype == "fp4_e2m1" and weight.group == (1, 16):
+        elif weight.qtype == "int8" and weight.zero_point is None and weight.group[0] in (1, n):
+            tensors["weight"] = codes_.view(np.int8)
+            tensors["weight_scale"] = scale.reshape(*lead, *([n] if weight.group[0] == 1 else []))
+        elif weight.qtype == "fp4_e2m1" and scale.dtype == ml_dtypes.float8_e8m0fnu:
+            tensors["weight"], tensors["weight_scale"] = codes_, scale.view(np.uint8)
+        elif weight.qtype == "fp4_e2m1" and "global_scale" in weight.aux:
             tensors["weight"], tensors["weight_scale"] = codes_, scale
             tensors["weight_scale_2"] = np.asarray(weight.aux["global_scale"]).reshape(lead)
         elif weight.qtype == "uint4b8" and "global_scale" not in weight.aux:
@@ -181,6 +203,17 @@ class ModelOpt(QuantizationConfig):
         if "act_pre_scale" in weight.aux:
             tensors["pre_quant_scale"] = np.asarray(weight.aux["act_pre_scale"]).reshape(*lead, k)
         return tensors
+
+
+def _kv_cache(keys: Keys) -> str:
+    """What the cache is rounded to: of hf_quant_config.json, or in the words of config.json."""
+    told = keys.get("kv_cache_quant_algo", str, "")
+    scheme = keys.get("kv_cache_scheme", (dict, str), "")
+    if isinstance(scheme, dict):
+        eight = (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+        fp8 = eight and not scheme.get("dynamic")
+        scheme = "FP8" if fp8 else ", ".join(f"{key} {value}" for key, value in scheme.items())
+    return told.upper() or scheme.upper()
 
 
 def _known(algorithm: str, keys: Keys) -> str:
@@ -212,6 +245,8 @@ def _layout(weight: Record, stored: Stored, shape: tuple[int, ...]) -> str | Non
         scale = stored.get("weight_scale")
         if scale is not None and scale.qtype == "f8_e4m3":
             return "nvfp4"
+        if scale is not None and scale.qtype in ("u8", "f8_e8m0"):
+            return "mxfp4"
         if weight.shape[-2:] == (n // 2, k):
             return "int4"
     raise fault(weight, f"has dtype {weight.qtype} and shape {weight.shape}: no layout of ModelOpt")
@@ -256,13 +291,15 @@ def _mxfp8(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
 def _nvfp4(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
     *lead, n, k = shape
     expect(module, stored, "weight", "u8", (*lead, n, k // 2))
-    expect(module, stored, "weight_scale", "f8_e4m3", (*lead, n, k // 16))
+    shapes = [(*lead, n, k // size) for size in (16, 32) if k % size == 0]
+    record = expect(module, stored, "weight_scale", "f8_e4m3", *shapes)
+    group = (1, k // record.shape[-1])
     expect(module, stored, "weight_scale_2", PLAIN, tuple(lead), (*lead, 1), (*lead, 1, 1))
 
     def decode(arrays: Arrays) -> QArray:
         aux = {"global_scale": weights.scalar(arrays["weight_scale_2"], tuple(lead))}
         scale = arrays["weight_scale"]
-        return weights.coded(arrays["weight"], "fp4_e2m1", shape, scale, (1, 16), aux=aux)
+        return weights.coded(arrays["weight"], "fp4_e2m1", shape, scale, group, aux=aux)
 
     return Layer(("weight", "weight_scale", "weight_scale_2"), decode)
 
@@ -302,6 +339,7 @@ _LAYOUTS: dict[str, Callable[[str, Stored, tuple[int, ...]], Layer]] = {
     "fp8": _fp8,
     "mxfp8": _mxfp8,
     "nvfp4": _nvfp4,
+    "mxfp4": partial(weights.mx, qtype="fp4_e2m1", size=32, suffix="weight"),
     "int4": _int4,
     "int8": _int8,
 }
