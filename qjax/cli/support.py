@@ -155,7 +155,6 @@ METHODS = (
             *(W8A8_INT8_STATIC, W8A8_FP8, W8A8_FP8_STATIC, MXFP4, MXFP6, NVFP4),
         ),
         ("quark-",),
-        "FP8",
     ),
     Method(
         "auto-round",

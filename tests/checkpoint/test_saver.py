@@ -33,8 +33,6 @@ PLAIN = ("base-tiny-llama", "base-tiny-phi3", "base-tiny-gemma3", "base-tiny-qwe
 NOT_SAVED = {
     "ao-": "does not write torchao",
     "autoawq-gemv": "writes gemm only",
-    **dict.fromkeys(("quark-int", "quark-mixed", "quark-mx", "quark-nv"), "only those of FP8"),
-    **dict.fromkeys(("quark-qwen3moe-mx", "quark-uint4"), "only those of FP8"),
 }
 
 
