@@ -8,6 +8,7 @@ in place.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
@@ -194,7 +195,7 @@ def _tensors(
         value: Any
         if isinstance(place, plan.Vector):
             value, stored, whole = _vector(name, leaf, place, origin), place.record.name, place
-            rows, total = place.rows, place.record.shape[-1]
+            rows, total = place.rows, math.prod(place.record.shape[-1:])
             join: Callable[[list[Any], bool], Any] = partial(joined.arrays, axis=-1)
         else:
             whole, rows = place, place.pieces[0].rows
