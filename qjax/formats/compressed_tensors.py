@@ -26,6 +26,7 @@ from qjax.formats.base import (
     expect,
     fault,
 )
+from qjax.formats.ct_frozen import frozen
 from qjax.formats.ct_transforms import Transform, read_transforms
 from qjax.qarray import ActSpec, QArray
 from qjax.registry import register_quantization_config
@@ -109,7 +110,8 @@ class CompressedTensors(QuantizationConfig):
         if scheme is None or scheme.weights is None:
             record = next(iter(stored.values()))
             raise fault(record, f"is stored as {found}, but the config leaves {module} alone")
-        plan = ct_layouts.LAYOUTS[found](module, stored, shape, scheme.weights)
+        read = frozen if found == "frozen" else ct_layouts.LAYOUTS[found]
+        plan = read(module, stored, shape, scheme.weights)
         plan = _with_inputs(module, stored, shape, plan, scheme.input_activations)
         return self._rotated(module, stored, shape, plan)
 
@@ -141,6 +143,11 @@ class CompressedTensors(QuantizationConfig):
         """The tensors that `layer` reads, integers packed unless the config says otherwise."""
         scheme = scheme_for(module, self.schemes, layer_class(module))
         told = (scheme and scheme.format) or self.values.get("format")
+        if told == "dense":
+            raise UnsupportedError(
+                f"{module}: was rounded as it was read, and its config says that it is not "
+                "compressed; save with a quantization_config whose format is another"
+            )
         return ct_layouts.encode(module, weight, packed=told not in _IN_BYTES)
 
     def to_config(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def layout(module: str, stored: Stored, shape: Shape) -> str | None:
         return "mxfp6" if packed.shape[-1] * 4 == shape[-1] * 3 else "mxfp4"
     record = expect(module, stored, "weight")
     if record.qtype in PLAIN:
-        return None
+        return "frozen" if "weight_scale" in stored else None
     if record.qtype == "i8":
         return "int"
     if record.qtype in weights.FP8_QTYPES:
@@ -81,7 +81,7 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
             zero = expect(module, stored, "weight_zero_point", ("i32", "u32"))
             zero_dense = _words(zero, tuple(lead), n, bits, (columns,))
         else:  # of a whole tensor: not packed
-            _zero_point(module, stored, ("i8", "i32"))
+            like_scale(module, stored, ("i8", "i32"))
         reads.append("weight_zero_point")
     elif "weight_zero_point" in stored:
         expect(module, stored, "weight_zero_point", ("i8", "i32"))
@@ -126,7 +126,7 @@ def _order(
     return ["weight_g_idx"]
 
 
-def _zero_point(module: str, stored: Stored, dtypes: tuple[str, ...]) -> Record:
+def like_scale(module: str, stored: Stored, dtypes: tuple[str, ...]) -> Record:
     """The record of zero points that lie as the scales do."""
     scale = tuple(expect(module, stored, "weight_scale").shape)
     return expect(module, stored, "weight_zero_point", dtypes, scale)
@@ -169,7 +169,7 @@ def _int(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> L
     group = group_of(module, stored, shape, args)
     reads = ["weight", "weight_scale", *_order(module, stored, shape, args, group)]
     if not args.symmetric or "weight_zero_point" in stored:
-        _zero_point(module, stored, ("i8", "i32"))
+        like_scale(module, stored, ("i8", "i32"))
         reads.append("weight_zero_point")
 
     def decode(arrays: Arrays) -> QArray:
@@ -193,7 +193,7 @@ def _float(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) ->
     group = group_of(module, stored, shape, args)
     reads = ["weight", "weight_scale"]
     if not args.symmetric or "weight_zero_point" in stored:
-        _zero_point(module, stored, (*weights.FP8_QTYPES, *PLAIN))
+        like_scale(module, stored, (*weights.FP8_QTYPES, *PLAIN))
         reads.append("weight_zero_point")
 
     def decode(arrays: Arrays) -> QArray:
@@ -281,18 +281,18 @@ def encode(module: str, weight: QArray, *, packed: bool = True) -> dict[str, np.
     if weight.qtype == "int8":
         tensors["weight"] = raw.view(np.int8)
         if weight.zero_point is not None:
-            tensors["weight_zero_point"] = _like_scale(weight.zero_point, tensors).astype(np.int8)
+            tensors["weight_zero_point"] = _shaped(weight.zero_point, tensors).astype(np.int8)
     elif code.kind == "uint" and not packed:
         half = 1 << (code.bits - 1)
         tensors["weight"] = (codes.unpack(raw, code.bits, k, np) - np.uint8(half)).view(np.int8)
         if weight.zero_point is not None:
-            zero = _like_scale(weight.zero_point, tensors).astype(np.int32) - half
+            zero = _shaped(weight.zero_point, tensors).astype(np.int32) - half
             tensors["weight_zero_point"] = zero.astype(np.int8)
     elif code.kind == "uint":
         tensors["weight_packed"] = _to_words(raw)
         tensors["weight_shape"] = np.array([n, k], np.int64)
         if weight.zero_point is not None and single:
-            offset = _like_scale(weight.zero_point, tensors).astype(np.int32)
+            offset = _shaped(weight.zero_point, tensors).astype(np.int32)
             tensors["weight_zero_point"] = (offset - (1 << (code.bits - 1))).astype(np.int8)
         elif weight.zero_point is not None:
             along_n = np.swapaxes(np.asarray(weight.zero_point), -1, -2)
@@ -311,7 +311,7 @@ def encode(module: str, weight: QArray, *, packed: bool = True) -> dict[str, np.
     elif weight.qtype in _FP8_DTYPES:
         tensors["weight"] = raw.view(_FP8_DTYPES[weight.qtype])
         if weight.zero_point is not None:
-            tensors["weight_zero_point"] = _like_scale(weight.zero_point, tensors)
+            tensors["weight_zero_point"] = _shaped(weight.zero_point, tensors)
     else:
         raise UnsupportedError(f"{module}: compressed-tensors has no layout for {weight.qtype}")
     for suffix, key in (("input_scale", "act_scale"), ("input_zero_point", "act_zero_point")):
@@ -324,7 +324,7 @@ def encode(module: str, weight: QArray, *, packed: bool = True) -> dict[str, np.
     return tensors
 
 
-def _like_scale(zero_point: np.ndarray, tensors: dict[str, np.ndarray]) -> np.ndarray:
+def _shaped(zero_point: np.ndarray, tensors: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(zero_point).reshape(tensors["weight_scale"].shape)
 
 

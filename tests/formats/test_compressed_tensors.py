@@ -270,3 +270,38 @@ def test_divisor_of_nvfp4_survives():
         back = method.encode(MODULE, found)["weight_global_scale"]
         assert np.float32(1) / back == found.aux["global_scale"]
         np.testing.assert_allclose(back, divisor, rtol=2e-7)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_weights_that_are_not_compressed_yet(bits, symmetric):
+    """Beside their scales: rounded as they are read, in the steps of the tool."""
+    values, zero, scale, _ = integers(bits, 1, 32)
+    zero = zero * (not symmetric)
+    rng = np.random.default_rng(1)
+    scale = np.exp2(np.round(np.log2(scale))).astype(np.float32)  # exact in every step
+    spread = scale.repeat(32, 1).astype(np.float64)
+    near = values - zero.repeat(32, 1) + rng.choice([-0.25, 0, 0.25], values.shape)
+    tensors = {"weight": (near * spread).astype(np.float32), "weight_scale": scale}
+    tensors |= {"weight_zero_point": zero.astype(np.int8)}
+    args = {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": symmetric}
+    settings = config(args, format="dense", quantization_status="frozen")
+    found = decoded(settings, tensors, (N, K))
+    wanted = (values - zero.repeat(32, 1)) * spread
+    np.testing.assert_array_equal(weight_of(found), wanted)
+    with pytest.raises(UnsupportedError, match="save with a quantization_config"):
+        quantization(settings).encode(MODULE, found)
+
+
+def test_floats_that_are_not_compressed_yet():
+    rng = np.random.default_rng(0)
+    weight = rng.normal(0, 1, (N, K)).astype(np.float32)
+    weight[0, 0] = 500.0  # beyond the largest
+    tensors = {"weight": weight, "weight_scale": np.full(1, 0.5, np.float32)}
+    found = decoded(config({"num_bits": 8, "type": "float"}), tensors, (N, K))
+    wanted = np.clip(weight * 2, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) / 2
+    np.testing.assert_array_equal(weight_of(found), wanted)
+    args = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    tensors["weight_scale"] = np.ones((N, 2), np.float32)
+    with pytest.raises(UnsupportedError, match="save_compressed=True"):
+        decoded(config(args), tensors, (N, K))
