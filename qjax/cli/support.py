@@ -174,6 +174,7 @@ METHODS = (
             *(MXFP4_A16, MXFP4, MXFP8, NVFP4_A16, NVFP4),
         ),
         ("ao-",),
+        "integers, FP8",
     ),
     Method(
         "bitsandbytes",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import ml_dtypes
 import numpy as np
 
 from pallas_kernels import codes
@@ -41,10 +42,11 @@ Shape = tuple[int, int]
 @register_quantization_config("torchao")
 @dataclass(frozen=True)
 class TorchAO(QuantizationConfig):
-    """A checkpoint and the texts of its headers."""
+    """A checkpoint, the texts of its headers, and its configuration as it was read."""
 
     metadata: Mapping[str, Any]
     file: str
+    values: Mapping[str, Any]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
@@ -52,7 +54,7 @@ class TorchAO(QuantizationConfig):
         keys.ignore("quant_method", "quant_type", "quant_type_kwargs", "modules_to_not_convert")
         keys.ignore("include_input_output_embeddings", "untie_embedding_weights")
         keys.done()
-        return cls(checkpoint.metadata, checkpoint.file)
+        return cls(checkpoint.metadata, checkpoint.file, config)
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         if _QDATA not in stored:
@@ -72,6 +74,20 @@ class TorchAO(QuantizationConfig):
         else:
             layer = make(module, stored, size, data)
         return replace(layer, decode=_rounded(layer.decode, data))
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
+        """Writes what was loaded: the texts that describe the weights are those of its header."""
+        text = self.metadata.get(f"{module}.weight")
+        kind = json.loads(text)["_type"] if isinstance(text, str) else None
+        if kind not in _WRITTEN or weight.aux or weight.additive or weight.qvalue.ndim != 2:
+            raise UnsupportedError(
+                f"{module}: of TorchAO's classes qjax writes {', '.join(_WRITTEN)}, where a "
+                f"checkpoint of TorchAO was loaded; this is {kind or weight.qtype!r:.80}"
+            )
+        return _WRITTEN[kind](module, weight)
 
     def _description(self, record: Record) -> tuple[str, Mapping[str, Any]]:
         """Class name and settings of a weight, as the header tells."""
@@ -378,6 +394,34 @@ _CLASSES: dict[str, Callable[[str, Stored, Shape, Mapping[str, Any]], Layer]] = 
     "Int4TilePackedTo4dTensor": _tile_packed,
     "NVFP4Tensor": _nvfp4,
     "MXTensor": _mx,
+}
+
+
+def _bytes_of(module: str, weight: QArray) -> dict[str, np.ndarray]:
+    """Signed codes, one in a byte, with zero points."""
+    code, k = codes.CODES[weight.qtype], weight.shape[1]
+    raw, zero = np.asarray(weight.qvalue), np.zeros(np.shape(weight.scale), np.int8)
+    if code.kind not in ("int", "uint"):
+        raise UnsupportedError(f"{module}: TorchAO has no integers for {weight.qtype}")
+    half = 0 if code.kind == "int" else 1 << (code.bits - 1)
+    values = codes.unpack(raw, code.bits, k, np).view(np.int8) - np.int8(half)
+    if weight.zero_point is not None:
+        zero = (np.asarray(weight.zero_point).astype(np.int32) - half).astype(np.int8)
+    return {_QDATA: values, "_weight_scale": np.asarray(weight.scale), _ZERO: zero}
+
+
+def _floats_of(module: str, weight: QArray) -> dict[str, np.ndarray]:
+    dtypes = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
+    if weight.qtype not in dtypes:
+        raise UnsupportedError(f"{module}: TorchAO has no 8-bit floats for {weight.qtype}")
+    values = np.asarray(weight.qvalue).view(dtypes[weight.qtype])
+    return {_QDATA: values, "_weight_scale": np.asarray(weight.scale)}
+
+
+_WRITTEN: dict[str, Callable[[str, QArray], dict[str, np.ndarray]]] = {
+    "IntxUnpackedToInt8Tensor": _bytes_of,
+    "Int8Tensor": _bytes_of,
+    "Float8Tensor": _floats_of,
 }
 
 

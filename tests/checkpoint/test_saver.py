@@ -31,7 +31,6 @@ PLAIN = ("base-tiny-llama", "base-tiny-phi3", "base-tiny-gemma3", "base-tiny-qwe
 
 # Beginnings of the names of those that are not saved, and what is said of them.
 NOT_SAVED = {
-    "ao-": "does not write torchao",
     "autoawq-gemv": "writes gemm only",
 }
 

@@ -56,6 +56,27 @@ def test_few_bits_in_a_byte_each(bits):
         assert found.qvalue.shape == (N, K * bits // 8)
         wanted = (codes.astype(np.float64) - spread(zeros, 32)) * spread(scale, 32)
         np.testing.assert_allclose(weight_of(found), wanted, rtol=1e-6)
+        written(found, "IntxUnpackedToInt8Tensor", tensors)
+
+
+def written(weight, kind, tensors):
+    """What is written is what was read."""
+    text = json.dumps({"_type": kind, "_data": {}})
+    checkpoint = Checkpoint("config.json", {}, {f"{MODULE}.weight": text}, {}.__getitem__)
+    method = quantization_config("torchao").from_config({"quant_method": "torchao"}, checkpoint)
+    found = method.encode(MODULE, weight)
+    assert found.keys() == {f"_weight_{name}" for name in tensors}
+    for name, array in tensors.items():
+        assert found[f"_weight_{name}"].dtype == array.dtype
+        np.testing.assert_array_equal(found[f"_weight_{name}"], array, name)
+
+
+def test_what_is_not_written():
+    tensors = {"qdata": np.ones((N, K), np.int8), "scale": np.ones((N, 1), np.float32)}
+    found = decoded("Int8Tensor", tensors, {"block_size": [1, K]})
+    for kind in ("NVFP4Tensor", "Float8Tensor"):
+        with pytest.raises(UnsupportedError, match=f"TorchAO.*{kind[:2]}|int8"):
+            written(found, kind, tensors)
 
 
 @pytest.mark.parametrize(("block", "shape"), [((1, K), (N, 1)), ((N, K), (1, 1)), ((N, K), ())])
@@ -67,6 +88,10 @@ def test_eight_bits(kind, block, shape):
     assert (found.group, found.act) == (block, None)
     wanted = values.astype(np.float64) * np.asarray(scale, np.float64)
     np.testing.assert_allclose(weight_of(found), wanted, rtol=1e-6)
+    tensors = {"qdata": values, "scale": scale.reshape(found.scale.shape)}
+    if kind == "Int8Tensor":
+        tensors["zero_point"] = np.zeros(found.scale.shape, np.int8)
+    written(found, kind, tensors)
 
 
 def test_int4():
