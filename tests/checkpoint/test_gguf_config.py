@@ -174,6 +174,9 @@ def test_deepseek_v2_and_v3(tmp_path):
     v2 = config_of(tmp_path, "deepseek2", DEEPSEEK)
     v3 = config_of(tmp_path, "deepseek2", DEEPSEEK | {"expert_gating_func": 2})
     assert (v2.model_type, v3.model_type) == ("deepseek_v2", "deepseek_v3")
+    assert v2.mla
+    assert v2.moe
+    assert v3.moe
     assert (v2.mla.qk_nope_head_dim, v2.mla.qk_rope_head_dim, v2.mla.v_head_dim) == (16, 8, 12)
     assert v2.moe.layers == (False, True, True, True)
     assert (v2.moe.intermediate_size, v2.moe.shared_size) == (16, 32)
