@@ -1,16 +1,10 @@
-import json
-import shutil
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
 
-import qjax
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats import gptq
-from qjax.forward import forward
 from tests.formats.stored import MODULE, decoded, planned, quantization, weight_of, words
 
 CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
@@ -132,75 +126,6 @@ def test_columns_in_any_order(seed):
     found = decoded(CONFIG | {"desc_act": True}, tensors, (8, 96))
     assert found.aux["perm"].dtype == np.int32
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
-
-
-@pytest.fixture
-def with_experts(golden, tmp_path):
-    """Makes checkpoints whose experts are random GPTQ layers, each in an order of columns that is
-    asked for; and the same in full precision."""
-    source = golden / "base-tiny-qwen3moe"
-    plain = load_file(source / "model.safetensors")
-
-    def make(name, config, g_idx):
-        quantized, dense = {}, {}
-        for seed, (key, value) in enumerate(plain.items()):
-            quantized[key] = dense[key] = value
-            if ".experts." not in key:
-                continue
-            module, (n, k) = key.removesuffix(".weight"), value.shape
-            order = g_idx(module, k)
-            tensors, weight = layer(config["bits"], n, k, 32, g_idx=order, seed=seed)
-            tensors["scales"] /= 64
-            del quantized[key]
-            quantized |= {f"{module}.{suffix}": array for suffix, array in tensors.items()}
-            dense[key] = (weight / 64).astype(np.float32)
-        folders = []
-        for kind, tensors, fields in (
-            ("gptq", quantized, {"quantization_config": config}),
-            ("dense", dense, {}),
-        ):
-            folder = tmp_path / f"{name}-{kind}"
-            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-            fields["dtype"] = "float32"  # scales would be rounded to that of the model
-            fields = json.loads((source / "config.json").read_text()) | fields
-            (folder / "config.json").write_text(json.dumps(fields))
-            save_file(tensors, folder / "model.safetensors")
-            folders.append(folder)
-        return folders
-
-    return make
-
-
-def test_experts_each_in_its_own_order_of_columns(with_experts, tmp_path):
-    """Of one expert the order is the usual one, as of one that calibration sent no token to."""
-    rng = np.random.default_rng(0)
-
-    def g_idx(module, k):
-        usual = np.arange(k) // 32
-        return usual if module.endswith("experts.1.up_proj") else rng.permutation(usual)
-
-    quantized, dense = with_experts("desc", CONFIG | {"desc_act": True}, g_idx)
-    params = qjax.load(quantized)
-    ids = np.arange(2, 40, dtype=np.int32)
-    exact = np.asarray(forward(qjax.load(dense), ids))
-    difference = np.linalg.norm(np.asarray(forward(params, ids)) - exact)
-    assert difference < 1e-5 * np.linalg.norm(exact)
-    saved = qjax.save(params, tmp_path / "saved")
-    files = [load_file(folder / "model.safetensors") for folder in (saved, quantized)]
-    assert files[0].keys() == files[1].keys()
-    for key, array in files[0].items():
-        np.testing.assert_array_equal(array, files[1][key], key)
-
-
-def test_experts_of_a_layer_are_stored_alike(with_experts):
-    config = CONFIG | {"sym": True}  # of which only some layers make use
-    quantized, _ = with_experts("odd", config, lambda module, k: np.arange(k) // 32)
-    tensors = load_file(quantized / "model.safetensors")
-    key = "model.layers.0.mlp.experts.0.up_proj.qzeros"
-    tensors[key] = np.full_like(tensors[key], 0x77777777)
-    save_file(tensors, quantized / "model.safetensors")
-    with pytest.raises(UnsupportedError, match=r"experts\.up_proj.*uint4 in .* and uint4b8 in"):
-        qjax.load(quantized)
 
 
 def test_order_of_columns_must_be_told():
