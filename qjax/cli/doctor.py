@@ -66,7 +66,8 @@ def _kernels() -> None:
     from pallas_kernels.paged_attention import AttentionSpec, paged_attention
 
     rows = np.zeros((64, 2 * 20), np.uint8)  # q4_1 [64, 64]
-    weight = prepare(WeightSpec("q4_1", (64, 64)), rows)
+    kind, arrays = prepare(WeightSpec("q4_1", (64, 64)), rows)
+    weight = kind, jax.tree.map(jnp.asarray, arrays)
     spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64, scale=1.0, rotary_dim=64)
     x, ids = jnp.zeros((1, 64)), jnp.zeros(1, jnp.int32)
     pages = jnp.zeros((1, 1, 32, 64), jnp.bfloat16)

@@ -143,6 +143,14 @@ def test_doctor(run: Run) -> None:
         assert word in out
 
 
+def test_doctor_without_native_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QJAX_IMPLEMENTATION", "xla")
+    code, out, _ = run("doctor")
+    assert code == 0
+    for op in ("matmul q4_1", "embedding q4_1", "paged_attention"):
+        assert f"{op}: xla" in out
+
+
 def test_inspect(run: Run, model: str) -> None:
     code, out, _ = run("inspect", model)
     assert code == 0
