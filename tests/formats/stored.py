@@ -53,6 +53,17 @@ def decoded(config, tensors, shape, module=MODULE, dtype=""):
     return layer.decode({suffix: tensors[suffix] for suffix in layer.reads})
 
 
+def round_trip(config, tensors, shape, module=MODULE):
+    """The QArray that one layer becomes, which is written as it was stored."""
+    found = decoded(config, tensors, shape, module)
+    written = quantization(config).encode(module, found)
+    assert written.keys() == tensors.keys()
+    for suffix, array in written.items():
+        assert array.dtype == tensors[suffix].dtype, suffix
+        np.testing.assert_array_equal(array, tensors[suffix], suffix)
+    return found
+
+
 def weight_of(weight):
     """float64 [N, K] of a decoded weight, rows and columns in the model's order."""
     values = decode(weight.spec, weight.arrays, np).astype(np.float64)

@@ -3,7 +3,16 @@ import numpy as np
 import pytest
 
 from qjax.errors import CheckpointError, UnsupportedError
-from tests.formats.stored import MODULE, decoded, planned, quantization, record, weight_of, words
+from tests.formats.stored import (
+    MODULE,
+    decoded,
+    planned,
+    quantization,
+    record,
+    round_trip,
+    weight_of,
+    words,
+)
 
 N, K = 16, 64
 
@@ -43,17 +52,6 @@ def packed(bits, values, zero, scale):
     }
 
 
-def round_trip(settings, tensors, **names):
-    """The decoded weight, which is written as it was stored."""
-    found = decoded(settings, tensors, (N, K), **names)
-    written = quantization(settings).encode(names.get("module", MODULE), found)
-    assert written.keys() == tensors.keys()
-    for suffix, array in written.items():
-        assert array.dtype == tensors[suffix].dtype, suffix
-        np.testing.assert_array_equal(array, tensors[suffix], suffix)
-    return found
-
-
 def test_one_word():
     """-8 to -1 are the word 76543210, 0 to 7 are FEDCBA98."""
     tensors = {
@@ -71,7 +69,9 @@ def test_one_word():
 def test_packed_with_zero_points(bits, size):
     values, zero, scale, weight = integers(bits, 1, size)
     args = {"num_bits": bits, "strategy": "group", "group_size": size, "symmetric": False}
-    found = round_trip(config(args, format="pack-quantized"), packed(bits, values, zero, scale))
+    found = round_trip(
+        config(args, format="pack-quantized"), packed(bits, values, zero, scale), (N, K)
+    )
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
 
 
@@ -82,7 +82,7 @@ def test_one_zero_point_of_a_whole_tensor_is_not_packed():
         "weight_zero_point": zero.reshape(1).astype(np.int8),
     }
     args = {"num_bits": 4, "strategy": "tensor", "symmetric": False}
-    found = round_trip(config(args, format="pack-quantized"), tensors)
+    found = round_trip(config(args, format="pack-quantized"), tensors, (N, K))
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
 
 
@@ -99,7 +99,7 @@ def test_fewer_bits_in_a_byte_each(layout, place):
     settings = config(args, format=layout if place == "global" else "mixed-precision")
     if place == "group":
         settings["config_groups"]["g"]["format"] = layout
-    found = round_trip(settings, tensors)
+    found = round_trip(settings, tensors, (N, K))
     assert found.qtype == "uint4"
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
 
@@ -111,7 +111,7 @@ def test_zero_points_of_floats_count():
     scale = rng.uniform(0.5, 2, (N, 1)).astype(np.float32)
     tensors = {"weight": values, "weight_scale": scale, "weight_zero_point": zero}
     args = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": False}
-    found = round_trip(config(args, format="float-quantized"), tensors)
+    found = round_trip(config(args, format="float-quantized"), tensors, (N, K))
     wanted = (values.astype(np.float64) - zero.astype(np.float64)) * scale
     np.testing.assert_allclose(weight_of(found), wanted, rtol=1e-6)
 
@@ -235,7 +235,7 @@ def test_columns_in_any_order(layout, bits):
         tensors["weight_packed"] = words(values + (1 << (bits - 1)), bits)
         tensors["weight_shape"] = np.array([N, K])
     args = {"num_bits": bits, "strategy": "group", "group_size": 16, "actorder": "group"}
-    found = round_trip(config(args, format=layout), tensors)
+    found = round_trip(config(args, format=layout), tensors, (N, K))
     np.testing.assert_allclose(weight_of(found), values * scale[:, g_idx], rtol=1e-6)
     del tensors["weight_g_idx"]
     with pytest.raises(CheckpointError, match="weight_g_idx"):

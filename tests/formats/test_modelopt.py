@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from qjax.errors import CheckpointError, UnsupportedError
-from tests.formats.stored import MODULE, decoded, quantization, weight_of, words
+from tests.formats.stored import MODULE, decoded, quantization, round_trip, weight_of, words
 
 N, K = 16, 64
 ONE = np.array(0.5, np.float32)
@@ -11,17 +11,6 @@ ONE = np.array(0.5, np.float32)
 
 def config(algorithm, **more):
     return {"quant_method": "modelopt", "quant_algo": algorithm, **more}
-
-
-def round_trip(settings, tensors):
-    """The decoded weight, which is written as it was stored."""
-    found = decoded(settings, tensors, (N, K))
-    written = quantization(settings).encode(MODULE, found)
-    assert written.keys() == tensors.keys()
-    for suffix, array in written.items():
-        assert array.dtype == tensors[suffix].dtype, suffix
-        np.testing.assert_array_equal(array, tensors[suffix], suffix)
-    return found
 
 
 def nvfp4(size):
@@ -47,7 +36,7 @@ def nvfp4(size):
 )
 def test_nvfp4_with_inputs(algorithm, size, dtype, key):
     tensors, weight = nvfp4(size)
-    found = round_trip(config(algorithm), tensors | {"input_scale": ONE})
+    found = round_trip(config(algorithm), tensors | {"input_scale": ONE}, (N, K))
     np.testing.assert_array_equal(weight_of(found), weight)
     assert found.act.dtype == dtype
     assert found.aux[key] == 0.5
@@ -56,7 +45,7 @@ def test_nvfp4_with_inputs(algorithm, size, dtype, key):
 @pytest.mark.parametrize("size", [16, 32])
 def test_nvfp4_weights_alone(size):
     tensors, weight = nvfp4(size)
-    found = round_trip(config("W4A16_NVFP4", group_size=size), tensors)
+    found = round_trip(config("W4A16_NVFP4", group_size=size), tensors, (N, K))
     np.testing.assert_array_equal(weight_of(found), weight)
     assert found.act is None
 
@@ -70,7 +59,7 @@ def test_mxfp4(algorithm, dtype, strategy):
     values = rng.normal(0, 2, (N, K)).astype(ml_dtypes.float4_e2m1fn)
     exponents = rng.integers(120, 130, (N, K // 32)).astype(np.uint8)
     stream = words(values.view(np.uint8), 4, 8).view(np.uint8)
-    found = round_trip(config(algorithm), {"weight": stream, "weight_scale": exponents})
+    found = round_trip(config(algorithm), {"weight": stream, "weight_scale": exponents}, (N, K))
     powers = np.exp2(exponents.astype(np.float64) - 127).repeat(32, 1)
     np.testing.assert_array_equal(weight_of(found), values.astype(np.float64) * powers)
     assert (found.act.dtype, found.act.strategy, found.act.dynamic) == (dtype, strategy, True)
@@ -84,7 +73,7 @@ def test_int4_of_neighbouring_outputs():
     pre = rng.uniform(0.5, 2, K).astype(np.float32)
     packed = ((values[0::2] & 15) | (values[1::2] & 15) << 4).astype(np.uint8)
     tensors = {"weight": packed, "weight_scale": scale, "pre_quant_scale": pre}
-    found = round_trip(config("W4A16_AWQ"), tensors)
+    found = round_trip(config("W4A16_AWQ"), tensors, (N, K))
     np.testing.assert_allclose(weight_of(found), values * scale.repeat(32, 1), rtol=1e-6)
     np.testing.assert_array_equal(found.aux["act_pre_scale"][0], pre)
 
@@ -95,12 +84,12 @@ def test_int8_with_static_inputs():
     values = rng.integers(-127, 128, (N, K)).astype(np.int8)
     scale = rng.uniform(0.5, 2, N).astype(np.float32)
     tensors = {"weight": values, "weight_scale": scale, "input_scale": ONE}
-    found = round_trip(config("W8A8_SQ_PER_CHANNEL"), tensors)
+    found = round_trip(config("W8A8_SQ_PER_CHANNEL"), tensors, (N, K))
     np.testing.assert_allclose(weight_of(found), values * scale[:, None], rtol=1e-6)
     assert (found.act.dtype, found.act.dynamic) == ("int8", False)
     assert found.aux["act_scale"] == 0.5
     del tensors["input_scale"]
-    assert round_trip(config("W8A16"), tensors).act is None
+    assert round_trip(config("W8A16"), tensors, (N, K)).act is None
     with pytest.raises(CheckpointError, match="input_scale"):
         decoded(config("W8A8_SQ_PER_CHANNEL"), tensors, (N, K))
 

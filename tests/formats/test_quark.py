@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from qjax.errors import CheckpointError, UnsupportedError
-from tests.formats.stored import MODULE, decoded, quantization, weight_of, words
+from tests.formats.stored import MODULE, decoded, quantization, round_trip, weight_of, words
 
 N, K = 16, 64
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight columns lies in which nibble of a word
@@ -32,17 +32,6 @@ def in_order(matrix, order):
     return words(np.atleast_2d(matrix & 15), 4).reshape(*matrix.shape[:-1], -1)
 
 
-def round_trip(settings, tensors):
-    """The decoded weight, which is written as it was stored."""
-    found = decoded(settings, tensors, (N, K))
-    written = quantization(settings).encode(MODULE, found)
-    assert written.keys() == tensors.keys()
-    for suffix, array in written.items():
-        assert array.dtype == tensors[suffix].dtype, suffix
-        np.testing.assert_array_equal(array, tensors[suffix], suffix)
-    return found
-
-
 @pytest.mark.parametrize("order", ["order", "reorder"])
 @pytest.mark.parametrize("dtype", ["int4", "uint4"])
 @pytest.mark.parametrize("scheme", ["per_group", "per_channel"])
@@ -65,7 +54,7 @@ def test_four_bits(order, dtype, scheme):
         "weight_zero_point": in_order(zero, order),
     }
     args = grouped(dtype, size, symmetric=False) | {"qscheme": scheme}
-    found = round_trip(config(args, export={"pack_method": order}), tensors)
+    found = round_trip(config(args, export={"pack_method": order}), tensors, (N, K))
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
 
 
@@ -99,7 +88,7 @@ def test_mx(dtype, element, top):
     exponents = rng.integers(120, 130, (N, K // 32)).astype(np.uint8)
     stream = words(values.view(np.uint8), top, 8).view(np.uint8)
     args = grouped(dtype) | {"scale_format": "e8m0"}
-    found = round_trip(config(args), {"weight": stream, "weight_scale": exponents})
+    found = round_trip(config(args), {"weight": stream, "weight_scale": exponents}, (N, K))
     powers = np.exp2(exponents.astype(np.float64) - 127).repeat(32, 1)
     np.testing.assert_array_equal(weight_of(found), values.astype(np.float64) * powers)
 
@@ -114,7 +103,7 @@ def test_nvfp4():
         "weight_scale_2": np.array(0.25, np.float32),
     }
     second = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_scale_quant": True}
-    found = round_trip(config([grouped("fp4", 16), second]), tensors)
+    found = round_trip(config([grouped("fp4", 16), second]), tensors, (N, K))
     wanted = values.astype(np.float64) * scale.astype(np.float64).repeat(16, 1) * 0.25
     np.testing.assert_array_equal(weight_of(found), wanted)
 
@@ -134,7 +123,7 @@ def test_bytes_and_static_inputs(shape):
     }
     args = {"dtype": "int8", "qscheme": "per_channel" if shape else "per_tensor"}
     inputs = {"dtype": "int8", "qscheme": "per_tensor", "symmetric": False}
-    found = round_trip(config(args, inputs), tensors)
+    found = round_trip(config(args, inputs), tensors, (N, K))
     rows = scale.reshape(-1, 1).astype(np.float64)
     wanted = (values - zero.reshape(-1, 1).astype(np.float64)) * rows
     np.testing.assert_allclose(weight_of(found), wanted, rtol=1e-6)
