@@ -24,7 +24,7 @@ SIDE_FILES = (
 # wrongly.
 _AGREED = frozenset(
     {
-        *("quant_method", "bits", "group_size", "sym", "desc_act", "zero_point"),
+        *("bits", "group_size", "sym", "desc_act", "zero_point"),
         *("checkpoint_format", "packing_format", "quant_algo", "kv_cache_quant_algo"),
     }
 )
