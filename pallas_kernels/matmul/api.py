@@ -41,7 +41,7 @@ def matmul(
     activation_dtype: str = "float32",
     num_rows: jax.Array | None = None,
     act: ActSpec | None = None,
-    inputs: Inputs | None = None,
+    inputs: Sequence[Inputs] | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """y_i = x @ w_i.T for several weights that share one input, with prologue and epilogue.
@@ -60,14 +60,15 @@ def matmul(
       residual: float32 [T, N], added last; one output only.
       post_norm: float32 [N], RMSNorm of the output before the residual; one output only.
       activation_dtype: what the (normed) x may be rounded to before the product: "float32" not at
-        all; "int16" or "int8" in blocks of 32 along K with scale absmax / 32767 or absmax / 127.
+        all; "int16" or "int8" in blocks of 32 along K with scale absmax / 32639 (what two
+        signed bytes hold) or absmax / 127.
         With int8, what rounding left over of the two blocks with the largest scales of each row is
         rounded in the same way and added, since these blocks hold most of the error. An
         implementation that gains nothing by rounding leaves x as it is. Weights are never rounded
         and sums are float32.
       num_rows: int32 [1]. Rows from num_rows[0] on are padding: their outputs are unspecified.
       act, inputs: what else happens to the (normed) x, where an implementation can take it in: ask
-        `takes_inputs`.
+        `takes_inputs`. Weights may have different `inputs`, one each.
       implementation: "native", "xla" or "ref"; None for the first that takes the call.
 
     Returns:

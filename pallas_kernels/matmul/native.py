@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -30,7 +31,7 @@ def matmul(
     activation_dtype: str,
     num_rows: jax.Array | None,
     act: ActSpec | None = None,
-    inputs: Inputs | None = None,
+    inputs: Sequence[Inputs] | None = None,
 ) -> tuple[jax.Array, ...]:
     """See `pallas_kernels.matmul.api.matmul`."""
     kinds = [tiles.require(spec) for spec, _ in weights]
@@ -44,9 +45,9 @@ def matmul(
     given = [bias for bias in biases if bias is not None]
     if act is not None and not rounds_inputs(act):
         raise NotImplementedError(f"inputs rounded to {act}")
-    optional = [norm, residual, post_norm, *_input_arrays(inputs)]
-    extra = [array for array in optional if array is not None]
-    flags = sum((array is not None) << bit for bit, array in enumerate(optional))
+    around = [norm, residual, post_norm]
+    treating = [_input_arrays(each) for each in inputs or [None] * len(weights)]
+    extra = [array for array in itertools.chain(around, *treating) if array is not None]
     call = jax.ffi.ffi_call(
         "qjax_matmul",
         [jax.ShapeDtypeStruct((rows, spec.shape[0]), jnp.float32) for spec, _ in outputs],
@@ -58,7 +59,8 @@ def matmul(
             types=np.array([kind.number for kind in kinds], np.int32),
             beside=np.array([tiles.beside(*weight) for weight in weights], np.int32).reshape(-1),
             biases=np.int32(sum((b is not None) << i for i, b in enumerate(biases))),
-            flags=np.int32(flags),
+            flags=np.int32(_given(around)),
+            input_flags=np.array([_given(each) for each in treating], np.int32),
             activation=np.int32(_ACTIVATION[activation]),
             precision=np.int32(PRECISION[activation_dtype]),
             eps=np.float32(norm_eps),
@@ -89,6 +91,11 @@ def takes_inputs(specs: Sequence[WeightSpec], act: ActSpec | None) -> bool:
     return all(spec.layout == tiles.LAYOUT for spec in specs) and (
         act is None or rounds_inputs(act)
     )
+
+
+def _given(arrays: Sequence[jax.Array | None]) -> int:
+    """A bit for each, set where it is there."""
+    return sum((array is not None) << bit for bit, array in enumerate(arrays))
 
 
 def _input_arrays(inputs: Inputs | None) -> list[jax.Array | None]:

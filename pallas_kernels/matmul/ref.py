@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.matmul import ref_blocks
-from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, require_canonical
+from pallas_kernels.matmul.spec import LARGEST_CODE, WeightArrays, WeightSpec, require_canonical
 
 _E32 = np.arange(32)
 _E256 = np.arange(256)
@@ -39,7 +39,7 @@ def matmul(
     if norm is not None:
         x = rms(x, norm)
     if activation_dtype != "float32":
-        x = _round(x, {"int16": 32767, "int8": 127}[activation_dtype])
+        x = _round(x, LARGEST_CODE[activation_dtype])
     ys = []
     for (spec, arrays), bias in zip(weights, biases, strict=True):
         require_canonical(spec)
@@ -58,7 +58,7 @@ def matmul(
 
 
 def _round(x: jax.Array, top: int) -> jax.Array:
-    """int16 (top 32767) and int8 (top 127) in blocks of 32; int8 with the two extra blocks."""
+    """int16 (top 32639) and int8 (top 127) in blocks of 32; int8 with the two extra blocks."""
 
     def nearest(part: jax.Array) -> tuple[jax.Array, jax.Array]:
         scale = jnp.abs(part).max(1, keepdims=True) / top

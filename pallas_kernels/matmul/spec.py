@@ -13,6 +13,8 @@ import numpy as np
 from pallas_kernels import codes, unpack
 
 CANONICAL = "canonical"
+# The largest code of a rounded activation: 16 bits are two signed bytes, 256 * high + low.
+LARGEST_CODE = {"int16": 127 * 256 + 127, "int8": 127}
 
 
 class WeightArrays(NamedTuple):

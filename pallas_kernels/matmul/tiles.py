@@ -195,8 +195,10 @@ def _side_by_side(array: Any, spec: WeightSpec) -> Any:
         return array
     array = np.asarray(array)
     padded = np.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, -spec.shape[0] % ROWS), (0, 0)])
-    panels = padded.reshape(*array.shape[:-2], -1, ROWS, array.shape[-1])
-    return np.ascontiguousarray(panels.swapaxes(-1, -2))
+    panels = padded.reshape(*array.shape[:-2], -1, ROWS, array.shape[-1]).swapaxes(-1, -2)
+    own = _arena.take(panels.nbytes).view(array.dtype).reshape(panels.shape)
+    own[...] = panels
+    return own
 
 
 def _one_below_the_other(array: Any, spec: WeightSpec) -> Any:
@@ -208,9 +210,9 @@ def _one_below_the_other(array: Any, spec: WeightSpec) -> Any:
 
 
 class _Arena:
-    """Memory for tiles, cut from large blocks that the system may back by huge pages.
+    """Memory for tiles and scales, cut from large blocks that the system may back by huge pages.
 
-    Tiles are small and read once a step from end to end: with pages of 4 KiB the processor would
+    They are small and read once a step from end to end: with pages of 4 KiB the processor would
     spend its time on looking up addresses. A block lives as long as one of its tiles does.
     """
 

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.matmul.around import epilogue, rms_norm
-from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, decode, require_canonical
+from pallas_kernels.matmul.spec import (
+    LARGEST_CODE,
+    WeightArrays,
+    WeightSpec,
+    decode,
+    require_canonical,
+)
 
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: about the second-level cache of a core
 EXTRA_BLOCKS = 2  # of a row, whose remainder is rounded to int8 too
@@ -56,7 +62,7 @@ def _round(x: jax.Array, activation_dtype: str) -> jax.Array:
         return x
     rows, k = x.shape
     blocks = jnp.pad(x, ((0, 0), (0, -k % 32))).reshape(rows, -1, 32)
-    rounded, scale = _round_blocks(blocks, jnp.iinfo(activation_dtype).max)
+    rounded, scale = _round_blocks(blocks, LARGEST_CODE[activation_dtype])
     if activation_dtype == "int8":
         index = jnp.arange(blocks.shape[1])
         largest = lax.top_k(scale[..., 0], min(EXTRA_BLOCKS, len(index)))[1]

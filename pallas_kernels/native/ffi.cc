@@ -15,9 +15,9 @@ using Ints = ffi::Buffer<ffi::S32>;
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("qjax: " + what); }
 
-enum MatmulFlags {
-  kHasNorm = 1, kHasResidual = 2, kHasPostNorm = 4,
-  kHasPreScale = 8, kHasActScale = 16, kHasActZero = 32, kHasActGlobal = 64, kHasPerm = 128,
+enum MatmulFlags { kHasNorm = 1, kHasResidual = 2, kHasPostNorm = 4 };
+enum InputFlags {  // of each weight
+  kHasPreScale = 1, kHasActScale = 2, kHasActZero = 4, kHasActGlobal = 8, kHasPerm = 16,
 };
 
 // `act` and `act_values` as matmul/native.py writes them.
@@ -104,8 +104,9 @@ struct Arguments {
     if (flags & kHasActZero) in.zero = floats(1);
     if (flags & kHasActGlobal) in.global_scale = floats(1);
     if (!(flags & kHasPerm) || !(in.perm = ints(k))) return;
-    for (int64_t i = 0; i < k; ++i)
-      if (in.perm[i] < 0 || in.perm[i] >= k) return fail("perm is out of range");
+    bool outside = false;
+    for (int64_t i = 0; i < k; ++i) outside |= in.perm[i] < 0 || in.perm[i] >= k;
+    if (outside) fail("perm is out of range");
   }
 
  private:
@@ -116,11 +117,13 @@ struct Arguments {
 };
 
 // Arguments: x, num_rows, the arrays of each weight, bias of each weight whose bit of `biases` is
-// set, then norm, residual and post_norm, and what inputs are treated with, as `flags` says.
+// set, then norm, residual and post_norm as `flags` says, and what the inputs of each weight are
+// treated with as its `input_flags` say.
 ffi::Error matmul_call(Floats x, Ints num_rows, ffi::RemainingArgs args, ffi::RemainingRets rets,
                        ffi::Span<const int32_t> types, ffi::Span<const int32_t> beside,
                        int32_t biases, int32_t flags, int32_t activation, int32_t precision,
-                       float eps, ffi::Span<const int32_t> act, ffi::Span<const float> act_values) {
+                       float eps, ffi::Span<const int32_t> act, ffi::Span<const float> act_values,
+                       ffi::Span<const int32_t> input_flags) {
   Matmul a;
   const auto dims = x.dimensions();
   if (dims.size() != 2) return invalid("x must have two dimensions");
@@ -132,7 +135,8 @@ ffi::Error matmul_call(Floats x, Ints num_rows, ffi::RemainingArgs args, ffi::Re
   a.precision = kRoundsActivations ? Precision(precision) : kFloat32;
   a.count = int(types.size());
   if (a.count > Matmul::kMaxWeights) return invalid("too many weights in one product");
-  if (beside.size() != types.size() * kBesideFields) return invalid("weights are not described");
+  if (beside.size() != types.size() * kBesideFields || input_flags.size() != types.size())
+    return invalid("weights are not described");
   Arguments read{args, 0};
   for (int i = 0; i < a.count; ++i) {
     auto y = rets.get<Floats>(activation ? 0 : i);
@@ -147,8 +151,10 @@ ffi::Error matmul_call(Floats x, Ints num_rows, ffi::RemainingArgs args, ffi::Re
   if (flags & kHasNorm) a.norm = read.floats(a.k);
   if (flags & kHasResidual) a.residual = read.floats(dims[0] * n);
   if (flags & kHasPostNorm) a.post_norm = read.floats(n);
-  a.inputs = read_inputs(act, act_values);
-  read.inputs(a.inputs, flags, a.k);
+  for (int i = 0; i < a.count; ++i) {
+    a.inputs[i] = read_inputs(act, act_values);
+    read.inputs(a.inputs[i], input_flags[i], a.k);
+  }
   if (!read.problem.empty()) return invalid(read.problem);
   matmul(a);
   return ffi::Error::Success();
@@ -270,7 +276,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul, matmul_call,
                                   .Attr<int32_t>("precision")
                                   .Attr<float>("eps")
                                   .Attr<ffi::Span<const int32_t>>("act")
-                                  .Attr<ffi::Span<const float>>("act_values"));
+                                  .Attr<ffi::Span<const float>>("act_values")
+                                  .Attr<ffi::Span<const int32_t>>("input_flags"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul_grouped, grouped_call,
                               ffi::Ffi::Bind()

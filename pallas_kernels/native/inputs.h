@@ -37,6 +37,17 @@ struct Inputs {
   bool any() const { return rounds || pre_scale || perm; }
 };
 
+// Whether two weights whose settings are the same find the same inputs.
+inline bool same_inputs(const Inputs& a, const Inputs& b, int64_t k) {
+  auto same = [](const auto* one, const auto* other, int64_t count) {
+    if (one == other) return true;
+    return one && other && std::memcmp(one, other, count * sizeof(*one)) == 0;
+  };
+  return same(a.scale, b.scale, 1) && same(a.zero, b.zero, 1) &&
+         same(a.global_scale, b.global_scale, 1) && same(a.pre_scale, b.pre_scale, k) &&
+         same(a.perm, b.perm, k);
+}
+
 // The nearest number with `mantissa` bits and no exponent below `min_exponent`; ties to even.
 QJAX_INLINE v16f round_to_float(v16f x, int mantissa, int min_exponent) {
   v16i exponent = (as_int(x) >> 23) & 255;

@@ -32,7 +32,7 @@ struct Matmul {
   const float* residual = nullptr;    // [rows, n]
   const float* post_norm = nullptr;   // [n]
   Precision precision = kFloat32;
-  Inputs inputs;                      // what happens to normed rows first
+  Inputs inputs[kMaxWeights];         // what happens to normed rows first, for each weight
 };
 
 // Attention over a paged cache; see paged_attention/api.py.

@@ -10,6 +10,7 @@
 #include "pool.h"
 #if defined(__AVX512VNNI__)
 #include "matmul_int.h"
+#include "matmul_row.h"
 #endif
 
 namespace qjax {
@@ -65,10 +66,13 @@ inline std::vector<int32_t> groups_of_units(const Weight& w, int64_t units) {
 struct MatmulRun {
   const Matmul& a;
   int64_t units, padded;  // k rounded up to whole units
-  float* x_f32 = nullptr;  // [rows][padded], normed
+  // Weights that find the same inputs share them: `distinct` ones, and which each weight has.
+  int distinct = 0, source[Matmul::kMaxWeights], weight_of[Matmul::kMaxWeights];
+  float* x_f32 = nullptr;  // [distinct][rows][padded], normed
   std::vector<int32_t> groups[Matmul::kMaxWeights];  // of columns, for each (half) unit
 #if defined(__AVX512VNNI__)
-  std::unique_ptr<IntRows> ints;
+  std::vector<IntRows> ints;  // [distinct], or none
+  TileRow row_kernels[Matmul::kMaxWeights] = {};  // where there is one for a single row
 #endif
 
   bool uses_f32(const Weight& w) const { return a.precision == kFloat32 || w.traits->only_f32(); }
@@ -79,31 +83,46 @@ struct MatmulRun {
 
   explicit MatmulRun(const Matmul& a) : a(a), units(units_of(a.k)), padded(32 * units_of(a.k)) {
     bool f32 = false, rounded = false;
+#if defined(__AVX512VNNI__)
+    for (int i = 0; i < a.count && a.rows == 1 && a.precision == kInt16; ++i)
+      row_kernels[i] = tile_row_for(a.weights[i].traits, a.weights[i].beside);
+#endif
     for (int i = 0; i < a.count; ++i) groups[i] = groups_of_units(a.weights[i], units);
     for (int i = 0; i < a.count; ++i) (uses_f32(a.weights[i]) ? f32 : rounded) = true;
-    if (f32) x_f32 = reinterpret_cast<float*>(scratch<0>(a.rows * padded * 4));
+    for (int i = 0; i < a.count; ++i) {
+      int of = 0;
+      while (of < distinct && !same_inputs(a.inputs[weight_of[of]], a.inputs[i], a.k)) ++of;
+      if (of == distinct) weight_of[distinct++] = i;
+      source[i] = of;
+    }
+    if (f32) x_f32 = reinterpret_cast<float*>(scratch<0>(distinct * a.rows * padded * 4));
 #if defined(__AVX512VNNI__)
     if (rounded) {
       const int bits = a.precision == kInt16 ? 16 : 8;
-      uint8_t* memory = scratch<1>(a.rows * IntRows::words_per_row(bits, units) * 4);
-      ints = std::make_unique<IntRows>(bits, a.rows, units, reinterpret_cast<int32_t*>(memory));
+      const int64_t words = a.rows * IntRows::words_per_row(bits, units);
+      int32_t* memory = reinterpret_cast<int32_t*>(scratch<1>(distinct * words * 4));
+      for (int i = 0; i < distinct; ++i) ints.emplace_back(bits, a.rows, units, memory + i * words);
     }
 #endif
   }
 
-  void prologue(int64_t row) {
+  float* row_f32(int of, int64_t row) const { return x_f32 + (of * a.rows + row) * padded; }
+
+  void prologue(int of, int64_t row) {
     const float* x = a.x + row * a.k;
+    const Inputs& inputs = a.inputs[weight_of[of]];
 #if defined(__AVX512VNNI__)
-    if (ints && !x_f32 && !a.norm && !a.inputs.any() && a.k == padded) return ints->put(row, x);
+    if (!ints.empty() && !x_f32 && !a.norm && !inputs.any() && a.k == padded)
+      return ints[of].put(row, x);
 #endif
-    float* y = x_f32 ? x_f32 + row * padded : reinterpret_cast<float*>(scratch<2>(padded * 4));
+    float* y = x_f32 ? row_f32(of, row) : reinterpret_cast<float*>(scratch<2>(padded * 4));
     if (a.norm) rms_norm(x, a.norm, a.eps, a.k, y);
     else std::memcpy(y, x, a.k * 4);
-    if (a.inputs.any())
-      treat_inputs(a.inputs, y, a.k, reinterpret_cast<float*>(scratch<5>(padded * 4)));
+    if (inputs.any())
+      treat_inputs(inputs, y, a.k, reinterpret_cast<float*>(scratch<5>(padded * 4)));
     std::fill(y + a.k, y + padded, 0.0f);
 #if defined(__AVX512VNNI__)
-    if (ints) ints->put(row, y);
+    if (!ints.empty()) ints[of].put(row, y);
 #endif
   }
 
@@ -115,11 +134,23 @@ struct MatmulRun {
     const float* values = nullptr;  // decoded, but not scaled
     const uint8_t* codes = nullptr;
     const float* sb = nullptr;
+#if defined(__AVX512VNNI__)
+    TileRow row = nullptr;
+#endif
   };
 
   template <int Slot>
   Panel open_panel(const Weight& w, int64_t p, int64_t rows) {
     Panel panel{w, {w.tiles + p * panel_bytes(*w.traits, a.k)}};
+#if defined(__AVX512VNNI__)
+    panel.row = row_kernels[&w - a.weights];
+    if (panel.row) {
+      panel.view.beside = &w.beside;
+      panel.view.scale = w.beside.scale_of(p);
+      panel.view.zero = w.beside.zero_of(p);
+      return panel;
+    }
+#endif
     if (w.traits->beside()) {
       float* scales = reinterpret_cast<float*>(scratch<Slot + 3>(w.beside.groups * kScaleFloats * 4));
       panel_scales(*w.traits, w.beside, p, scales);
@@ -147,13 +178,13 @@ struct MatmulRun {
       }
     }
 #if defined(__AVX512VNNI__)
-    else if (many || ints->bits == 8) {
-      const int64_t code_bytes = padded * 16 * ints->bits / 8;
+    else if (many || ints[0].bits == 8) {
+      const int64_t code_bytes = padded * 16;
       uint8_t* codes = scratch<Slot>(code_bytes + units * 2 * 128);
       panel.codes = codes;
       panel.sb = reinterpret_cast<float*>(codes + code_bytes);
-      int_kernels_for(w.traits, ints->bits).decode(panel.view, a.k, codes,
-                                                   reinterpret_cast<float*>(codes + code_bytes));
+      int_kernels_for(w.traits, ints[0].bits).decode(panel.view, a.k, codes,
+                                                     reinterpret_cast<float*>(codes + code_bytes));
     }
 #endif
     return panel;
@@ -170,28 +201,32 @@ struct MatmulRun {
 
   int tile_rows() const {
 #if defined(__AVX512VNNI__)
-    if (ints) return kTileInt;
+    if (!ints.empty()) return kTileInt;
 #endif
     return kTileF32;
   }
 
   void product(const Panel& panel, int64_t row, int rows, float (*out)[16]) {
-    if (panel.f32) return tile_f32_n(rows, x_f32 + row * padded, padded, panel.f32, out);
+    const int of = source[&panel.w - a.weights];
+#if defined(__AVX512VNNI__)
+    if (panel.row) return panel.row(panel.view, a.k, ints[of].tile(0, panel.w.traits->groups), out);
+#endif
+    if (panel.f32) return tile_f32_n(rows, row_f32(of, row), padded, panel.f32, out);
 #if defined(__AVX512F__)
     if (panel.w.traits->only_f32()) {
       const FloatKernels& floats = float_kernels_for(panel.w.traits);
       const TileFloats* tiles = panel.values ? floats.decoded : floats.fused;
       for (int first = 0; first < rows; first += kTileFused) {
         const int count = std::min(rows - first, kTileFused);
-        tiles[count - 1](panel.view, panel.values, a.k, x_f32 + (row + first) * padded, padded,
+        tiles[count - 1](panel.view, panel.values, a.k, row_f32(of, row + first), padded,
                          out + first);
       }
       return;
     }
 #endif
 #if defined(__AVX512VNNI__)
-    const IntKernels& kernels = int_kernels_for(panel.w.traits, ints->bits);
-    const IntTile x = ints->tile(row / kTileInt, panel.w.traits->groups);
+    const IntTile x = ints[of].tile(row / kTileInt, panel.w.traits->groups);
+    const IntKernels& kernels = int_kernels_for(panel.w.traits, ints[of].bits);
     if (panel.codes) kernels.decoded[rows - 1](panel.codes, panel.sb, units, x, out);
     else kernels.fused[rows - 1](panel.view, a.k, x, out);
 #endif
@@ -272,8 +307,10 @@ struct MatmulRun {
     const int64_t block = std::max<int64_t>(step, 400000 / row_bytes / step * step);
     const int64_t blocks = (a.rows + block - 1) / block;
     const int64_t tiles = (a.rows + step - 1) / step;
-    parallel_for(tiles, [&](int64_t t) {
-      for (int64_t row = t * step; row < std::min(a.rows, (t + 1) * step); ++row) prologue(row);
+    parallel_for(tiles * distinct, [&](int64_t item) {
+      const int64_t t = item % tiles;
+      for (int64_t row = t * step; row < std::min(a.rows, (t + 1) * step); ++row)
+        prologue(int(item / tiles), row);
     });
     parallel_for(total * blocks, [&](int64_t item) {
       const int64_t b = item / total, p = item % total;

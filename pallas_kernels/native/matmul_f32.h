@@ -20,34 +20,20 @@ QJAX_INLINE void unit_codes(const Traits& t, const uint8_t* panel, int64_t u,
         for (int b = 0; b < 4; ++b) codes[4 * i + b][r] = unit[64 * i + 4 * r + b] ^ 0x80;
     return;
   }
-  constexpr int first[4] = {0, 4, 1, 5};
-  auto words = [&](int vector) { return unit + 64 * vector; };
-  for (int step = 0; step < 16; ++step) {
-    const int column = 8 * (step / 4) + first[step % 4];
-    for (int w = 0; w < 2; ++w)
-      for (int r = 0; r < 16; ++r) {
-        uint16_t low, high;
-        const int at = 4 * r + 2 * w;
-        int code;
-        if (t.base == 4) {
-          std::memcpy(&low, words(step / 4) + at, 2);
-          code = low >> (4 * (step % 4)) & 15;
-        } else {
-          std::memcpy(&low, words(step / 8) + at, 2);
-          code = low >> (2 * (step % 8)) & 3;
-        }
-        if (t.high == 1) {
-          std::memcpy(&high, words(t.base) + at, 2);
-          code |= (high >> step & 1) << t.base;
-        } else if (t.high == 2) {
-          std::memcpy(&high, words(t.base + step / 8) + at, 2);
-          code |= (high >> (2 * (step % 8)) & 3) << t.base;
-        }
-        codes[column + 2 * w][r] = t.lookup == kIQ4   ? kIQ4Codes[code]
-                                   : t.lookup == kFP4 ? kFP4Codes[code]
-                                                      : uint8_t(code);
+  // Bits of quad i of columns in a plane that starts at vector `first`.
+  auto plane = [&](int first, int bits, int i, int byte) {
+    const int fields = 8 / bits;
+    return unit[64 * (first + i / fields) + byte] >> (i % fields * bits) & ((1 << bits) - 1);
+  };
+  for (int i = 0; i < 8; ++i)
+    for (int r = 0; r < 16; ++r)
+      for (int b = 0; b < 4; ++b) {
+        int code = plane(0, t.base, i, 4 * r + b);
+        if (t.high) code |= plane(t.base, t.high, i, 4 * r + b) << t.base;
+        codes[4 * i + b][r] = t.lookup == kIQ4   ? kIQ4Codes[code]
+                              : t.lookup == kFP4 ? kFP4Codes[code]
+                                                 : uint8_t(code);
       }
-  }
 }
 
 // Columns c to c + 3 (c a multiple of 4) of an 8-bit float type; e4m3 without its factor 2 ** 8.
@@ -183,7 +169,6 @@ inline DecodeF32 decode_f32_for(const Traits* t) {
 // codes go from memory through registers into the product; with many they are decoded once, to what
 // they stand for before they are scaled. Both add in the same order.
 constexpr int kTileFused = 8;
-constexpr int kAheadF32 = 4;  // units to fetch ahead
 
 template <int T>
 void decode_values(const View& view, int64_t k, float* w) {
@@ -229,8 +214,7 @@ void tile_floats(const View& view, const float* decoded, int64_t k, const float*
 #pragma GCC unroll 4
       for (int c = 0; c < 32; c += 2) enter(load(w + 16 * c), load(w + 16 * c + 16), c);
     } else {
-      for (int line = 0; line < t.unit_bytes(); line += 64)
-        _mm_prefetch((const char*)(unit + kAheadF32 * t.unit_bytes() + line), _MM_HINT_T0);
+      fetch_ahead(t, unit);
       if constexpr (t.small_float()) {
 #pragma GCC unroll 8
         for (int c = 0; c < 32; c += 4) {

@@ -3,6 +3,9 @@
 //   y += s * dx * (sum code * xq - zero * sum xq) + b * dx * sum xq
 // The zero point enters as the accumulator's start value, so symmetric types pay nothing for it.
 //
+// 16 bits are two signed bytes, 256 * high + low, which meet the same codes: one product of bytes
+// takes four columns, and codes are unpacked once for both.
+//
 // With 8 bits nearly all of the error comes from a few channels that are much larger than the rest
 // of their unit. So what rounding left over of the kExtra units with the largest dx of each row is
 // rounded to 8 bits again and multiplied by the same codes.
@@ -16,13 +19,13 @@
 namespace qjax {
 
 constexpr int kTileInt = 8;  // rows of x that share one read of the panel
-constexpr int kAhead = 4;    // units to fetch ahead of the one that is being decoded
 constexpr int kExtra = 2;    // units of a row whose remainder is multiplied too (8-bit only)
+constexpr float kTop16 = 127 * 256 + 127;  // the largest number that two signed bytes make
 
 // Rows of x in tiles of kTileInt (the last may be shorter, MR rows), rounded.
 // Inside a tile everything is [..., MR]: one broadcast serves one row.
 struct IntTile {
-  const int32_t* q;     // 16-bit: [units * 16 steps][MR] pairs; 8-bit: [units * 8][MR] quads
+  const int32_t* q;     // [units * 8 quads of columns][bits / 8][MR], high bytes first
   const float* dx;      // [units][MR]
   const float* xsum;    // [units * groups][MR] dx * sum xq
   const int32_t* neg;   // [units * groups][MR] -sum xq
@@ -96,7 +99,7 @@ struct IntRows {
     return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
   }
   void put_unit(int64_t first, int mr, int m, int64_t u, __m512 a, __m512 b) const {
-    const float top = bits == 16 ? 32767.0f : 127.0f;
+    const float top = bits == 16 ? kTop16 : 127.0f;
     const float amax = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
     const float scale = amax / top, inverse = scale > 0 ? 1 / scale : 0.0f;
     const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(inverse)));
@@ -115,22 +118,24 @@ struct IntRows {
     neg[1][at2] = -sa;
     neg[1][at2 + mr] = -sb;
     int32_t* q_out = q + first * all * bits + u * bits * mr + m;
-    if (bits == 16) {
-      // Columns 0 2 4 6 1 3 5 7 of each 8: the pairs of steps t = 0..3.
-      const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 30, 28, 26, 24, 23, 21, 19, 17, 22, 20,
-                                             18, 16, 15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4,
-                                             2, 0);
-      alignas(64) int32_t words[16];
-      const __m512i packed =
-          _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtsepi32_epi16(qa)),
-                             _mm512_cvtsepi32_epi16(qb), 1);
-      _mm512_store_si512(words, _mm512_permutexvar_epi16(order, packed));
-      for (int i = 0; i < 16; ++i) q_out[i * mr] = words[i];
-    } else {
-      alignas(32) int32_t words[8];
-      _mm_store_si128((__m128i*)words, _mm512_cvtsepi32_epi8(qa));
-      _mm_store_si128((__m128i*)(words + 4), _mm512_cvtsepi32_epi8(qb));
+    alignas(64) int32_t words[16];
+    auto put_bytes = [&](__m512i first, __m512i second, int32_t* to) {
+      _mm_store_si128((__m128i*)to, _mm512_cvtepi32_epi8(first));
+      _mm_store_si128((__m128i*)(to + 4), _mm512_cvtepi32_epi8(second));
+    };
+    if (bits == 8) {
+      put_bytes(qa, qb, words);
       for (int i = 0; i < 8; ++i) q_out[i * mr] = words[i];
+      return;
+    }
+    auto high = [](__m512i v) {
+      return _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+    };
+    put_bytes(high(qa), high(qb), words);
+    put_bytes(qa, qb, words + 8);
+    for (int i = 0; i < 8; ++i) {
+      q_out[2 * i * mr] = words[i];
+      q_out[(2 * i + 1) * mr] = words[8 + i];
     }
   }
 };
@@ -139,82 +144,29 @@ QJAX_INLINE constexpr int log2_of(int z) { return z <= 1 ? 0 : 1 + log2_of(z / 2
 
 // ---- decoding one unit in registers --------------------------------------------------------
 
-template <int T>
-struct Codes {
-  static constexpr const Traits& t = kTraits[T];
-  // 16-bit codes of Q8_0 are signed and IQ4 looks up signed values: no zero point is left.
-  static constexpr int zero16 = t.base == 8 || t.lookup != kNoLookup ? 0 : t.zero;
-
-  // The 32 codes of step S as 16-bit integers.
-  template <int S>
-  static QJAX_INLINE __m512i step(const uint8_t* unit) {
-    auto vector = [&](int i) { return _mm512_loadu_si512(unit + 64 * i); };
-    if constexpr (t.base == 8) {
-      const __m512i v = vector(2 * (S / 4) + (S & 1));
-      return _mm512_srai_epi16(S % 4 < 2 ? _mm512_slli_epi16(v, 8) : v, 8);
-    }
-    constexpr int shift = t.base == 4 ? 4 * (S % 4) : 2 * (S % 8);
-    __m512i v = _mm512_srli_epi16(vector(t.base == 4 ? S / 4 : S / 8), shift);
-    const __m512i mask = _mm512_set1_epi16((1 << t.base) - 1);
-    if constexpr (t.high == 0) {
-      if constexpr (shift + t.base < 16) v = _mm512_and_si512(v, mask);
-    } else {
-      constexpr int at = t.high == 1 ? S : 2 * (S % 8);
-      __m512i h = vector(t.base + (t.high == 1 ? 0 : S / 8));
-      if constexpr (at > t.base) h = _mm512_srli_epi16(h, at - t.base);
-      if constexpr (at < t.base) h = _mm512_slli_epi16(h, t.base - at);
-      const __m512i high_mask = _mm512_set1_epi16(((1 << t.high) - 1) << t.base);
-      // (v & mask) | (h & high_mask), the masks being disjoint
-      v = _mm512_or_si512(_mm512_and_si512(v, mask), _mm512_and_si512(h, high_mask));
-    }
-    if constexpr (t.lookup != kNoLookup) {
-      alignas(64) static constexpr int16_t iq4[32] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                                      1,    13,   25,  38,  53,  69,  89,  113};
-      alignas(64) static constexpr int16_t fp4[32] = {0, 1,  2,  3,  4,  6,  8,  12,
-                                                      0, -1, -2, -3, -4, -6, -8, -12};
-      v = _mm512_permutexvar_epi16(v, _mm512_load_si512(t.lookup == kIQ4 ? iq4 : fp4));
-    }
-    return v;
+// Codes of columns 4i..4i+3 as unsigned bytes.
+template <int T, int I>
+QJAX_INLINE __m512i quad(const uint8_t* unit) {
+  constexpr const Traits& t = kTraits[T];
+  auto vector = [&](int i) { return _mm512_loadu_si512(unit + 64 * i); };
+  if constexpr (t.base == 8) return _mm512_xor_si512(vector(I), _mm512_set1_epi8(-128));
+  // The bits of a plane that starts at vector `first`, at bit `to`; those around them are not 0.
+  auto plane = [&](int first, int bits, int to) QJAX_INLINED {
+    const int fields = 8 / bits, shift = I % fields * bits - to;
+    const __m512i v = vector(first + I / fields);
+    return shift > 0 ? _mm512_srli_epi16(v, shift) : _mm512_slli_epi16(v, -shift);
+  };
+  __m512i v = _mm512_and_si512(plane(0, t.base, 0), _mm512_set1_epi8((1 << t.base) - 1));
+  if constexpr (t.high > 0) {
+    const __m512i mask = _mm512_set1_epi8(((1 << t.high) - 1) << t.base);
+    v = _mm512_or_si512(v, _mm512_and_si512(plane(t.base, t.high, t.base), mask));
   }
-
-  // Columns 4i..4i+3 as unsigned bytes.
-  template <int I>
-  static QJAX_INLINE __m512i quad(const uint8_t* unit) {
-    auto vector = [&](int i) { return _mm512_loadu_si512(unit + 64 * i); };
-    if constexpr (t.base == 8) return _mm512_xor_si512(vector(I), _mm512_set1_epi8(-128));
-    constexpr int j = I / 2, half = I % 2;
-    // Bytes 0 and 1 of a word come from steps 4j + half and 4j + 2 + half: two fields of a word
-    // that lie `2 * width` bits apart are spread to bytes, at bit `to`.
-    auto spread = [](__m512i word, int width, int to) {
-      const int mask = (1 << width) - 1;
-      const __m512i even = _mm512_and_si512(word, _mm512_set1_epi16(mask));
-      const __m512i odd = _mm512_and_si512(word, _mm512_set1_epi16(mask << (2 * width)));
-      return _mm512_or_si512(_mm512_slli_epi16(even, to), _mm512_slli_epi16(odd, to + 8 - 2 * width));
-    };
-    __m512i v;
-    if constexpr (t.base == 4)
-      v = _mm512_and_si512(_mm512_srli_epi16(vector(j), 4 * half), _mm512_set1_epi8(15));
-    else
-      v = spread(_mm512_srli_epi16(vector(j / 2), 2 * (4 * (j % 2) + half)), 2, 0);
-    if constexpr (t.high == 1)
-      v = _mm512_or_si512(v, spread(_mm512_srli_epi16(vector(t.base), 4 * j + half), 1, t.base));
-    if constexpr (t.high == 2)
-      v = _mm512_or_si512(
-          v, spread(_mm512_srli_epi16(vector(t.base + j / 2), 2 * (4 * (j % 2) + half)), 2, t.base));
-    if constexpr (t.lookup != kNoLookup) {
-      const __m128i table =
-          _mm_loadu_si128((const __m128i*)(t.lookup == kIQ4 ? kIQ4Codes : kFP4Codes));
-      v = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v);
-    }
-    return v;
+  if constexpr (t.lookup == kIQ4 || t.lookup == kFP4) {
+    const __m128i table =
+        _mm_loadu_si128((const __m128i*)(t.lookup == kIQ4 ? kIQ4Codes : kFP4Codes));
+    v = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v);
   }
-};
-
-// The next panels follow in memory, so running ahead is right across the end of a panel too.
-QJAX_INLINE void fetch_ahead(const Traits& t, const uint8_t* unit) {
-  if (t.scale == kExpanded) return;
-  for (int line = 0; line < t.unit_bytes(); line += 64)
-    _mm_prefetch((const char*)(unit + kAhead * t.unit_bytes() + line), _MM_HINT_T0);
+  return v;
 }
 
 // ---- products ------------------------------------------------------------------------------
@@ -228,16 +180,29 @@ QJAX_INLINE void unroll(F&& f) {
   unroll(std::make_integer_sequence<int, N>{}, static_cast<F&&>(f));
 }
 
-// One group of columns: the integer sums of MR rows enter the float32 totals.
-template <int Zero, bool HasMin, int MR, class Product>
-QJAX_INLINE void group_product(const IntTile& x, int64_t unit, int64_t group, __m512 s, __m512 b,
-                               __m512 (&total)[MR], Product&& product) {
-  __m512i acc[MR];
-  QJAX_UNROLL for (int m = 0; m < MR; ++m)
+// One group of columns: the integer sums of MR rows enter the float32 totals. `codes(i)` are those of
+// the i-th of kQuads quads of columns, q the bytes of x that they meet.
+template <int Bits, int kQuads, int Zero, bool HasMin, int MR, class C>
+QJAX_INLINE void group_product(const IntTile& x, int64_t unit, int64_t group, const int32_t* q,
+                               __m512 s, __m512 b, __m512 (&total)[MR], C&& codes) {
+  constexpr int parts = Bits / 8;
+  __m512i acc[MR], high[MR];
+  QJAX_UNROLL for (int m = 0; m < MR; ++m) {
     acc[m] = Zero == 0 ? _mm512_setzero_si512()
                        : _mm512_slli_epi32(_mm512_set1_epi32(x.neg[group * MR + m]), log2_of(Zero));
-  product(acc);
+    high[m] = _mm512_setzero_si512();
+  }
+  unroll<kQuads>([&](auto i) QJAX_INLINED {
+    const __m512i w = codes(i);
+    const int32_t* bytes = q + i * parts * MR;
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) {
+      if (Bits == 16) high[m] = _mm512_dpbusd_epi32(high[m], w, _mm512_set1_epi32(bytes[m]));
+      const int32_t low = bytes[(parts - 1) * MR + m];
+      acc[m] = _mm512_dpbusd_epi32(acc[m], w, _mm512_set1_epi32(low));
+    }
+  });
   QJAX_UNROLL for (int m = 0; m < MR; ++m) {
+    if (Bits == 16) acc[m] = _mm512_add_epi32(acc[m], _mm512_slli_epi32(high[m], 8));
     const __m512 scale = _mm512_mul_ps(s, _mm512_set1_ps(x.dx[unit * MR + m]));
     total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[m]), scale, total[m]);
     if (HasMin) total[m] = _mm512_fmadd_ps(b, _mm512_set1_ps(x.xsum[group * MR + m]), total[m]);
@@ -249,7 +214,7 @@ QJAX_INLINE void group_product(const IntTile& x, int64_t unit, int64_t group, __
 template <int T, int MR>
 void tile_fused(const View& view, int64_t k, const IntTile& x, float (*out)[16]) {
   constexpr const Traits& t = kTraits[T];
-  constexpr int steps = 16 / t.groups;
+  constexpr int quads = 8 / t.groups;
   const int64_t units = units_of(k);
   __m512 total[MR];
   QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
@@ -261,22 +226,16 @@ void tile_fused(const View& view, int64_t k, const IntTile& x, float (*out)[16])
     const int32_t* q = x.q + u * 16 * MR;
     unroll<t.groups>([&](auto g) QJAX_INLINED {
       const GroupScale gs = group_scale(t, at.view, at.u, g);
-      group_product<Codes<T>::zero16, t.has_min(), MR>(
-          x, u, u * t.groups + g, (__m512)gs.s, (__m512)gs.b, total, [&](__m512i(&acc)[MR]) QJAX_INLINED {
-            unroll<steps>([&](auto i) QJAX_INLINED {
-              constexpr int S = decltype(g)::value * steps + decltype(i)::value;
-              const __m512i w = Codes<T>::template step<S>(unit);
-              QJAX_UNROLL for (int m = 0; m < MR; ++m)
-                acc[m] = _mm512_dpwssd_epi32(acc[m], w, _mm512_set1_epi32(q[S * MR + m]));
-            });
-          });
+      group_product<16, quads, t.zero, t.has_min(), MR>(
+          x, u, u * t.groups + g, q + g * quads * 2 * MR, (__m512)gs.s, (__m512)gs.b, total,
+          [&](auto i) QJAX_INLINED { return quad<T, g * quads + i>(unit); });
     });
   }
   QJAX_UNROLL for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out[m], total[m]);
 }
 
 // Many rows: the panel is decoded once into `w` (codes) and `sb` (float32 s, b per group).
-template <int T, int Bits>
+template <int T>
 void decode_int(const View& view, int64_t k, uint8_t* w, float* sb) {
   constexpr const Traits& t = kTraits[T];
   const int64_t units = units_of(k);
@@ -285,9 +244,8 @@ void decode_int(const View& view, int64_t k, uint8_t* w, float* sb) {
     const UnitAt at = unit_at<T>(view, u, expanded);
     const uint8_t* unit = at.view.tiles + unit_offset(t, at.u);
     fetch_ahead(t, unit);
-    unroll<Bits>([&](auto i) QJAX_INLINED {
-      if constexpr (Bits == 16) _mm512_store_si512(w, Codes<T>::template step<i>(unit));
-      else _mm512_store_si512(w, Codes<T>::template quad<i>(unit));
+    unroll<8>([&](auto i) QJAX_INLINED {
+      _mm512_store_si512(w, quad<T, i>(unit));
       w += 64;
     });
     for (int g = 0; g < t.groups; ++g, sb += 32) {
@@ -301,36 +259,27 @@ void decode_int(const View& view, int64_t k, uint8_t* w, float* sb) {
 template <int Bits, int Groups, int Zero, bool HasMin, int MR>
 void tile_decoded(const uint8_t* w, const float* sb, int64_t units, const IntTile& x,
                   float (*out)[16]) {
-  constexpr int steps = Bits / Groups;
+  constexpr int quads = 8 / Groups, words = quads * Bits / 8;
   __m512 total[MR];
   QJAX_UNROLL for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
   const int32_t* q = x.q;
   for (int64_t u = 0; u < units; ++u)
-    for (int g = 0; g < Groups; ++g, w += 64 * steps, q += steps * MR, sb += 32)
-      group_product<Zero, HasMin, MR>(
-          x, u, u * Groups + g, _mm512_load_ps(sb), _mm512_load_ps(sb + 16), total,
-          [&](__m512i(&acc)[MR]) QJAX_INLINED {
-            unroll<steps>([&](auto i) QJAX_INLINED {
-              const __m512i column = _mm512_load_si512(w + 64 * i);
-              QJAX_UNROLL for (int m = 0; m < MR; ++m) {
-                const __m512i xs = _mm512_set1_epi32(q[i * MR + m]);
-                acc[m] = Bits == 16 ? _mm512_dpwssd_epi32(acc[m], column, xs)
-                                    : _mm512_dpbusd_epi32(acc[m], column, xs);
-              }
-            });
-          });
+    for (int g = 0; g < Groups; ++g, w += 64 * quads, q += words * MR, sb += 32)
+      group_product<Bits, quads, Zero, HasMin, MR>(
+          x, u, u * Groups + g, q, _mm512_load_ps(sb), _mm512_load_ps(sb + 16), total,
+          [&](auto i) QJAX_INLINED { return _mm512_load_si512(w + 64 * i); });
   // The extra units: each row has its own.
   const int64_t extra = IntRows::extra(Bits, units);
   for (int64_t e = 0; e < extra; ++e)
-    for (int g = 0; g < Groups; ++g, q += steps * MR)
+    for (int g = 0; g < Groups; ++g, q += words * MR)
       QJAX_UNROLL for (int m = 0; m < MR; ++m) {
         const int64_t group = (x.unit[e * MR + m] - units) * Groups + g;  // w and sb are at the end
         __m512i acc = Zero == 0 ? _mm512_setzero_si512()
                                 : _mm512_slli_epi32(
                                       _mm512_set1_epi32(x.neg[((units + e) * Groups + g) * MR + m]),
                                       log2_of(Zero));
-        unroll<steps>([&](auto i) QJAX_INLINED {
-          acc = _mm512_dpbusd_epi32(acc, _mm512_load_si512(w + 64 * (group * steps + i)),
+        unroll<quads>([&](auto i) QJAX_INLINED {
+          acc = _mm512_dpbusd_epi32(acc, _mm512_load_si512(w + 64 * (group * quads + i)),
                                     _mm512_set1_epi32(q[i * MR + m]));
         });
         const float* scale = sb + 32 * group;
@@ -362,8 +311,7 @@ constexpr IntKernels int_kernels(std::integer_sequence<int, M...>) {
   constexpr const Traits& t = kTraits[T];
   IntKernels kernels = {};
   if constexpr (!t.only_f32()) {
-    constexpr int zero = Bits == 16 ? Codes<T>::zero16 : t.zero;
-    kernels = {{}, decode_int<T, Bits>, {tile_decoded<Bits, t.groups, zero, t.has_min(), M + 1>...}};
+    kernels = {{}, decode_int<T>, {tile_decoded<Bits, t.groups, t.zero, t.has_min(), M + 1>...}};
     if constexpr (Bits == 16) ((kernels.fused[M] = tile_fused<T, M + 1>), ...);
   }
   return kernels;

@@ -168,31 +168,22 @@ void write_unit(const Traits& t, uint8_t* b, int u, const Unit& x) {
   }
 }
 
-// Column of word w (0 or 1) of step S; see tile.h.
-constexpr int column(int step, int word) {
-  constexpr int first[4] = {0, 4, 1, 5};
-  return 8 * (step / 4) + first[step % 4] + 2 * word;
-}
-
-// A plane of `bits` (1 or 2) taken at bit `up` of each code; the row's lane is `row`.
+// A plane of `bits` (1, 2 or 4) taken at bit `up` of each code; the row's lane is `row`.
 void put_plane(uint8_t* plane, int bits, int up, int row, const uint8_t* codes) {
-  const int steps = 16 / bits, mask = (1 << bits) - 1;  // steps in one vector
-  for (int v = 0; v < bits; ++v)
-    for (int w = 0; w < 2; ++w) {
-      uint16_t word = 0;
-      for (int s = 0; s < steps; ++s)
-        word |= (codes[column(v * steps + s, w)] >> up & mask) << (bits * s);
-      store16(plane + 64 * v + 4 * row + 2 * w, word);
-    }
+  const uint32_t mask = 0x01010101u * ((1 << bits) - 1);
+  for (int v = 0; v < bits; ++v) {
+    uint32_t word = 0;
+    for (int at = 0; at < 8; at += bits, codes += 4) word |= (load32(codes) >> up & mask) << at;
+    store32(plane + 64 * v + 4 * row, word);
+  }
 }
 void get_plane(const uint8_t* plane, int bits, int up, int row, uint8_t* codes) {
-  const int steps = 16 / bits, mask = (1 << bits) - 1;
-  for (int v = 0; v < bits; ++v)
-    for (int w = 0; w < 2; ++w) {
-      uint16_t word = load16(plane + 64 * v + 4 * row + 2 * w);
-      for (int s = 0; s < steps; ++s)
-        codes[column(v * steps + s, w)] |= (word >> (bits * s) & mask) << up;
-    }
+  const uint32_t mask = 0x01010101u * ((1 << bits) - 1);
+  for (int v = 0; v < bits; ++v) {
+    const uint32_t word = load32(plane + 64 * v + 4 * row);
+    for (int at = 0; at < 8; at += bits, codes += 4)
+      store32(codes, load32(codes) | (word >> at & mask) << up);
+  }
 }
 
 void put_codes(const Traits& t, uint8_t* unit, int row, const uint8_t* codes) {
@@ -200,14 +191,7 @@ void put_codes(const Traits& t, uint8_t* unit, int row, const uint8_t* codes) {
     for (int i = 0; i < 8; ++i) std::memcpy(unit + 64 * i + 4 * row, codes + 4 * i, 4);
     return;
   }
-  if (t.base == 4) {
-    for (int j = 0; j < 4; ++j) {
-      uint32_t low = load32(codes + 8 * j), high = load32(codes + 8 * j + 4);
-      store32(unit + 64 * j + 4 * row, (low & 0x0f0f0f0fu) | (high & 0x0f0f0f0fu) << 4);
-    }
-  } else {
-    put_plane(unit, 2, 0, row, codes);
-  }
+  put_plane(unit, t.base, 0, row, codes);
   if (t.high) put_plane(unit + 64 * t.base, t.high, t.base, row, codes);
 }
 void get_codes(const Traits& t, const uint8_t* unit, int row, uint8_t* codes) {
@@ -216,15 +200,7 @@ void get_codes(const Traits& t, const uint8_t* unit, int row, uint8_t* codes) {
     return;
   }
   std::memset(codes, 0, 32);
-  if (t.base == 4) {
-    for (int j = 0; j < 4; ++j) {
-      uint32_t word = load32(unit + 64 * j + 4 * row);
-      store32(codes + 8 * j, word & 0x0f0f0f0fu);
-      store32(codes + 8 * j + 4, word >> 4 & 0x0f0f0f0fu);
-    }
-  } else {
-    get_plane(unit, 2, 0, row, codes);
-  }
+  get_plane(unit, t.base, 0, row, codes);
   if (t.high) get_plane(unit + 64 * t.base, t.high, t.base, row, codes);
 }
 

@@ -34,6 +34,13 @@ struct Beside {
   int64_t count(int64_t n) const {  // of the scales of n outputs
     return groups * (rows == 1 ? 16 * panels_of(n) : (n + rows - 1) / rows);
   }
+  // Those of a panel, where each row has its own.
+  const uint8_t* scale_of(int64_t panel) const {
+    return scale + panel * groups * 16 * element_bytes(scale_type);
+  }
+  const uint8_t* zero_of(int64_t panel) const {
+    return zero + panel * groups * 16 * element_bytes(zero_type);
+  }
   void skip(int64_t weights, int64_t n) {  // to a later one of stacked weights
     if (scale) scale += weights * count(n) * element_bytes(scale_type);
     if (zero) zero += weights * count(n) * element_bytes(zero_type);
@@ -165,7 +172,17 @@ struct View {
   const uint8_t* tiles;
   Scales scales;
   const Beside* beside = nullptr;
+  const uint8_t *scale = nullptr, *zero = nullptr;  // as they are stored; where each row has its own
 };
+
+// Asks for what will be read after kAhead more bytes. The next panels follow in memory, so running
+// ahead is right across the end of a panel too.
+constexpr int kAhead = 8192;
+QJAX_INLINE void fetch_ahead(const Traits& t, const uint8_t* unit) {
+  if (t.scale == kExpanded) return;
+  for (int line = 0; line < t.unit_bytes(); line += 64)
+    __builtin_prefetch(unit + kAhead + line, 0, 3);
+}
 
 // `t` is a compile-time constant at every call, so the branches vanish.
 QJAX_INLINE GroupScale group_scale(const Traits& t, const View& view, int64_t u, int g) {

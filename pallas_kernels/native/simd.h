@@ -125,11 +125,16 @@ QJAX_INLINE v16f half16(const uint8_t* p) {
 #endif
 }
 QJAX_INLINE v16f bf16_16(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return (v16f)_mm512_slli_epi32(wide, 16);
+#else
   uint16_t h[16];
   std::memcpy(h, p, 32);
   v16i bits;
   for (int i = 0; i < 16; ++i) bits[i] = int32_t(uint32_t(h[i]) << 16);
   return as_float(bits);
+#endif
 }
 QJAX_INLINE v16f bytes16(const uint8_t* p) {  // unsigned
 #if defined(__AVX512F__)

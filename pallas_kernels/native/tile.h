@@ -4,15 +4,13 @@
 // codes followed by its scales: a product reads the whole matrix as one stream, which is what
 // processors fetch ahead best.
 //
-// Codes of one unit. A row owns one 32-bit lane of each 64-byte vector, seen as two 16-bit words.
-// Step S = 4j + t (j, t in 0..3) pairs columns k = 8j + {0,4,1,5}[t] (word 0) and k + 2 (word 1):
-// shifting a vector by a constant and masking gives the 32 codes of one step, and the same
-// nibble plane masked by bytes gives columns 4i..4i+3 in order. One layout so serves 16-bit
-// products (a step) and 8-bit products (four columns).
-//   4-bit plane  4 vectors; step S at bits 4t of vector j
-//   2-bit plane  2 vectors; step S at bits 2(S % 8) of vector S / 8
-//   1-bit plane  1 vector;  step S at bit S
-//   8-bit plane  8 vectors; byte b of vector i is column 4i + b
+// Codes of one unit. A row owns one 32-bit lane of each 64-byte vector, whose byte b belongs to
+// column 4i + b of a quad i: shifting a vector by a constant and masking gives the codes of four
+// columns of 16 rows.
+//   4-bit plane  4 vectors; quad i at bits 4(i % 2) of the bytes of vector i / 2
+//   2-bit plane  2 vectors; quad i at bits 2(i % 4) of the bytes of vector i / 4
+//   1-bit plane  1 vector;  quad i at bit i
+//   8-bit plane  8 vectors; quad i is vector i
 // Wider codes add a 1- or 2-bit plane of high bits after the plane of low bits.
 // Dense types (f32, f16, bf16) are [32 columns][16 rows] of their own elements.
 //

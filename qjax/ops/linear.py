@@ -84,8 +84,15 @@ def _treated_alike(weights: tuple[QArray, ...]) -> bool:
     """Whether one call serves all of them: one input, one layout, nothing but the product."""
     if any(w.hadamard[1] or w.aux.keys() & _OUTPUT_AUX for w in weights):
         return False
-    alike = len({(w.act, w.hadamard, w.layout) for w in weights}) == 1
-    return len(weights) == 1 or (alike and not any(map(activations.has_own_inputs, weights)))
+    if len(weights) == 1 or not any(map(activations.has_own_inputs, weights)):
+        return len({(w.act, w.hadamard, w.layout) for w in weights}) == 1
+    return _kernel_treats(weights)
+
+
+def _kernel_treats(weights: tuple[QArray, ...]) -> bool:
+    """Whether one call of the kernel can do what these weights want of their inputs."""
+    alike = len({w.act for w in weights}) == 1 and not any(w.hadamard[0] for w in weights)
+    return alike and kernels.takes_inputs([w.spec for w in weights], weights[0].act)
 
 
 def _product(
@@ -99,10 +106,9 @@ def _product(
 ) -> tuple[jax.Array, ...]:
     """Products with weights that take the same inputs; the kernel treats these where it can."""
     first, pairs = weights[0], [(each.spec, each.arrays) for each in weights]
-    if activations.treats_inputs(first):
-        specs = [spec for spec, _ in pairs]
-        if not first.hadamard[0] and kernels.takes_inputs(specs, first.act):
-            fused |= {"act": first.act, "inputs": activations.arrays(first)}
+    if any(map(activations.treats_inputs, weights)):
+        if _kernel_treats(weights):
+            fused |= {"act": first.act, "inputs": tuple(map(activations.arrays, weights))}
         else:
             if norm is not None:
                 x = rms_norm(x, norm, fused["norm_eps"])

@@ -162,3 +162,23 @@ def test_kernels_treat_inputs_as_jax_does(monkeypatch):
     for name in weights:
         np.testing.assert_array_equal(inside[name][0], outside[name][0], err_msg=name)
         np.testing.assert_allclose(inside[name][1], outside[name][1], rtol=0.05, atol=0.5)
+
+
+@pytest.mark.skipif(native.library()[0] is None, reason=native.library()[1])
+@pytest.mark.parametrize("numerics", ["exact", "int16", "int8"])
+def test_one_call_serves_weights_with_inputs_of_their_own(calls, numerics):
+    """Two share an order of columns, one has another, one another static scale too."""
+    act = ROUNDINGS["int8 static"]
+    orders = [RNG.permutation(64).astype(np.int32)[None] for _ in range(2)]
+    first, second = (treated(act, perm=order) for order in orders)
+    third = treated(act, perm=orders[1].copy(), act_scale=np.full((1, 1), 0.03, np.float32))
+    weights = (first, second, first, third)
+    together = ops.linear(X, weights, batch=batch(numerics, tokens=9))
+    assert len(calls) == 1
+    for y, weight in zip(together, weights, strict=True):
+        x = np.asarray(X)[:, weight.aux["perm"][0]]
+        scale = weight.aux["act_scale"][0, 0]
+        x = np.clip(np.rint(x / scale), -128, 127) * scale
+        np.testing.assert_allclose(y, x @ A.T, atol=0.05)
+        alone = ops.linear(X, weight, batch=batch(numerics, tokens=9))
+        np.testing.assert_array_equal(y, alone)

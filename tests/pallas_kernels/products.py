@@ -37,7 +37,7 @@ def rounded(x, activation_dtype):
         return x
     k = x.shape[1]
     blocks = np.pad(x, ((0, 0), (0, -k % 32))).reshape(len(x), -1, 32)
-    result, scale = _nearest(blocks, np.iinfo(activation_dtype).max)
+    result, scale = _nearest(blocks, {"int16": 127 * 256 + 127, "int8": 127}[activation_dtype])
     if activation_dtype == "int8":
         again = np.argsort(-scale[..., 0], axis=1, kind="stable")[:, :2]
         for row, chosen in enumerate(again):
