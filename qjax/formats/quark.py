@@ -133,7 +133,10 @@ class Quark(QuantizationConfig):
         if excluded or not config.weight:
             raise fault(record, f"has dtype {record.qtype}, but the config excludes this module")
         weight = config.weight[0]
-        if weight.dtype in ("int4", "uint4", "int3", "int2", "uint2"):
+        if weight.dtype == "fp8_e4m3" and [each.dtype for each in config.weight[1:]] == ["int4"]:
+            order = _PACK_ORDERS[self.pack_method]
+            layer = quark_layouts.int4_of_fp8(module, stored, shape, config.weight[1], order)
+        elif weight.dtype in ("int4", "uint4", "int3", "int2", "uint2"):
             layer = quark_layouts.integers(
                 module, stored, shape, weight, _PACK_ORDERS[self.pack_method]
             )

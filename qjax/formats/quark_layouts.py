@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import ml_dtypes
@@ -253,6 +253,32 @@ def nvfp4(module: str, stored: Stored, shape: Shape, config: TensorConfig) -> La
         return weights.coded(arrays["weight"], "fp4_e2m1", shape, scale, (1, size), aux=aux)
 
     return Layer(("weight", "weight_scale", "weight_scale_2"), decode)
+
+
+def int4_of_fp8(
+    module: str, stored: Stored, shape: Shape, config: TensorConfig, order: Order
+) -> Layer:
+    """Integers of a weight that was scaled to 8-bit floats first: both scales multiply.
+
+    Args:
+      config: of the integers, whose tensors have names that end in "_2".
+    """
+    lead = shape[:-2]
+    expect(module, stored, "weight_scale", PLAIN, tuple(lead), (*lead, 1))
+    names = {"weight": "weight"} | {
+        suffix: f"{suffix}_2"
+        for suffix in ("weight_scale", "weight_zero_point")
+        if f"{suffix}_2" in stored
+    }
+    renamed = {suffix: stored[name] for suffix, name in names.items()}
+    inner = integers(module, renamed, shape, config, order)
+
+    def decode(arrays: Arrays) -> QArray:
+        weight = inner.decode({suffix: arrays[names[suffix]] for suffix in inner.reads})
+        whole = {"global_scale": weights.scalar(arrays["weight_scale"], tuple(lead))}
+        return replace(weight, aux=weight.aux | whole)
+
+    return Layer((*(names[suffix] for suffix in inner.reads), "weight_scale"), decode)
 
 
 def encode(

@@ -164,3 +164,30 @@ def test_cache():
     for dtype in ("fp8_e4m3", "int8"):
         settings = config(grouped("int4"), kv_cache_quant_config=of(dtype))
         assert quantization(settings).cache == dtype
+
+
+@pytest.mark.parametrize("order", ["order", "reorder"])
+def test_four_bits_of_eight(order):
+    """The scheme "int4_fp8": both scales multiply; those of the integers have names in "_2"."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-8, 8, (N, K))
+    scale = rng.uniform(20, 50, N).astype(np.float32)
+    tensors = {
+        "weight": in_order(values, order),
+        "weight_scale": np.array(0.25, np.float32),
+        "weight_scale_2": scale,
+        "weight_zero_point_2": in_order(np.zeros((1, N), int), order)[0],
+    }
+    both = [
+        {"dtype": "fp8_e4m3", "qscheme": "per_tensor"},
+        {"dtype": "int4", "qscheme": "per_channel", "ch_axis": 0},
+    ]
+    settings = config(both, export={"pack_method": order})
+    found = decoded(settings, tensors, (N, K))
+    wanted = values * scale.astype(np.float64)[:, None] / 4
+    np.testing.assert_allclose(weight_of(found), wanted, rtol=1e-6)
+    with pytest.raises(UnsupportedError, match="has no layout for uint4b8"):
+        quantization(settings).encode(MODULE, found)
+    del tensors["weight_scale_2"]
+    with pytest.raises(CheckpointError, match="weight_scale"):
+        decoded(settings, tensors, (N, K))
