@@ -172,6 +172,7 @@ class ModelOpt(QuantizationConfig):
         n, k = weight.shape
         scale = np.asarray(weight.scale)
         codes_ = np.asarray(weight.qvalue)
+        zeros = weight.zero_point is not None
         tensors: dict[str, np.ndarray] = {}
         if weight.qtype == "fp8_e4m3":
             tensors["weight"] = codes_.view(ml_dtypes.float8_e4m3fn)
@@ -183,9 +184,9 @@ class ModelOpt(QuantizationConfig):
                 tensors["weight_scale"] = scale.reshape(*lead, n)
             else:
                 tensors["weight_scale"] = scale[..., :, None, :, None]
-        elif weight.qtype == "int8" and weight.zero_point is None and weight.group[0] in (1, n):
+        elif weight.qtype == "int8" and weight.group in ((1, k), (n, k)) and not zeros:
             tensors["weight"] = codes_.view(np.int8)
-            tensors["weight_scale"] = scale.reshape(*lead, *([n] if weight.group[0] == 1 else []))
+            tensors["weight_scale"] = scale.reshape(*lead, *([n] if weight.group == (1, k) else []))
         elif weight.qtype == "fp4_e2m1" and scale.dtype == ml_dtypes.float8_e8m0fnu:
             tensors["weight"], tensors["weight_scale"] = codes_, scale.view(np.uint8)
         elif weight.qtype == "fp4_e2m1" and "global_scale" in weight.aux:
