@@ -1,14 +1,15 @@
 """Makes the gguf-*-F32 checkpoints: random models with experts, with the logits of llama.cpp.
 
 Run by hand, where the packages gguf and llama-cpp-python are installed:
-`python tests/golden/make_gguf_models.py`. Names and shapes are those that llama.cpp's converter
-writes: the matrices of latent attention apart (V3) or joined (V2), the gate of a shared network as
-a vector. Weights and cache are float32, since llama.cpp rounds activations for every other type.
-Sizes are those that no kernel pads.
+`python tests/golden/make_gguf_models.py`, with names behind it for some of them alone. Names and
+shapes are those that llama.cpp's converter writes: the matrices of latent attention apart (V3) or
+joined (V2), the gate of a shared network as a vector. Weights and cache are float32, since
+llama.cpp rounds activations for every other type. Sizes are those that no kernel pads.
 """
 
 import json
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -87,6 +88,16 @@ V2 = LATENT_ATTENTION | {"attn_kv_b": (HEADS * 48, 64)}
 V3 = LATENT_ATTENTION | {"attn_k_b": (HEADS, 64, 32), "attn_v_b": (HEADS, 16, 64)}
 V2_EXPERTS = experts(NARROW) | network("_shexp", 2 * NARROW)
 V3_EXPERTS = experts(NARROW) | network("_shexp", NARROW) | {"exp_probs_b.bias": (EXPERTS,)}
+# llama.cpp rounds the bounds of yarn's bands to whole pairs, which config.json may say not to do:
+# of these sizes that shows.
+GPT_OSS = ATTENTION | experts(NARROW) | {"attn_sinks": (HEADS,), "post_attention_norm": (HIDDEN,)}
+GPT_OSS |= {"attn_q.bias": (32,), "attn_k.bias": (16,), "attn_v.bias": (16,)}
+GPT_OSS |= {"attn_output.bias": (HIDDEN,), "ffn_gate_inp.bias": (EXPERTS,)}
+GPT_OSS |= dict.fromkeys(("ffn_gate_exps.bias", "ffn_up_exps.bias"), (EXPERTS, NARROW))
+GPT_OSS |= {"ffn_down_exps.bias": (EXPERTS, HIDDEN)}
+YARN = {key: value for key, value in LATENT.items() if key.startswith("rope.scaling.")}
+YARN = {key: value for key, value in YARN.items() if not key.endswith("yarn_log_multiplier")}
+YARN["rope.scaling.original_context_length"] = 64
 MODELS = {
     "gguf-mixtral-F32": ("llama", COMMON | GROUPED | {"feed_forward_length": 32}, MIXTRAL, MIXTRAL),
     "gguf-qwen2moe-F32": (
@@ -111,6 +122,16 @@ MODELS = {
         | {"expert_shared_count": 1, "expert_weights_norm": True, "expert_gating_func": 2},
         V3 | network("", WIDE),
         V3 | V3_EXPERTS,
+    ),
+    "gguf-gptoss-F32": (
+        "gpt-oss",
+        COMMON
+        | GROUPED
+        | YARN
+        | dict.fromkeys(("feed_forward_length", "expert_feed_forward_length"), NARROW)
+        | {"attention.sliding_window": 16},
+        GPT_OSS,
+        GPT_OSS,
     ),
 }
 
@@ -139,7 +160,9 @@ def write(file: Path, name: str, rng: np.random.Generator) -> None:
     writer.add_token_types([gguf.TokenType.NORMAL] * VOCAB)
     shapes = {"token_embd": (VOCAB, HIDDEN), "output_norm": (HIDDEN,), "output": (VOCAB, HIDDEN)}
     for layer in range(LAYERS):
-        norms = {"attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,)}
+        norms = {"attn_norm": (HIDDEN,)}
+        if "post_attention_norm" not in first:
+            norms["ffn_norm"] = (HIDDEN,)
         for part, shape in (norms | (others if layer else first)).items():
             shapes[f"blk.{layer}.{part}"] = shape
     for tensor, shape in shapes.items():
@@ -167,9 +190,11 @@ def logits(file: Path, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return found
 
 
-def main() -> None:
+def main(wanted: list[str]) -> None:
     versions = {each: version(each) for each in ("gguf", "llama_cpp_python", "numpy")}
     for seed, name in enumerate(MODELS):
+        if wanted and name not in wanted:
+            continue
         folder = Path(__file__).parent / name
         folder.mkdir(exist_ok=True)
         rng = np.random.default_rng(seed)
@@ -184,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
