@@ -4,6 +4,7 @@ precision."""
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -65,6 +66,6 @@ def test_experts_of_one_layer(golden, tmp_path, name, layer, method):
     last = params.tree["model"]["layers"]["2"]["mlp"]
     for weight in (last["experts"]["down_proj"]["weight"], last["gate"]["weight"]):
         assert weight.qtype == ("bf16" if weight is last["gate"]["weight"] else "uint4")
-    ids = np.arange(2, 42, dtype=np.int32)
+    ids = jnp.arange(2, 42)
     ours, wanted = (np.asarray(forward(each, ids)) for each in (params, qjax.load(plain)))
     assert np.linalg.norm(ours - wanted) < 2e-5 * np.linalg.norm(wanted)
