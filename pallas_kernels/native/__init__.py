@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
 
+from pallas_kernels.native import grids
 from pallas_kernels.native.build import ISAS, library_name
 from pallas_kernels.platform import cpu_features
 
@@ -54,7 +54,9 @@ def _declare(loaded: ctypes.CDLL) -> None:
     """Types of the functions that are called from here; AttributeError where one is missing."""
     loaded.qjax_tile_bytes.restype = ctypes.c_int64
     loaded.qjax_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    loaded.qjax_set_grid.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    loaded.qjax_set_grid.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p,
+    ]  # fmt: skip
     for convert in (loaded.qjax_pack, loaded.qjax_unpack):
         convert.argtypes = [
             ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
@@ -91,18 +93,14 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 
 @functools.cache
-def provide_grid(qtype: str) -> np.ndarray | None:
-    """Hands the library the grid of a type that has one, which stays in memory from then on."""
+def provide_grid(qtype: str) -> None:
+    """Hands the library the grid of a type that has one; it keeps a copy."""
     loaded, _ = library()
     if qtype not in _GRIDS or loaded is None:
-        return None
-    from pallas_kernels.iq_grids import grid
-
+        return
     name, number = _GRIDS[qtype]
-    # Kernels add or subtract an eighth to -1, 0, 1: they count in eighths.
-    values = np.ascontiguousarray(grid(name) * np.int8(8 if name == "iq1" else 1))
-    loaded.qjax_set_grid(number, values.ctypes.data)
-    return values
+    entries, levels = grids.tables(name)
+    loaded.qjax_set_grid(number, entries.ctypes.data, len(entries), levels.ctypes.data)
 
 
 def require() -> ctypes.CDLL:

@@ -78,7 +78,7 @@ struct Arguments {
     w.bias = nullptr;
     if (!w.traits) return fail("unknown weight type " + std::to_string(type));
     const int grid = grid_of(w.traits->type);
-    if (grid >= 0 && !grids[grid]) return fail("the grid of a weight type is missing");
+    if (grid >= 0 && !grids[grid].count) return fail("the grid of a weight type is missing");
     w.tiles = bytes(panels_of(n) * panel_bytes(*w.traits, k));
     if (!w.traits->beside()) return;
     Beside& b = w.beside;
@@ -327,6 +327,11 @@ extern "C" {
 
 // 1 where products with rounded activations exist; elsewhere every product is float32.
 int qjax_rounds_activations() { return qjax::kRoundsActivations; }
-// The caller keeps the grid (blocks.h) alive.
-void qjax_set_grid(int number, const uint8_t* grid) { qjax::grids[number] = grid; }
+// A `Grid` of blocks.h: entries [count], levels [2][16].
+void qjax_set_grid(int number, const uint16_t* entries, int count, const uint8_t* levels) {
+  qjax::Grid& grid = qjax::grids[number];
+  std::memcpy(grid.entries, entries, 2 * count);
+  std::memcpy(grid.levels, levels, 32);
+  grid.count = count;
+}
 }

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "pack_blocks.h"
 #include "pool.h"
 #include "tile.h"
 
@@ -303,11 +304,8 @@ void convert_panel(const Traits& t, uint8_t* raw, int64_t rows, int64_t k, uint8
   for (int64_t r = 0; r < rows; ++r) {
     uint8_t* row = raw + r * row_bytes;
     if (t.scale == kExpanded) {
-      const int size = t.raw_bytes;
-      for (int64_t b = 0; b < k / t.raw_elems; ++b) {
-        uint8_t* tile = panel + (b * 16 + r) * size;
-        kPack ? std::memcpy(tile, row + b * size, size) : std::memcpy(row + b * size, tile, size);
-      }
+      for (int64_t b = 0; b < k / t.raw_elems; ++b)
+        convert_block<kPack>(t, row + b * t.raw_bytes, int(r), panel + b * 16 * t.raw_bytes);
       continue;
     }
     if (t.dense()) {
