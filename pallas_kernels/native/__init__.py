@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from pallas_kernels.native import grids
-from pallas_kernels.native.build import ISAS, library_name
+from pallas_kernels.native.build import ISAS, digest, library_name
 from pallas_kernels.platform import cpu_features
 
 ENVIRONMENT_VARIABLE = "QJAX_CPU_KERNELS"
@@ -51,7 +51,7 @@ def supported_isas() -> list[str]:
 
 
 def _declare(loaded: ctypes.CDLL) -> None:
-    """Types of the functions that are called from here; AttributeError where one is missing."""
+    """Types of the functions that are called from here."""
     loaded.qjax_tile_bytes.restype = ctypes.c_int64
     loaded.qjax_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     loaded.qjax_set_grid.argtypes = [
@@ -62,6 +62,15 @@ def _declare(loaded: ctypes.CDLL) -> None:
             ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
             ctypes.c_int,
         ]  # fmt: skip
+
+
+def _is_of_these_sources(loaded: ctypes.CDLL) -> bool:
+    """Its functions may otherwise want other arguments, or give other results."""
+    try:
+        loaded.qjax_sources.restype = ctypes.c_char_p
+        return loaded.qjax_sources().decode() == digest()
+    except AttributeError:
+        return False
 
 
 @functools.cache
@@ -79,13 +88,12 @@ def library() -> tuple[ctypes.CDLL | None, str]:
             loaded = ctypes.CDLL(str(path))
         except OSError as error:
             return None, f"{path.name} cannot be loaded: {error}"
-        try:
-            _declare(loaded)
-        except AttributeError as error:
+        if not _is_of_these_sources(loaded):
             return None, (
-                f"{path.name} was built from other sources ({error}); build it again: "
+                f"{path.name} was built from other sources; build it again: "
                 "python -m pallas_kernels.native.build"
             )
+        _declare(loaded)
         for name in CALLS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(loaded[name]), platform="cpu")
         return loaded, isa

@@ -6,6 +6,7 @@ a C++17 compiler (g++ or clang++) and the headers that come with jaxlib is neede
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -43,6 +44,15 @@ def find_compiler() -> str | None:
     return None
 
 
+def digest() -> str:
+    """Of the C++ sources that lie here: a library carries that of those it was built from."""
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.[ch]*")):
+        if file.suffix in (".cc", ".h"):
+            found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def build(output_dir: Path, force: bool = False) -> list[Path]:
     """Compiles every library into `output_dir` and returns their paths.
 
@@ -57,6 +67,7 @@ def build(output_dir: Path, force: bool = False) -> list[Path]:
     here = Path(__file__).parent
     newest = max(p.stat().st_mtime for p in here.iterdir() if p.suffix in (".cc", ".h", ".py"))
     output_dir.mkdir(parents=True, exist_ok=True)
+    sources = digest()
 
     def compile_one(isa: str) -> Path:
         target = output_dir / library_name(isa)
@@ -67,6 +78,7 @@ def build(output_dir: Path, force: bool = False) -> list[Path]:
         command = [*compiler.split(), "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"]
         command += ["-fno-math-errno", "-ffp-contract=fast", "-w"]
         command += [*ISAS[isa], f"-I{ffi.include_dir()}", f"-I{here}"]
+        command += [f'-DQJAX_SOURCES="{sources}"']
         command += [str(here / source) for source in SOURCES] + ["-o", str(partial)]
         try:
             done = subprocess.run(command, capture_output=True, text=True)

@@ -325,6 +325,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_attention, attention_call,
 
 extern "C" {
 
+// Digest of the sources, see build.py.
+const char* qjax_sources() { return QJAX_SOURCES; }
 // 1 where products with rounded activations exist; elsewhere every product is float32.
 int qjax_rounds_activations() { return qjax::kRoundsActivations; }
 // A `Grid` of blocks.h: entries [count], levels [2][16].

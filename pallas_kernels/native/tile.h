@@ -52,7 +52,7 @@ enum Scale : int {
   kSuper2n, // the same with 4-bit sc | m << 4 in one byte per group
   kBeside,  // arrays of their own
   kBesideZ, // the same with zero points
-  kExpanded, // tiles are blocks of the file, see blocks.h
+  kExpanded, // blocks whose fields lie side by side, see blocks.h
 };
 
 // Everything a kernel must know about a type, as constants.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, native
 
 
 def refusing(x):
@@ -59,3 +59,12 @@ def test_naming_by_context_and_environment(monkeypatch):
             assert dispatch.call("op", TWO, 1, implementation="first") == ("first", 1)
         assert dispatch.named() == "first"
     assert dispatch.named() == "second"
+
+
+@pytest.mark.skipif(native.library()[0] is None, reason=native.library()[1])
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    """Its functions may want other arguments, after an update of an editable install."""
+    monkeypatch.setattr(native, "digest", lambda: "another")
+    library, reason = native.library.__wrapped__()
+    assert library is None
+    assert "built from other sources; build it again: python -m pallas_kernels" in reason
