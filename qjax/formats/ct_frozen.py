@@ -18,8 +18,6 @@ from qjax.formats.ct_layouts import Shape, group_of, like_scale
 from qjax.qarray import QArray
 from qjax.scheme import QuantizationArgs
 
-_FP8_MAX = 448.0  # of e4m3
-
 
 def frozen(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:
     """A plain weight that is rounded to integers or to 8-bit floats.
@@ -53,7 +51,9 @@ def frozen(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) ->
             scaled = (scaled + codes.spread(zero, group, size, np)).astype(plain.dtype)
             scaled = scaled.astype(np.float32)
         if args.type == "float":
-            rounded = np.clip(scaled, -_FP8_MAX, _FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
+            rounded = np.clip(scaled, -weights.E4M3_MAX, weights.E4M3_MAX).astype(
+                ml_dtypes.float8_e4m3fn
+            )
             zero = None if zero is None else zero.astype(np.float32)
             return weights.coded(rounded, "fp8_e4m3", shape, scale, group, zero_point=zero)
         half = 1 << (args.num_bits - 1)

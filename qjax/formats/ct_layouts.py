@@ -17,7 +17,6 @@ from qjax.scheme import QuantizationArgs
 
 INPUT_TENSORS = ("input_scale", "input_zero_point", "input_global_scale")
 Shape = tuple[int, ...]
-_FP8_DTYPES = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
 
 
 def layout(module: str, stored: Stored, shape: Shape) -> str | None:
@@ -308,8 +307,8 @@ def encode(module: str, weight: QArray, *, packed: bool = True) -> dict[str, np.
         tensors["weight_packed"] = raw
         divisor = _divisor(np.asarray(weight.aux["global_scale"]))
         tensors["weight_global_scale"] = divisor.reshape(*lead, 1)
-    elif weight.qtype in _FP8_DTYPES:
-        tensors["weight"] = raw.view(_FP8_DTYPES[weight.qtype])
+    elif weight.qtype in weights.FP8_DTYPES:
+        tensors["weight"] = raw.view(weights.FP8_DTYPES[weight.qtype])
         if weight.zero_point is not None:
             tensors["weight_zero_point"] = _shaped(weight.zero_point, tensors)
     else:

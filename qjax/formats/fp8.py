@@ -36,7 +36,6 @@ _SCALES = (*PLAIN, "f8_e8m0")
 _TOKEN = ActSpec("fp8_e4m3", "token", True)
 _STATIC = ActSpec("fp8_e4m3", "tensor", False)
 _INPUT_SCALES = ("input_scale", "activation_scale")
-_LARGEST = 448.0
 # Keys of GPTQModel that say nothing about how its 8-bit floats are read.
 _GPTQMODEL = (
     *("bits", "group_size", "desc_act", "sym", "lm_head", "method", "meta", "pack_dtype"),
@@ -235,7 +234,9 @@ def per_tensor(dense: np.ndarray, act: ActSpec | None) -> QArray:
     """A plain weight [..., N, K] in float8_e4m3 with one scale, absmax / 448."""
     values = np.asarray(dense, np.float32)
     largest = np.abs(values).max((-2, -1), keepdims=True)
-    scale = np.where(largest > 0, largest / np.float32(_LARGEST), np.float32(1))
-    codes = np.clip(values / scale, -_LARGEST, _LARGEST).astype(ml_dtypes.float8_e4m3fn)
+    scale = np.where(largest > 0, largest / np.float32(weights.E4M3_MAX), np.float32(1))
+    codes = np.clip(values / scale, -weights.E4M3_MAX, weights.E4M3_MAX).astype(
+        ml_dtypes.float8_e4m3fn
+    )
     group = (values.shape[-2], values.shape[-1])
     return weights.coded(codes, "fp8_e4m3", values.shape, scale, group, act=act)

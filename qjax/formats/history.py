@@ -25,6 +25,6 @@ HISTORY = (
     *("use_cuda_fp16", "max_input_length", "backend", "cache_block_outputs", "disable_exllama"),
     *("module_name_preceding_first_block", "pad_token_id", "tokenizer", "adapter", "desc_act"),
     *("lm_head", "sym", "pack_dtype", "is_marlin_format", "parallel_packing"),
-    *("checkpoint_format", "format", "rotation", "data_type", "enable_", "inside_layer_modules"),
+    *("checkpoint_format", "format", "rotation", "data_type", "inside_layer_modules"),
     "modules_to_not_convert",
 )

@@ -26,7 +26,6 @@ _MX_TYPES = {
 }
 FLOATS = {"fp8_e5m2": "fp8_e5m2", **_MX_TYPES}
 _SMALL = ("int4", "uint4", "int3", "int2", "uint2")
-_FP8_DTYPES = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
 _DTYPES = (
     *("fp8_e4m3", "fp8_e5m2", "int8", "uint8", "int4", "uint4", "int3", "int2", "uint2"),
     *("fp4", "fp6_e2m3", "fp6_e3m2", "bfloat16", "float16", "float32"),
@@ -307,7 +306,7 @@ def encode(
     if config.dtype in _SMALL and codes.CODES[code].kind == "uint" and not weight.aux:
         return _small_integers(weight, config, order)
     if _MX_TYPES.get(config.dtype, config.dtype) == code:
-        values = raw.view(_FP8_DTYPES[code]) if code in _FP8_DTYPES else raw
+        values = raw.view(weights.FP8_DTYPES[code]) if code in weights.FP8_DTYPES else raw
         tensors = {"weight": values, "weight_scale": scale.reshape(sizes)}
         if scale.dtype == ml_dtypes.float8_e8m0fnu:
             tensors["weight_scale"] = scale.view(np.uint8)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import ml_dtypes
 import numpy as np
 
 from pallas_kernels import codes
@@ -411,10 +410,9 @@ def _bytes_of(module: str, weight: QArray) -> dict[str, np.ndarray]:
 
 
 def _floats_of(module: str, weight: QArray) -> dict[str, np.ndarray]:
-    dtypes = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
-    if weight.qtype not in dtypes:
+    if weight.qtype not in weights.FP8_DTYPES:
         raise UnsupportedError(f"{module}: TorchAO has no 8-bit floats for {weight.qtype}")
-    values = np.asarray(weight.qvalue).view(dtypes[weight.qtype])
+    values = np.asarray(weight.qvalue).view(weights.FP8_DTYPES[weight.qtype])
     return {_QDATA: values, "_weight_scale": np.asarray(weight.scale)}
 
 

@@ -14,6 +14,8 @@ from qjax.formats.base import Arrays, Keys, Layer, Record, Stored, expect, fault
 from qjax.qarray import QArray
 
 FP8_QTYPES = {"f8_e4m3": "fp8_e4m3", "f8_e5m2": "fp8_e5m2"}
+FP8_DTYPES = {qtype: codes.ML_DTYPES[qtype] for qtype in FP8_QTYPES.values()}
+E4M3_MAX = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
 
 
 def width(record: Record) -> int:
