@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ ROWS = 128  # of logits at a time: a large vocabulary makes them large
 Logits = Callable[[np.ndarray], Iterator[jax.Array]]
 
 
-def of_qjax(params: Params, numerics: str, cache_dtype: Any) -> Logits:
+def of_qjax(params: Params, numerics: str, cache_dtype: str) -> Logits:
     """Logits of a window by qjax, `ROWS` rows at a time."""
 
     def batch_of(length: int) -> Batch:

@@ -171,11 +171,16 @@ def values(
     code = CODES[qtype]
     if code.kind == "sparse":
         return _sparse_values(qvalue, code, k, xp)
+    return meanings(unpack(qvalue, code.bits, k, xp), qtype, codebook, xp)
+
+
+def meanings(codes: Array, qtype: str, codebook: Array | None, xp: ModuleType = jnp) -> Array:
+    """What single codes, unsigned [...], stand for: float32. Not of a "sparse" type."""
+    code = CODES[qtype]
     if code.kind == "int":
-        return qvalue.view(np.int8).astype(np.float32)
+        return codes.view(np.int8).astype(np.float32)
     if code.kind == "float" and code.bits == 8:
-        return qvalue.view(ML_DTYPES[qtype]).astype(np.float32)
-    codes = unpack(qvalue, code.bits, k, xp)
+        return codes.view(ML_DTYPES[qtype]).astype(np.float32)
     if code.kind == "float":
         return xp.asarray(table(qtype))[codes]
     if code.kind == "lookup":
@@ -235,8 +240,22 @@ def dequantize(
     Returns:
       float32 [..., N, K].
     """
-    k = shape[1]
-    decoded = values(qvalue, qtype, k, codebook, xp)
+    decoded = values(qvalue, qtype, shape[1], codebook, xp)
+    return scaled(decoded, shape, group, scale, zero_point, global_scale, additive, xp)
+
+
+def scaled(
+    decoded: Array,
+    shape: tuple[int, int],
+    group: tuple[int, int],
+    scale: Array,
+    zero_point: Array | None = None,
+    global_scale: Array | None = None,
+    additive: bool = False,
+    xp: ModuleType = jnp,
+) -> Array:
+    """The weight, float32 [..., N, K], of what its codes stand for; arguments as of `dequantize`."""
+    k, whole = shape[1], decoded.shape
     scale = scale.astype(np.float32)
     if global_scale is not None:
         scale = scale * global_scale
@@ -257,4 +276,4 @@ def dequantize(
         weight = (product if xp is np else jax.lax.optimization_barrier(product)) + zero
     else:
         weight = (decoded - zero) * scale
-    return weight.reshape(*qvalue.shape[:-1], k)
+    return weight.reshape(whole)

@@ -2,7 +2,8 @@
 
 Every operation lists its implementations in order of preference. One that cannot take a call says
 so while it is traced, by raising `NotImplementedError` with the reason, and the next one is tried.
-Somebody who names an implementation gets that one or an error, never another.
+Somebody who names an implementation gets that one or an error, never another; several names, with
+commas between them, are tried in their order.
 
 The choice is made when a call is traced: a function that is already compiled keeps the
 implementation it was compiled with.
@@ -27,6 +28,12 @@ _chosen: dict[str, tuple[str, dict[str, str]]] = {}
 def named() -> str | None:
     """The implementation asked for by `use` or the environment, or None for the first that fits."""
     return _named.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def is_wanted(implementation: str) -> bool:
+    """Whether this one may run: it was named, or nothing was."""
+    names = named()
+    return names is None or implementation in names.split(",")
 
 
 @contextmanager
@@ -56,7 +63,7 @@ def call(
     Args:
       op: name under which the choice is recorded, see `chosen`.
       implementations: (name, function) pairs, the preferred one first.
-      implementation: run this one only; else the one of `named`; else try all in order.
+      implementation: run this one (or these) only; else what `named` says; else try all in order.
 
     Raises:
       NotImplementedError: none fits (all reasons are listed), or the named one refuses.
@@ -64,13 +71,15 @@ def call(
     """
     wanted = implementation or named()
     if wanted is not None:
-        implementations = [pair for pair in implementations if pair[0] == wanted] or _unknown(
-            op, wanted, implementations
-        )
+        names = wanted.split(",")
+        asked_for = [pair for name in names for pair in implementations if pair[0] == name]
+        implementations = asked_for or _unknown(op, wanted, implementations)
     refused: dict[str, str] = {}
     for name, function in implementations:
         try:
-            result = function(*args, **kwargs)
+            # What it calls in turn is named with it.
+            with use(wanted):
+                result = function(*args, **kwargs)
         except NotImplementedError as error:
             refused[name] = str(error)
             continue

@@ -7,33 +7,73 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-_assumed: ContextVar[str | None] = ContextVar("assumed_device", default=None)
+from pallas_kernels import dispatch
+
+
+@dataclass(frozen=True)
+class Device:
+    """What kernels choose by.
+
+    Attributes:
+      kind: "cpu", "gpu" or "tpu".
+      name: as its maker calls it, "NVIDIA H100 80GB HBM3" or "TPU v6e"; empty where unknown.
+    """
+
+    kind: str
+    name: str = ""
+
+
+_assumed: ContextVar[Device | None] = ContextVar("assumed_device", default=None)
 
 
 @contextmanager
-def assume(kind: str | None) -> Iterator[None]:
-    """Has implementations answer, while they are traced, as on a device of this kind; None lifts
-    it. To ask what would run elsewhere: what is traced so is not meant to be run.
+def assume(kind: str | None, name: str = "") -> Iterator[None]:
+    """Has implementations answer, while they are traced, as on such a `Device`; None lifts it. To
+    ask what would run elsewhere, or to compile for it: what is traced so cannot be run here.
     """
-    token = _assumed.set(kind)
+    token = _assumed.set(None if kind is None else Device(kind, name))
     try:
         yield
     finally:
         _assumed.reset(token)
 
 
-def device_kind() -> str:
-    """Kind of the device that jax puts arrays on by default: "cpu", "gpu" or "tpu"."""
+def device() -> Device:
+    """The device that jax puts arrays on by default."""
     if (assumed := _assumed.get()) is not None:
         return assumed
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(default, str):
+        return Device(default)
+    if default is None:
+        default = jax.devices()[0]
+    kind = "gpu" if default.platform in ("cuda", "rocm") else default.platform
+    return Device(kind, default.device_kind if kind != "cpu" else cpu_model())
+
+
+def device_kind() -> str:
+    """Kind of that device: "cpu", "gpu" or "tpu"."""
+    return device().kind
+
+
+def interprets(kind: str) -> bool:
+    """Whether a Pallas kernel for devices of this kind is to be interpreted: on a CPU, for somebody
+    who named its implementation.
+
+    Raises:
+      NotImplementedError: this device is of another kind, and nobody did.
+    """
+    here = device_kind()
+    if here == kind:
+        return False
+    if here == "cpu" and dispatch.named() is not None:
+        return True
+    raise NotImplementedError(f"a kernel for a {kind}, and this is a {here}")
 
 
 @functools.cache

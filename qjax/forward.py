@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qjax.kv_cache import Batch, init_cache
+from qjax.kv_cache import Batch, cache_dtype, init_cache
 from qjax.models import functional
 from qjax.params import Params
 
@@ -35,7 +35,9 @@ def forward(params: Params, tokens: jax.Array, numerics: str = "exact") -> jax.A
         block_table=jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages),
         numerics=numerics,
     )
-    cache = init_cache(params.config, rows * pages, _PAGE_SIZE, jnp.float32)
+    cache = init_cache(
+        params.config, rows * pages, _PAGE_SIZE, cache_dtype(params.config, "float32")
+    )
     hidden, _ = functional.run(params.config, params.tree, tokens.reshape(-1), batch, cache)
     logits = functional.logits(params.config, params.tree, hidden, batch)
     return logits.reshape(rows, length, -1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.paged_attention.pages import Pages, empty
+
 if TYPE_CHECKING:
     from qjax.models.config import ModelConfig
 
 NUMERICS = ("exact", "int16", "int8")
 
-# For each layer (k_pages, v_pages), both [pages, kv_heads, page_size, head_dim]. What the elements
-# of a page mean is private to the attention kernel that writes them.
-KVCache = tuple[tuple[jax.Array, jax.Array], ...]
+LayerCache = tuple[Pages, Pages]  # keys and values of one layer
+KVCache = tuple[LayerCache, ...]
 
 
 @partial(
@@ -55,18 +57,33 @@ def init_cache(
     config: ModelConfig,
     num_pages: int,
     page_size: int,
-    dtype: Any,
+    dtypes: str | Sequence[str],
     zeros: Callable[[tuple[int, ...], Any], Any] = jnp.zeros,
 ) -> KVCache:
     """An empty cache of `num_pages` pages of `page_size` tokens for every layer.
 
-    `zeros` makes its arrays; on the host, `numpy.zeros` starts many times faster.
+    Args:
+      dtypes: one of `CACHE_DTYPES`, or one for each layer.
+      zeros: makes its arrays; on the host, `numpy.zeros` starts many times faster.
     """
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-    return tuple((zeros(shape, dtype), zeros(shape, dtype)) for _ in range(config.num_layers))
+    return tuple(
+        (empty(shape, dtype, zeros), empty(shape, dtype, zeros))
+        for dtype in _of_each_layer(config, dtypes)
+    )
 
 
-def bytes_per_token(config: ModelConfig, dtype: Any) -> int:
+def cache_dtype(config: ModelConfig, otherwise: str) -> str:
+    """What the cache of a model holds where nobody asks for anything: 8-bit floats where scales for
+    them came with it."""
+    return "fp8_e4m3" if config.kv_scales else otherwise
+
+
+def bytes_per_token(config: ModelConfig, dtypes: str | Sequence[str]) -> int:
     """Bytes of cache that one token takes in all layers together."""
-    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return values * jnp.dtype(dtype).itemsize
+    cache = init_cache(config, 1, 1, dtypes, jax.ShapeDtypeStruct)
+    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(cache))
+
+
+def _of_each_layer(config: ModelConfig, dtypes: str | Sequence[str]) -> Sequence[str]:
+    return [dtypes] * config.num_layers if isinstance(dtypes, str) else dtypes

@@ -71,6 +71,7 @@ ALSO = {
         "pallas_kernels.matmul.spec",
     ],
     "formats": ["pallas_kernels.codes", "pallas_kernels.inputs"],
+    "state": ["pallas_kernels.paged_attention.pages"],
     "layers": ["pallas_kernels.paged_attention.spec"],
     "models": ["pallas_kernels.paged_attention.spec"],
     "checkpoint": ["qjax.ops"],  # prepare: the layout of this machine, as a weight is read

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, platform
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.matmul import native, ref, tiles, xla
+from pallas_kernels.matmul import native, planes, ref, tiles, xla
 from pallas_kernels.matmul.around import ACTIVATIONS, epilogue
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
@@ -22,7 +22,15 @@ IMPLEMENTATIONS: dispatch.Implementations = (
 )
 # Those that can treat inputs themselves.
 TREATING = IMPLEMENTATIONS[:1]
-ACTIVATION_DTYPES = ("float32", "int16", "int8")
+ACTIVATION_DTYPES = ("float32", "bfloat16", "int16", "int8")
+
+# Layouts of kernels on accelerators, by the kind of device or by the implementation that is named.
+_PLANES = {
+    "gpu": planes.PLANES,
+    "triton": planes.PLANES,
+    "mosaic_gpu": planes.PLANES,
+    "tpu": planes.TRANSPOSED,
+}
 
 # A weight of blocks may be given as its uint8 array alone.
 Weight = tuple[WeightSpec, WeightArrays | jax.Array]
@@ -60,12 +68,12 @@ def matmul(
       residual: float32 [T, N], added last; one output only.
       post_norm: float32 [N], RMSNorm of the output before the residual; one output only.
       activation_dtype: what the (normed) x may be rounded to before the product: "float32" not at
-        all; "int16" or "int8" in blocks of 32 along K with scale absmax / 32639 (what two
+        all; "bfloat16", and with it decoded weights; "int16" or "int8" in blocks of 32 along K with scale absmax / 32639 (what two
         signed bytes hold) or absmax / 127.
         With int8, what rounding left over of the two blocks with the largest scales of each row is
         rounded in the same way and added, since these blocks hold most of the error. An
-        implementation that gains nothing by rounding leaves x as it is. Weights are never rounded
-        and sums are float32.
+        implementation that gains nothing by rounding leaves x as it is. With all but "bfloat16",
+        weights are never rounded. Sums are float32.
       num_rows: int32 [1]. Rows from num_rows[0] on are padding: their outputs are unspecified.
       act, inputs: what else happens to the (normed) x, where an implementation can take it in: ask
         `takes_inputs`. Weights may have different `inputs`, one each.
@@ -155,7 +163,16 @@ def prepare(spec: WeightSpec, arrays: WeightArrays | np.ndarray) -> tuple[Weight
       it exactly.
     """
     arrays = as_arrays(arrays)
-    if spec.layout != CANONICAL or dispatch.named() not in (None, "native"):
+    if spec.layout != CANONICAL:
+        return spec, arrays
+    named = dispatch.named()
+    first = named.split(",")[0] if named else platform.device_kind()
+    if first in _PLANES:
+        try:
+            return planes.prepare(spec, arrays, _PLANES[first])
+        except NotImplementedError:
+            return spec, arrays
+    if not dispatch.is_wanted("native"):
         return spec, arrays
     return tiles.prepare(spec, arrays) or (spec, arrays)
 
@@ -163,7 +180,9 @@ def prepare(spec: WeightSpec, arrays: WeightArrays | np.ndarray) -> tuple[Weight
 def unprepare(spec: WeightSpec, arrays: WeightArrays | Any) -> tuple[WeightSpec, WeightArrays]:
     """The canonical weight that `prepare` was given."""
     arrays = as_arrays(arrays)
-    return (spec, arrays) if spec.layout == CANONICAL else tiles.unprepare(spec, arrays)
+    if spec.layout == CANONICAL:
+        return spec, arrays
+    return (planes if spec.layout in planes.LAYOUTS else tiles).unprepare(spec, arrays)
 
 
 def _check(

@@ -14,7 +14,8 @@ from pallas_kernels.matmul import tiles
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 
 MAX_WEIGHTS = 8
-PRECISION = {"float32": 0, "int16": 1, "int8": 2}
+# (bfloat16 gains nothing here.)
+PRECISION = {"float32": 0, "bfloat16": 0, "int16": 1, "int8": 2}
 _ACTIVATION = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 

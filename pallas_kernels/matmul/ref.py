@@ -38,7 +38,9 @@ def matmul(
 
     if norm is not None:
         x = rms(x, norm)
-    if activation_dtype != "float32":
+    if activation_dtype == "bfloat16":
+        x = jax.lax.reduce_precision(x, 8, 7)
+    elif activation_dtype != "float32":
         x = _round(x, LARGEST_CODE[activation_dtype])
     ys = []
     for (spec, arrays), bias in zip(weights, biases, strict=True):

@@ -100,6 +100,11 @@ def decode(spec: WeightSpec, arrays: WeightArrays, xp: ModuleType = jnp) -> Any:
         spec.additive,
         xp,
     )
+    return rounded(weight, spec, xp)
+
+
+def rounded(weight: Any, spec: WeightSpec, xp: ModuleType = jnp) -> Any:
+    """A decoded weight, float32, rounded as `spec.rounded` says."""
     if spec.rounded is None:
         return weight
     narrow = weight.astype(jnp.dtype(spec.rounded))

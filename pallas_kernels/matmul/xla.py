@@ -1,5 +1,7 @@
 """The portable implementation: dequantize, then a float32 dot, as XLA likes it.
 
+A weight may also lie in planes (`planes`), as kernels on accelerators want it.
+
 XLA on a CPU never fuses decoding into a dot but writes the decoded weight out. Large weights
 therefore go through `lax.map` a block of rows at a time, small enough that the decoded block stays
 in the cache. A dot with one row takes a slower path of the compiler than one with two, and sums in
@@ -13,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import platform
+from pallas_kernels.matmul import planes
 from pallas_kernels.matmul.around import epilogue, rms_norm
 from pallas_kernels.matmul.spec import (
     LARGEST_CODE,
@@ -41,7 +45,8 @@ def matmul(
 ) -> tuple[jax.Array, ...]:
     """See `pallas_kernels.matmul.api.matmul`. Padding rows are computed like the others."""
     for spec, _ in weights:
-        require_canonical(spec)
+        if spec.layout not in planes.LAYOUTS:
+            require_canonical(spec)
     x = _round(rms_norm(x, norm, norm_eps), activation_dtype)
     rows = x.shape[0]
     if rows == 1:
@@ -57,9 +62,10 @@ def matmul(
 
 
 def _round(x: jax.Array, activation_dtype: str) -> jax.Array:
-    """float32 [T, K] -> the values that `activation_dtype` stands for (see api), as float32."""
-    if activation_dtype == "float32":
-        return x
+    """float32 [T, K] -> the values that `activation_dtype` stands for (see api), as float32; as
+    bfloat16 where that is meant, so that products are of bfloat16."""
+    if activation_dtype in ("float32", "bfloat16"):
+        return x.astype(activation_dtype)
     rows, k = x.shape
     blocks = jnp.pad(x, ((0, 0), (0, -k % 32))).reshape(rows, -1, 32)
     rounded, scale = _round_blocks(blocks, LARGEST_CODE[activation_dtype])
@@ -83,7 +89,9 @@ def _product(x: jax.Array, spec: WeightSpec, arrays: WeightArrays) -> jax.Array:
     # Whole groups of rows, so that a block of rows has whole scales.
     size = 1 if spec.group is None or spec.group[0] >= n else spec.group[0]
     block = max(1, BLOCK_ELEMENTS // k // size) * size
-    if n <= block or n % size:
+    if spec.layout in planes.LAYOUTS:
+        return _dot(x, planes.decode(spec, arrays))
+    if n <= block or n % size or platform.device_kind() != "cpu":
         return _dot(x, decode(spec, arrays))
 
     def rows_from(start: jax.Array) -> jax.Array:
@@ -108,4 +116,10 @@ def _product(x: jax.Array, spec: WeightSpec, arrays: WeightArrays) -> jax.Array:
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return lax.dot_general(
+        x,
+        w.astype(x.dtype),
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import native, ref, xla
+from pallas_kernels.paged_attention.pages import FP8, Pages, empty
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
@@ -20,8 +21,8 @@ def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
+    k_pages: Pages,
+    v_pages: Pages,
     *,
     spec: AttentionSpec,
     block_table: jax.Array,
@@ -32,8 +33,10 @@ def paged_attention(
     k_norm: jax.Array | None = None,
     norm_eps: float = 0.0,
     sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages, Pages]:
     """Writes the keys and values of new tokens into the cache, then attends with their queries.
 
     Token t of sequence s, query_start_loc[s] <= t < query_start_loc[s + 1], stands at position
@@ -44,8 +47,8 @@ def paged_attention(
 
     Args:
       q: float32 [T, num_heads * head_dim]. k, v: float32 [T, num_kv_heads * head_dim].
-      k_pages, v_pages: float32 or bfloat16 [P, num_kv_heads, page_size, head_dim]. How a page is
-        laid out inside is private to the implementation: a cache belongs to the one that wrote it.
+      k_pages, v_pages: both of the same dtype, see `Pages`. How a page is laid out inside is private
+        to the implementation: a cache belongs to the one that wrote it.
       block_table: int32 [S, B]. query_start_loc: int32 [S + 1]. seq_lens: int32 [S], new tokens
         included.
       rope: (cos, sin), float32 [T, rotary_dim / 2]. The two halves (x1, x2) of the rotary
@@ -54,6 +57,7 @@ def paged_attention(
       q_norm, k_norm: float32 [head_dim], RMSNorm of each head before rope, with `norm_eps`.
       sinks: float32 [num_heads]. A score of each head that enters the sum of its softmax, and has
         no value (attention sinks, arXiv 2309.17453, as gpt-oss learns them).
+      k_scale, v_scale: float32 [1] or [num_kv_heads], of float8 pages; None is 1.
       implementation: "native", "xla" or "ref"; None for the first that takes the call.
 
     Returns:
@@ -80,9 +84,17 @@ def paged_attention(
     for name, (array, shape) in expected.items():
         if array.shape != shape or array.dtype != jnp.float32:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
-    pages = (k_pages.shape[0], spec.num_kv_heads, k_pages.shape[2], spec.head_dim)
-    if k_pages.shape != pages or v_pages.shape != pages:
-        raise ValueError(f"pages are {k_pages.shape} and {v_pages.shape}, expected {pages}")
+    _check_pages(k_pages, v_pages, spec)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is None:
+            continue
+        if k_pages.dtype not in FP8:
+            raise ValueError(f"{name} belongs to float8 pages, these are {k_pages.dtype}")
+        if scale.shape not in ((1,), (spec.num_kv_heads,)) or scale.dtype != jnp.float32:
+            raise ValueError(
+                f"{name} is {scale.dtype} {scale.shape}, expected float32 (1,) or "
+                f"({spec.num_kv_heads},)"
+            )
     sequences = seq_lens.shape[0]
     if query_start_loc.shape != (sequences + 1,) or block_table.shape[0] != sequences:
         raise ValueError(
@@ -106,5 +118,20 @@ def paged_attention(
         k_norm=k_norm,
         norm_eps=norm_eps,
         sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
         implementation=implementation,
     )
+
+
+def _check_pages(k_pages: Pages, v_pages: Pages, spec: AttentionSpec) -> None:
+    """Raises ValueError where the pages are not those of this layer."""
+    count, _, page_size = k_pages.values.shape[:3]
+    shape = (count, spec.num_kv_heads, page_size, spec.head_dim)
+    expected = empty(shape, k_pages.dtype, jax.ShapeDtypeStruct)
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        for field, found, wanted in zip(Pages._fields, pages, expected, strict=True):
+            got = None if found is None else (jnp.dtype(found.dtype).name, found.shape)
+            right = None if wanted is None else (jnp.dtype(wanted.dtype).name, wanted.shape)
+            if got != right:
+                raise ValueError(f"{field} of {name} is {got}, expected {right}")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native
+from pallas_kernels.paged_attention.pages import Pages
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 MAX_PAGE_SIZE = 128  # one block of keys, kBlockKeys of native/attention.h
@@ -20,8 +21,8 @@ def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
+    k_pages: Pages,
+    v_pages: Pages,
     *,
     spec: AttentionSpec,
     block_table: jax.Array,
@@ -32,11 +33,13 @@ def paged_attention(
     k_norm: jax.Array | None,
     norm_eps: float,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> tuple[jax.Array, Pages, Pages]:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
     native.require()
-    page_size = k_pages.shape[2]
-    if k_pages.dtype not in (jnp.float32, jnp.bfloat16):
+    page_size = k_pages.page_size
+    if k_pages.dtype not in ("float32", "bfloat16"):
         raise NotImplementedError(f"pages of {k_pages.dtype}, not float32 or bfloat16")
     if page_size % 16 or page_size > MAX_PAGE_SIZE:
         raise NotImplementedError(f"page size {page_size}: multiples of 16 to {MAX_PAGE_SIZE}")
@@ -49,14 +52,14 @@ def paged_attention(
         "qjax_attention",
         [
             jax.ShapeDtypeStruct(q.shape, jnp.float32),
-            jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
-            jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
+            jax.ShapeDtypeStruct(k_pages.values.shape, k_pages.values.dtype),
+            jax.ShapeDtypeStruct(v_pages.values.shape, v_pages.values.dtype),
         ],
         input_output_aliases={3: 1, 4: 2},
         vmap_method="sequential",
     )
-    out, k_pages, v_pages = call(
-        q, k, v, k_pages, v_pages, block_table, query_start_loc, seq_lens, *optional,
+    out, keys, values = call(
+        q, k, v, k_pages.values, v_pages.values, block_table, query_start_loc, seq_lens, *optional,
         heads=np.int32(spec.num_heads),
         rotary_dim=np.int32(spec.rotary_dim),
         flags=np.int32(flags),
@@ -65,4 +68,4 @@ def paged_attention(
         eps=np.float32(norm_eps),
         window=np.int64(spec.sliding_window or 0),
     )  # fmt: skip
-    return out, k_pages, v_pages
+    return out, Pages(keys), Pages(values)

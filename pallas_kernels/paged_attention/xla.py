@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.paged_attention.pages import Pages, decode, encode, turned
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.turn import turn
 
@@ -21,8 +22,8 @@ def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
+    k_pages: Pages,
+    v_pages: Pages,
     *,
     spec: AttentionSpec,
     block_table: jax.Array,
@@ -33,12 +34,16 @@ def paged_attention(
     k_norm: jax.Array | None,
     norm_eps: float,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> tuple[jax.Array, Pages, Pages]:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
-    tokens, page_size = q.shape[0], k_pages.shape[2]
+    tokens, page_size = q.shape[0], k_pages.page_size
     q = turn(q.reshape(tokens, -1, spec.head_dim), rope, q_norm, norm_eps)
     k = turn(k.reshape(tokens, -1, spec.head_dim), rope, k_norm, norm_eps)
     v = v.reshape(tokens, -1, spec.head_dim)
+    if k_pages.dtype == "int4":
+        q, k = turned(q), turned(k)
 
     index = jnp.arange(tokens)
     ends = query_start_loc[1:]
@@ -46,10 +51,16 @@ def paged_attention(
     position = seq_lens[owner] - (ends[owner] - index)
     real = index < ends[-1]
     page = block_table[owner, jnp.clip(position // page_size, 0, block_table.shape[1] - 1)]
-    page = jnp.where(real, page, k_pages.shape[0])  # out of range: dropped
+    page = jnp.where(real, page, len(k_pages.values))  # out of range: dropped
     slot = position % page_size
-    k_pages = k_pages.at[page, :, slot].set(k.astype(k_pages.dtype), mode="drop")
-    v_pages = v_pages.at[page, :, slot].set(v.astype(v_pages.dtype), mode="drop")
+
+    def stored(pages: Pages, x: jax.Array, scale: jax.Array | None) -> Pages:
+        def put(array: jax.Array, new: jax.Array) -> jax.Array:
+            return array.at[page, :, slot].set(new, mode="drop")
+
+        return jax.tree.map(put, pages, encode(x, pages.dtype, scale))
+
+    k_pages, v_pages = stored(k_pages, k, k_scale), stored(v_pages, v, v_scale)
 
     keys_at = jnp.arange(block_table.shape[1] * page_size)
     group = spec.num_heads // spec.num_kv_heads
@@ -57,13 +68,15 @@ def paged_attention(
     def attend(tile: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, owner, position = tile  # [M, Hq, D], [M], [M]
 
-        def gathered(pages: jax.Array) -> jax.Array:
-            rows = pages[block_table[owner]].astype(jnp.float32)  # [M, B, Hkv, page_size, D]
-            return rows.swapaxes(1, 2).reshape(len(q), spec.num_kv_heads, -1, spec.head_dim)
+        def gathered(pages: Pages, scale: jax.Array | None) -> jax.Array:
+            # [M, B, page_size, Hkv, ...]
+            taken = jax.tree.map(lambda a: a[block_table[owner]].swapaxes(2, 3), pages)
+            rows = decode(taken, scale).reshape(len(q), -1, spec.num_kv_heads, spec.head_dim)
+            return rows.swapaxes(1, 2)
 
         q = q.reshape(len(q), spec.num_kv_heads, group, spec.head_dim) * spec.scale
         precision = jax.lax.Precision.HIGHEST
-        scores = jnp.einsum("mhgd,mhkd->mhgk", q, gathered(k_pages), precision=precision)
+        scores = jnp.einsum("mhgd,mhkd->mhgk", q, gathered(k_pages, k_scale), precision=precision)
         if spec.soft_cap is not None:
             scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
         visible = keys_at <= position[:, None]
@@ -75,7 +88,9 @@ def paged_attention(
         else:
             sink = jnp.broadcast_to(sinks.reshape(1, -1, group, 1), (*scores.shape[:3], 1))
             weights = jax.nn.softmax(jnp.concatenate([scores, sink], -1), axis=-1)[..., :-1]
-        out = jnp.einsum("mhgk,mhkd->mhgd", weights, gathered(v_pages), precision=precision)
+        out = jnp.einsum(
+            "mhgk,mhkd->mhgd", weights, gathered(v_pages, v_scale), precision=precision
+        )
         return out.reshape(len(q), -1)
 
     tile = math.gcd(tokens, _TILE) if tokens > _TILE else tokens

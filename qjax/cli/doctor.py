@@ -63,14 +63,14 @@ def _kernels() -> None:
     from pallas_kernels import dispatch
     from pallas_kernels.embedding import embedding
     from pallas_kernels.matmul import WeightSpec, matmul, prepare
-    from pallas_kernels.paged_attention import AttentionSpec, paged_attention
+    from pallas_kernels.paged_attention import AttentionSpec, empty, paged_attention
 
     rows = np.zeros((64, 2 * 20), np.uint8)  # q4_1 [64, 64]
     kind, arrays = prepare(WeightSpec("q4_1", (64, 64)), rows)
     weight = kind, jax.tree.map(jnp.asarray, arrays)
     spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64, scale=1.0, rotary_dim=64)
     x, ids = jnp.zeros((1, 64)), jnp.zeros(1, jnp.int32)
-    pages = jnp.zeros((1, 1, 32, 64), jnp.bfloat16)
+    pages = empty((1, 1, 32, 64), "bfloat16")
     jax.eval_shape(lambda: matmul(x, [weight]))
     jax.eval_shape(lambda: embedding(ids, weight))
     jax.eval_shape(

@@ -17,7 +17,7 @@ from qjax.engine.compile_cache import load_or_compile
 from qjax.engine.scheduler import Plan
 from qjax.engine.step import Rows, State, StepOutput, StepSpec, step, step_results
 from qjax.errors import RequestError
-from qjax.kv_cache import Batch, init_cache
+from qjax.kv_cache import Batch, cache_dtype, init_cache
 from qjax.models.config import ModelConfig
 
 
@@ -27,16 +27,16 @@ class Numerics:
 
     prefill: str
     decode: str
-    cache_dtype: Any
+    cache_dtype: str
 
 
 # A prompt is bound by arithmetic, where int8 products pay; decoding few sequences by memory, where
 # 16-bit activations cost nothing; decoding many by arithmetic again. The choice goes by the most
 # sequences that the engine may run, so that a sequence's tokens do not depend on the others.
 NUMERICS = {
-    "fast": Numerics("int8", "int16", jnp.bfloat16),
-    "fast, many": Numerics("int8", "int8", jnp.bfloat16),
-    "exact": Numerics("exact", "exact", jnp.float32),
+    "fast": Numerics("int8", "int16", "bfloat16"),
+    "fast, many": Numerics("int8", "int8", "bfloat16"),
+    "exact": Numerics("exact", "exact", "float32"),
 }
 FEW = 8
 
@@ -90,7 +90,13 @@ class Runner:
         # Copied, since a donated array must be the device's own.
         self._cache, self._state = jax.device_put(
             (
-                init_cache(config, num_blocks, block_size, self._numerics.cache_dtype, np.zeros),
+                init_cache(
+                    config,
+                    num_blocks,
+                    block_size,
+                    cache_dtype(config, self._numerics.cache_dtype),
+                    np.zeros,
+                ),
                 State(last=np.zeros(max_num_seqs, np.int32)),
             ),
             may_alias=False,

@@ -20,7 +20,7 @@ from flax import nnx
 
 from pallas_kernels.paged_attention import AttentionSpec
 from qjax import ops
-from qjax.kv_cache import Batch
+from qjax.kv_cache import Batch, LayerCache
 from qjax.layers.linear import Linear, Norm
 from qjax.layers.mla_config import MLAConfig
 from qjax.layers.rope import RopeConfig
@@ -76,13 +76,13 @@ class LatentAttention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        layer_cache: tuple[jax.Array, jax.Array],
+        layer_cache: LayerCache,
         batch: Batch,
         tables: dict[RopeConfig, tuple[jax.Array, jax.Array]],
         *,
         norm: jax.Array,
         post_norm: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, LayerCache]:
         """x + attention(norm(x)), with `post_norm` on what is added. x is float32 [T, E]."""
         q, k, v = self._heads(x, batch, tables[self.rope], norm)
         size = self.spec.head_dim

@@ -15,7 +15,7 @@ from flax import nnx
 
 from pallas_kernels.paged_attention import AttentionSpec
 from qjax import ops
-from qjax.kv_cache import Batch, KVCache
+from qjax.kv_cache import Batch, KVCache, LayerCache
 from qjax.layers.attention import Attention
 from qjax.layers.linear import Linear, Norm
 from qjax.layers.mla import LatentAttention
@@ -89,10 +89,10 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        layer_cache: tuple[jax.Array, jax.Array],
+        layer_cache: LayerCache,
         batch: Batch,
         tables: dict[RopeConfig, tuple[jax.Array, jax.Array]],
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, LayerCache]:
         # Without post norms, `post_attention_layernorm` is the one before the feed-forward network.
         if self.post_norms:
             after_attention, before_mlp, after_mlp = (

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from pallas_kernels.hadamard import hadamard
 from pallas_kernels.inputs import FLOATS, Inputs, bounds
 from qjax.qarray import ActSpec, QArray
 
@@ -59,21 +59,6 @@ def inputs(x: jax.Array, w: QArray, rows: jax.Array | None = None) -> jax.Array:
     if w.act is not None:
         x = round_to(x, w.act, aux, rows)
     return x[:, aux["perm"][0]] if "perm" in aux else x
-
-
-def hadamard(x: jax.Array, size: int) -> jax.Array:
-    """Runs of `size` columns of x [T, K], each multiplied by a normalized Hadamard matrix.
-
-    Sylvester's construction, H_2n = [[H_n, H_n], [H_n, -H_n]], one doubling a step: the fast
-    Walsh-Hadamard transform.
-    """
-    runs = x.reshape(-1, size)
-    half = 1
-    while half < size:
-        pairs = runs.reshape(-1, 2, half)
-        runs = jnp.concatenate([pairs[:, :1] + pairs[:, 1:], pairs[:, :1] - pairs[:, 1:]], axis=1)
-        half *= 2
-    return runs.reshape(x.shape) * np.float32(size**-0.5)
 
 
 def round_to(

@@ -6,16 +6,16 @@ import jax
 
 from pallas_kernels import paged_attention as kernels
 from pallas_kernels.paged_attention import AttentionSpec
+from pallas_kernels.paged_attention.pages import FP8
 from pallas_kernels.paged_attention.turn import turn
-from qjax.kv_cache import Batch
-from qjax.ops.activations import nearest
+from qjax.kv_cache import Batch, LayerCache
 
 
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    layer_cache: tuple[jax.Array, jax.Array],
+    layer_cache: LayerCache,
     batch: Batch,
     spec: AttentionSpec,
     *,
@@ -25,7 +25,7 @@ def paged_attention(
     norm_eps: float = 0.0,
     cache_scales: tuple[jax.Array, jax.Array] | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, LayerCache]:
     """Writes k and v of the batch's tokens to the cache and attends with q.
 
     Args:
@@ -33,19 +33,16 @@ def paged_attention(
       layer_cache: (k_pages, v_pages) of this layer.
       rope: (cos, sin), float32 [T, rotary_dim / 2].
       q_norm, k_norm: float32 [head_dim], norms of each head before rope, with `norm_eps`.
-      cache_scales: of k and of v, float32 [1] or [num_kv_heads]. Both are then rounded to
-        float8_e4m3 in multiples of these on their way into the cache, k after rope.
+      cache_scales: of k and of v, float32 [1] or [num_kv_heads], for a cache of an 8-bit float; others
+        do without.
       sinks: float32 [num_heads], see the kernel.
 
     Returns:
       float32 [T, num_heads * head_dim], and the layer's cache.
     """
-    if cache_scales is not None:
-        heads = (len(q), -1, spec.head_dim)
-        q = turn(q.reshape(heads), rope, q_norm, norm_eps).reshape(q.shape)
-        k = _rounded(turn(k.reshape(heads), rope, k_norm, norm_eps), cache_scales[0])
-        v = _rounded(v.reshape(heads), cache_scales[1])
-        rope = q_norm = k_norm = None
+    k_scale = v_scale = None
+    if layer_cache[0].dtype in FP8:
+        k_scale, v_scale = cache_scales or (None, None)
     out, k_pages, v_pages = kernels.paged_attention(
         q,
         k,
@@ -60,6 +57,8 @@ def paged_attention(
         k_norm=k_norm,
         norm_eps=norm_eps,
         sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     return out, (k_pages, v_pages)
 
@@ -68,8 +67,3 @@ def rotate(heads: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """heads float32 [T, H, D] by (cos, sin), float32 [T, D / 2], pairs half apart, where attention
     itself is not to rotate all of a head."""
     return turn(heads, rope)
-
-
-def _rounded(heads: jax.Array, scale: jax.Array) -> jax.Array:
-    """heads [T, H, D] in multiples of the scales [1] or [H] that float8_e4m3 holds: [T, H * D]."""
-    return nearest(heads, scale[:, None], None, "fp8_e4m3").reshape(len(heads), -1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import matmul as kernels
+from pallas_kernels.hadamard import hadamard
 from pallas_kernels.matmul import WeightArrays
 from pallas_kernels.matmul.around import epilogue, rms_norm
 from qjax.ops import activations
@@ -136,7 +137,7 @@ def _product_apart(
         scaled = activations.scaled(x, w)
         y += jnp.matmul(jnp.matmul(scaled, a.T, precision="highest"), b.T, precision="highest")
     if w.hadamard[1]:
-        y = activations.hadamard(y, w.hadamard[1])
+        y = hadamard(y, w.hadamard[1])
     return y
 
 

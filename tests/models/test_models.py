@@ -149,7 +149,7 @@ def test_steps_equal_the_whole(model, golden, name):
     sequences = [ids[0], ids[1, :22]]
     whole = [forward(params, ids) for ids in sequences]
     table = np.random.default_rng(0).permutation(8).reshape(2, 4).astype(np.int32)
-    cache = kv_cache.init_cache(config, 8, 16, jnp.float32)
+    cache = kv_cache.init_cache(config, 8, 16, "float32")
 
     @partial(jax.jit, donate_argnames="cache")
     def step(tree, tokens, batch, cache):
@@ -185,7 +185,7 @@ def test_some_rows_have_logits(model, golden):
         seq_lens=np.array([len(ids)], np.int32),
         block_table=np.zeros((1, 1), np.int32),
     )
-    cache = kv_cache.init_cache(params.config, 1, 32, jnp.float32)
+    cache = kv_cache.init_cache(params.config, 1, 32, "float32")
     hidden, _ = functional.run(params.config, params.tree, jnp.asarray(ids), batch, cache)
     last = functional.logits(params.config, params.tree, hidden[-1:], batch)
     assert difference(last, logits[-1:]) < TOLERANCE

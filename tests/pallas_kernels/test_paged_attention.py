@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import AttentionSpec, paged_attention
+from pallas_kernels.paged_attention import AttentionSpec, empty, paged_attention
 
 EPS = 1e-6
 PAGE = 16
@@ -103,7 +103,7 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
     blocks = -(-max(lengths) // PAGE)
     table = random.permutation(len(lengths) * blocks).reshape(len(lengths), blocks).astype(np.int32)
     shape = (table.size, case.kv_heads, PAGE, case.head_dim)
-    k_pages = v_pages = jnp.zeros(shape, dtype)
+    k_pages = v_pages = empty(shape, dtype)
 
     def draw(tokens, heads):
         return random.standard_normal((tokens, heads, case.head_dim)).astype(np.float32)
@@ -166,12 +166,12 @@ def test_bfloat16_pages_are_bfloat16(implementation):
         jnp.ones((1, 64)),
         jnp.ones((1, 64)),
         jnp.asarray(value),
-        jnp.zeros((1, 1, PAGE, 64), jnp.bfloat16),
-        jnp.zeros((1, 1, PAGE, 64), jnp.bfloat16),
+        empty((1, 1, PAGE, 64), "bfloat16"),
+        empty((1, 1, PAGE, 64), "bfloat16"),
         spec=spec,
         block_table=jnp.zeros((1, 1), jnp.int32),
         query_start_loc=jnp.asarray([0, 1], jnp.int32),
         seq_lens=jnp.asarray([1], jnp.int32),
     )
-    assert v_pages.dtype == jnp.bfloat16
+    assert v_pages.dtype == "bfloat16"
     np.testing.assert_array_equal(out, value.astype(ml_dtypes.bfloat16).astype(np.float32))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, native
-from pallas_kernels.paged_attention import AttentionSpec, paged_attention
+from pallas_kernels.paged_attention import AttentionSpec, Pages, paged_attention
 
 DIM = 64
 
@@ -37,8 +37,8 @@ def call(length, heads=4, kv_heads=2, dim=DIM, page_size=16) -> dict[str, Any]:
             for name, width in widths.items()
         },
         # What is left of an earlier use of a page must not be seen.
-        "k_pages": jnp.full(shape, 50.0),
-        "v_pages": jnp.full(shape, 50.0),
+        "k_pages": Pages(jnp.full(shape, 50.0)),
+        "v_pages": Pages(jnp.full(shape, 50.0)),
         "spec": AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5),
         "block_table": jnp.arange(pages, dtype=jnp.int32)[None, ::-1],
         "query_start_loc": jnp.array([0, length], jnp.int32),
@@ -110,7 +110,7 @@ def test_vmap(compiled):
     q = jnp.stack([arguments["q"], -2 * arguments.pop("q")])
     attend = partial(paged_attention, **arguments, implementation=compiled)
     outs, k_pages, _ = jax.jit(jax.vmap(lambda q: attend(q)))(q)
-    assert k_pages.shape == (2, *arguments["k_pages"].shape)
+    assert k_pages.values.shape == (2, *arguments["k_pages"].values.shape)
     for out, row in zip(outs, q, strict=True):
         np.testing.assert_allclose(out, oracle(arguments | {"q": row}), atol=2e-5)
 
@@ -122,14 +122,16 @@ def test_vmap(compiled):
         ("k", (5, 2 * DIM), "float16", "k is"),
         ("v", (4, 2 * DIM), "float32", "v is"),
         ("q_norm", (32,), "float32", "q_norm is"),
-        ("k_pages", (1, 2, 16, 32), "float32", "pages are"),
+        ("k_pages", (1, 2, 16, 32), "float32", "values of k_pages is"),
+        ("k_pages", (1, 2, 16, DIM), "int8", "scale of k_pages is None"),
         ("query_start_loc", (3,), "int32", "query_start_loc"),
         ("block_table", (2, 1), "int32", "block_table"),
     ],
 )
 def test_arguments_that_contradict_each_other(name, shape, dtype, message):
     arguments = call(5)
-    arguments[name] = jnp.zeros(shape, dtype)
+    array = jnp.zeros(shape, dtype)
+    arguments[name] = Pages(array) if name.endswith("pages") else array
     with pytest.raises(ValueError, match=message):
         paged_attention(**arguments)
 

@@ -1,0 +1,146 @@
+"""What a cache of keys or values holds: numbers as they are, or codes with scales.
+
+float32, bfloat16    the numbers, rounded to that
+fp8_e4m3, fp8_e5m2   x / scale rounded to that, where scale is one number, or one a head, that came
+                     with the model (1 where none did), and x / scale is cut to what the type holds
+int8                 a scale for each token and head: absmax / 127, rounded up to bfloat16
+int4                 a scale and a zero point for each token and head: with low = min x, high =
+                     max x, scale = max((high - low) / 15, absmax / 120) rounded up to bfloat16,
+                     zero = round(low / scale), code = clip(round(x / scale) - zero, 0, 15); what
+                     is cached is (code + zero) * scale. Keys, and queries with them, are turned by
+                     a Hadamard matrix first, which spreads outliers over all channels and changes
+                     no score (QuaRot, arXiv 2404.00456)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hadamard import hadamard
+
+FP8 = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
+CACHE_DTYPES = ("float32", "bfloat16", *FP8, "int8", "int4")
+_PLAIN = {jnp.dtype(dtype): name for name, dtype in FP8.items()} | {
+    jnp.dtype("float32"): "float32",
+    jnp.dtype("bfloat16"): "bfloat16",
+    jnp.dtype("int8"): "int8",
+    jnp.dtype("uint8"): "int4",
+}
+
+
+class Pages(NamedTuple):
+    """The pages of keys, or of values, of one layer; a pytree.
+
+    How a page's values lie inside it is private to the implementation that wrote them.
+
+    Attributes:
+      values: [P, num_kv_heads, page_size, head_dim] of float32, bfloat16, a float8 or int8; uint8
+        [P, num_kv_heads, page_size, head_dim / 2] of int4.
+      scale: bfloat16 [P, num_kv_heads, page_size], of int8 and int4.
+      zero: int8 [P, num_kv_heads, page_size], of int4.
+    """
+
+    values: Any
+    scale: Any = None
+    zero: Any = None
+
+    @property
+    def dtype(self) -> str:
+        """Which of `CACHE_DTYPES` this is."""
+        return _PLAIN[jnp.dtype(self.values.dtype)]
+
+    @property
+    def page_size(self) -> int:
+        return self.values.shape[2]
+
+
+def empty(
+    shape: tuple[int, int, int, int],
+    dtype: str,
+    zeros: Callable[[tuple[int, ...], Any], Any] = jnp.zeros,
+) -> Pages:
+    """Pages of zeros.
+
+    Args:
+      shape: (P, num_kv_heads, page_size, head_dim).
+      dtype: one of `CACHE_DTYPES`.
+      zeros: makes the arrays from shape and dtype.
+
+    Raises:
+      ValueError: there is no such dtype, or head_dim is odd and codes of 4 bits go in pairs.
+    """
+    if dtype not in CACHE_DTYPES:
+        raise ValueError(f"cache dtype {dtype!r} is none of {', '.join(CACHE_DTYPES)}")
+    if dtype == "int4":
+        *lead, head_dim = shape
+        if head_dim % 2:
+            raise ValueError(f"an int4 cache of heads of {head_dim} dimensions, which is odd")
+        codes = zeros((*lead, head_dim // 2), jnp.uint8)
+        return Pages(codes, zeros(tuple(lead), jnp.bfloat16), zeros(tuple(lead), jnp.int8))
+    values = zeros(shape, FP8[dtype] if dtype in FP8 else jnp.dtype(dtype))
+    return Pages(values, zeros(shape[:-1], jnp.bfloat16) if dtype == "int8" else None)
+
+
+def encode(x: jax.Array, dtype: str, scale: jax.Array | None = None) -> Pages:
+    """What is cached of x (keys rotated already).
+
+    Args:
+      x: float32 [..., H, D].
+      scale: float32 [1] or [H], of float8 only.
+
+    Returns:
+      values [..., H, D] (uint8 [..., H, D / 2] of int4: element i in the low nibble of byte i, i +
+      D / 2 in the high one), and scale and zero [..., H].
+    """
+    if dtype in FP8:
+        top = float(jnp.finfo(FP8[dtype]).max)
+        x = x if scale is None else x / scale[:, None]
+        return Pages(jnp.clip(x, -top, top).astype(FP8[dtype]))
+    if dtype == "int8":
+        step = _round_up(jnp.abs(x).max(-1) / 127)
+        codes = jnp.round(x / _nonzero(step)[..., None])
+        return Pages(jnp.clip(codes, -127, 127).astype(jnp.int8), step.astype(jnp.bfloat16))
+    if dtype == "int4":
+        low, high = x.min(-1), x.max(-1)
+        step = _round_up(jnp.maximum((high - low) / 15, jnp.maximum(-low, high) / 120))
+        zero = jnp.round(low / _nonzero(step))
+        codes = jnp.round(x / _nonzero(step)[..., None]) - zero[..., None]
+        codes = jnp.clip(codes, 0, 15).astype(jnp.uint8)
+        first, second = jnp.split(codes, 2, axis=-1)
+        return Pages(first | second << 4, step.astype(jnp.bfloat16), zero.astype(jnp.int8))
+    return Pages(x.astype(dtype))
+
+
+def decode(pages: Pages, scale: jax.Array | None = None) -> jax.Array:
+    """What `encode` cached: float32 [..., H, D]."""
+    dtype, values = pages.dtype, pages.values
+    if dtype == "int4":
+        codes = jnp.concatenate([values & 15, values >> 4], axis=-1).astype(jnp.float32)
+        codes = codes + pages.zero[..., None].astype(jnp.float32)
+        return codes * pages.scale[..., None].astype(jnp.float32)
+    x = values.astype(jnp.float32)
+    if dtype == "int8":
+        return x * pages.scale[..., None].astype(jnp.float32)
+    return x * scale[:, None] if dtype in FP8 and scale is not None else x
+
+
+def turned(keys: jax.Array) -> jax.Array:
+    """Keys or queries [..., D] of an int4 cache: runs of channels, as many as the largest power of
+    two that divides D, times the normalized Hadamard matrix."""
+    head_dim = keys.shape[-1]
+    return hadamard(keys, head_dim & -head_dim)
+
+
+def _round_up(x: jax.Array) -> jax.Array:
+    """The next bfloat16 at or above x >= 0, as float32."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0xFFFF)
+    return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+def _nonzero(step: jax.Array) -> jax.Array:
+    return jnp.where(step == 0, 1, step)
