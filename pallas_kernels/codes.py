@@ -254,7 +254,7 @@ def scaled(
     additive: bool = False,
     xp: ModuleType = jnp,
 ) -> Array:
-    """The weight, float32 [..., N, K], of what its codes stand for; arguments as of `dequantize`."""
+    """The weight, float32 [..., N, K], that these values of codes make, see `dequantize`."""
     k, whole = shape[1], decoded.shape
     scale = scale.astype(np.float32)
     if global_scale is not None:

@@ -68,8 +68,8 @@ def matmul(
       residual: float32 [T, N], added last; one output only.
       post_norm: float32 [N], RMSNorm of the output before the residual; one output only.
       activation_dtype: what the (normed) x may be rounded to before the product: "float32" not at
-        all; "bfloat16", and with it decoded weights; "int16" or "int8" in blocks of 32 along K with scale absmax / 32639 (what two
-        signed bytes hold) or absmax / 127.
+        all; "bfloat16", and with it decoded weights; "int16" or "int8" in blocks of 32 along K
+        with scale absmax / 32639 (what two signed bytes hold) or absmax / 127.
         With int8, what rounding left over of the two blocks with the largest scales of each row is
         rounded in the same way and added, since these blocks hold most of the error. An
         implementation that gains nothing by rounding leaves x as it is. With all but "bfloat16",
