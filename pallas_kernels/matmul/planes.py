@@ -8,9 +8,9 @@ byte, so that a kernel unpacks with one shift and one mask and never moves a cod
   8, j + 2 * block * w / 8 and so on of the block, from its low bits up: the low nibbles of a plane
   of 4 bits are the first half of the block, the high ones the second.
 
-"planes" has [N, bytes of all blocks of the first plane, then of the second ...], and scales and zero
-points [groups of columns, groups of rows]. "planes_t" has the bytes the other way round, [bytes, N],
-as TPUs like them: columns of the weight along sublanes, outputs along lanes.
+"planes" has [N, bytes of all blocks of the first plane, then of the second ...], and scales and
+zero points [groups of columns, groups of rows]. "planes_t" has the bytes the other way round,
+[bytes, N], as TPUs like them: columns of the weight along sublanes, outputs along lanes.
 
 K is filled up to whole blocks; columns added so meet inputs of zero. Everything is undone exactly.
 """
@@ -78,7 +78,7 @@ def widths_of(bits: int) -> tuple[int, ...]:
 
 
 def block_of(k: int, bits: int) -> tuple[int, int]:
-    """(columns of a block, K filled up to whole ones): the largest block that K is a multiple of."""
+    """(columns of a block, K filled up to whole blocks): the largest that divides K."""
     narrowest = widths_of(bits)[-1]
     fitting = [size for size in BLOCKS if size * narrowest // 8 >= LEAST_SEGMENT]
     block = next((size for size in fitting if k % size == 0), fitting[-1])

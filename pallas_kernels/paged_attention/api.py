@@ -47,8 +47,8 @@ def paged_attention(
 
     Args:
       q: float32 [T, num_heads * head_dim]. k, v: float32 [T, num_kv_heads * head_dim].
-      k_pages, v_pages: both of the same dtype, see `Pages`. How a page is laid out inside is private
-        to the implementation: a cache belongs to the one that wrote it.
+      k_pages, v_pages: both of the same dtype, see `Pages`. How a page is laid out inside is
+        private to the implementation: a cache belongs to the one that wrote it.
       block_table: int32 [S, B]. query_start_loc: int32 [S + 1]. seq_lens: int32 [S], new tokens
         included.
       rope: (cos, sin), float32 [T, rotary_dim / 2]. The two halves (x1, x2) of the rotary

@@ -1,15 +1,17 @@
 """What a cache of keys or values holds: numbers as they are, or codes with scales.
 
-float32, bfloat16    the numbers, rounded to that
-fp8_e4m3, fp8_e5m2   x / scale rounded to that, where scale is one number, or one a head, that came
-                     with the model (1 where none did), and x / scale is cut to what the type holds
-int8                 a scale for each token and head: absmax / 127, rounded up to bfloat16
-int4                 a scale and a zero point for each token and head: with low = min x, high =
-                     max x, scale = max((high - low) / 15, absmax / 120) rounded up to bfloat16,
-                     zero = round(low / scale), code = clip(round(x / scale) - zero, 0, 15); what
-                     is cached is (code + zero) * scale. Keys, and queries with them, are turned by
-                     a Hadamard matrix first, which spreads outliers over all channels and changes
-                     no score (QuaRot, arXiv 2404.00456)
+float32, bfloat16: the numbers, rounded to that.
+
+fp8_e4m3, fp8_e5m2: x / scale rounded to that, where scale is one number, or one a head, that came
+with the model (1 where none did), and x / scale is cut to what the type holds.
+
+int8: a scale for each token and head, absmax / 127, rounded up to bfloat16.
+
+int4: a scale and a zero point for each token and head. With low = min x and high = max x, scale =
+max((high - low) / 15, absmax / 120) rounded up to bfloat16, zero = round(low / scale), code =
+clip(round(x / scale) - zero, 0, 15); what is cached is (code + zero) * scale. Keys, and queries
+with them, are turned by a Hadamard matrix first, which spreads outliers over all channels and
+changes no score (QuaRot, arXiv 2404.00456).
 """
 
 from __future__ import annotations

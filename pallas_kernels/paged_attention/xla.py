@@ -69,7 +69,6 @@ def paged_attention(
         q, owner, position = tile  # [M, Hq, D], [M], [M]
 
         def gathered(pages: Pages, scale: jax.Array | None) -> jax.Array:
-            # [M, B, page_size, Hkv, ...]
             taken = jax.tree.map(lambda a: a[block_table[owner]].swapaxes(2, 3), pages)
             rows = decode(taken, scale).reshape(len(q), -1, spec.num_kv_heads, spec.head_dim)
             return rows.swapaxes(1, 2)

@@ -33,8 +33,8 @@ def paged_attention(
       layer_cache: (k_pages, v_pages) of this layer.
       rope: (cos, sin), float32 [T, rotary_dim / 2].
       q_norm, k_norm: float32 [head_dim], norms of each head before rope, with `norm_eps`.
-      cache_scales: of k and of v, float32 [1] or [num_kv_heads], for a cache of an 8-bit float; others
-        do without.
+      cache_scales: of k and of v, float32 [1] or [num_kv_heads], for a cache of an 8-bit float;
+        others do without.
       sinks: float32 [num_heads], see the kernel.
 
     Returns:
