@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.matmul import xla
+from pallas_kernels.matmul import planes, xla
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, require_canonical
 
 
@@ -24,7 +24,8 @@ def matmul_grouped(
 ) -> jax.Array:
     """See `pallas_kernels.matmul_grouped.api.matmul_grouped`."""
     spec, arrays = weight
-    require_canonical(spec)
+    if spec.layout not in planes.LAYOUTS:
+        require_canonical(spec)
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(len(x))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.embedding import embedding
-from pallas_kernels.matmul import WeightSpec, prepare
+from pallas_kernels.matmul import WeightSpec, planes, prepare
 from tests.pallas_kernels.coded import Coded, draw
 from tests.pallas_kernels.products import EVERY_TYPE
 
@@ -64,6 +64,17 @@ def test_rows_of_codes_are_decoded_exactly(implementation):
         CODES, look_up(ids, [arrays for _, arrays in tables]), expected, strict=True
     ):
         np.testing.assert_array_equal(got, wanted, str(kind))
+
+
+@pytest.mark.parametrize("layout", planes.LAYOUTS)
+def test_rows_of_planes_are_decoded_exactly(layout):
+    """As an accelerator holds them."""
+    ids = np.array([0, 39, 7, 7, 16], np.int32)
+    for kind in CODES[1], CODES[6], CODES[8], CODES[9]:
+        arrays, decoded = draw(kind)
+        spec, laid_out = planes.prepare(kind.spec, arrays, layout)
+        got = embedding(ids, (spec, jax.tree.map(jnp.asarray, laid_out)), implementation="xla")
+        np.testing.assert_array_equal(got, decoded.astype(np.float32)[ids], str(kind))
 
 
 def test_ids_outside_are_clipped(implementation, golden_weight):
