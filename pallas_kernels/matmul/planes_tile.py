@@ -1,0 +1,134 @@
+"""Decoding of a tile of a weight in planes (see `planes`), as plain jnp on values, inside kernels.
+
+A block of columns falls into segments: the columns that one field of the narrowest plane runs over.
+A wider plane has the bytes of several segments beside each other before its next field begins:
+
+    segments of a block:  8 / narrowest width
+    segment s of a plane: run s % (width / narrowest) of its bytes, field s // (width / narrowest)
+
+A kernel loads the runs of each plane, [outputs, columns of a segment] (or [columns, outputs], or a
+part of the columns), and takes from them one segment after the other. Nothing here knows which way
+round a tile lies. Bytes are uint8 or int32, as the backend likes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.codes import CODES, ML_DTYPES
+from pallas_kernels.matmul.planes import Planes
+
+
+def segments(planes: Planes) -> int:
+    """How many segments a block has."""
+    return 8 // planes.widths[-1]
+
+
+def segment_columns(planes: Planes) -> int:
+    """How many columns a segment has."""
+    return planes.block * planes.widths[-1] // 8
+
+
+def runs(planes: Planes) -> tuple[int, ...]:
+    """How many runs of bytes, as long as a segment has columns, each plane has in a block."""
+    return tuple(width // planes.widths[-1] for width in planes.widths)
+
+
+def codes(tiles: Sequence[Sequence[jax.Array]], planes: Planes, segment: int) -> jax.Array:
+    """Codes of one segment, unsigned, of the dtype of the bytes.
+
+    Args:
+      tiles: for each plane its runs, all of one shape.
+    """
+    result, shift = None, 0
+    for parts, width, count in zip(tiles, planes.widths, runs(planes), strict=True):
+        field, run = divmod(segment, count)
+        part = parts[run]
+        if field:
+            part = part >> field * width
+        if width < 8:
+            part = part & ((1 << width) - 1)
+        part = part << shift if shift else part
+        result = part if result is None else result | part
+        shift += width
+    assert result is not None
+    return result
+
+
+def values(codes: jax.Array, planes: Planes, dtype: Any, codebook: Any = None) -> jax.Array:
+    """What codes stand for before they are scaled and without their zero points.
+
+    Args:
+      codes: uint8 or int32, unsigned.
+      dtype: float32, or bfloat16, which holds all but the entries of codebooks exactly.
+      codebook: the 16 entries of a "lookup" type: scalars of `dtype`.
+    """
+    if planes.value == "lookup":
+        return lookup(codes, codebook)
+    if planes.value == "float":
+        exponent = CODES[planes.qtype].exponent
+        if planes.bits == 8 and codes.dtype == jnp.uint8:
+            return lax.bitcast_convert_type(codes, ML_DTYPES[planes.qtype]).astype(dtype)
+        return small_float(codes, exponent, planes.bits - 1 - exponent, dtype)
+    if planes.value == "signed":
+        if codes.dtype == jnp.uint8:
+            return lax.bitcast_convert_type(codes, jnp.int8).astype(dtype)
+        return ((codes ^ 128) - 128).astype(dtype)
+    number = codes.astype(dtype)
+    return number - jnp.asarray(planes.offset, dtype) if planes.offset else number
+
+
+def small_float(codes: jax.Array, exponent: int, mantissa: int, dtype: Any) -> jax.Array:
+    """Sign, exponent and mantissa bits as float32 or bfloat16, exactly; no code is inf or NaN.
+
+    The bits of a normal number are moved to where `dtype` has them, with its bias; a subnormal one
+    is an integer times a power of two. No subnormal number of `dtype` occurs: TPUs have none.
+    """
+    word, fraction = (jnp.int32, 23) if dtype == jnp.float32 else (jnp.int16, 7)
+    bias = (1 << (exponent - 1)) - 1
+    codes = codes.astype(word)
+    magnitude = codes & ((1 << (exponent + mantissa)) - 1)
+    normal = (magnitude << (fraction - mantissa)) + ((127 - bias) << fraction)
+    subnormal = magnitude.astype(dtype) * jnp.asarray(2.0 ** (1 - bias - mantissa), dtype)
+    number = jnp.where(
+        magnitude < 1 << mantissa, subnormal, lax.bitcast_convert_type(normal, dtype)
+    )
+    return jnp.where(codes < 1 << (exponent + mantissa), number, -number)
+
+
+def lookup(codes: jax.Array, codebook: Sequence[Any]) -> jax.Array:
+    """Entries of a codebook (scalars, a power of two of them), chosen by a tree of selects."""
+    chosen, bit = list(codebook), 1
+    while len(chosen) > 1:
+        odd = (codes & bit) != 0
+        chosen = [
+            jnp.where(odd, high, low) for low, high in zip(chosen[::2], chosen[1::2], strict=True)
+        ]
+        bit <<= 1
+    return chosen[0]
+
+
+def e8m0(scale: jax.Array) -> jax.Array:
+    """Bytes (uint8 or int32) of float8_e8m0fnu as float32: 2 ** (byte - 127), and NaN for 255."""
+    byte = scale.astype(jnp.int32)
+    bits = jnp.where(byte == 0, 1 << 22, byte << 23)  # 2 ** -127 is subnormal
+    return lax.bitcast_convert_type(jnp.where(byte == 255, 0x7FC00000, bits), jnp.float32)
+
+
+def scales(scale: jax.Array, dtype: str) -> jax.Array:
+    """Scales as a kernel loaded them, as float32.
+
+    Args:
+      scale: of type `dtype`, or its bytes (uint8) where that is a float of 8 bits.
+      dtype: name of the dtype of the stored scales.
+    """
+    if dtype == "float8_e8m0fnu":
+        return e8m0(scale)
+    if dtype == "float8_e4m3fn":
+        return small_float(scale, 4, 3, jnp.float32)
+    return scale.astype(jnp.float32)
