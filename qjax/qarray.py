@@ -17,9 +17,10 @@ from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec, deco
 from qjax.errors import UnsupportedError
 from qjax.qtypes import QTYPES
 
+_WEIGHT_AUX = WeightArrays._fields[3:]
 AUX_KEYS = frozenset(
     {
-        *("global_scale", "codebook"),  # of the weight
+        *_WEIGHT_AUX,  # global_scale, codebook, super_scale, super_zero
         *("perm", "act_pre_scale", "act_scale", "act_zero_point", "act_global_scale"),  # of inputs
         *("lora_a", "lora_b", "output_perm"),  # of outputs
     }
@@ -41,10 +42,11 @@ class QArray:
       qtype: key of `QTYPES`.
       shape: logical (N, K), without leading axes.
       scale: of codes, [..., ceil(N / rows), ceil(K / columns)] of a float dtype. None for block
-        types, which carry their own.
+        types, which carry their own (but where a private layout takes blocks apart).
       zero_point: None, or like scale, of an integer or float dtype.
       aux: further arrays by reserved key, see `AUX_KEYS`: global_scale float32 [..., 1, 1]
-        (multiplies scale); codebook float32 [..., 1, entries]; perm int32 [1, K] (input columns are
+        (multiplies scale); codebook float32 [..., 1, entries]; super_scale, super_zero (of a layout
+        that takes blocks apart, see `WeightArrays`); perm int32 [1, K] (input columns are
         taken in this order first); act_pre_scale [1, K] (multiplies the input); act_scale,
         act_zero_point, act_global_scale [1, 1]; lora_a [R, K] and lora_b [N, R];
         output_perm int32 [1, N] (output i is that of the stored row output_perm[i]).
@@ -81,7 +83,8 @@ class QArray:
         if len(self.shape) != 2:
             raise ValueError(f"QArray: shape {self.shape} is not (N, K)")
         blocks = QTYPES[self.qtype].is_blocks
-        if blocks and not (self.scale is None and self.zero_point is None and self.group is None):
+        whole = blocks and self.layout == CANONICAL
+        if whole and not (self.scale is None and self.zero_point is None and self.group is None):
             raise ValueError(f"QArray: {self.qtype} blocks carry their own scales and zero points")
         if not blocks and self.group is None:
             raise ValueError(f"QArray: {self.qtype} codes need a group (rows, columns) of scales")
@@ -242,9 +245,8 @@ class QArray:
     @property
     def arrays(self) -> WeightArrays:
         """What a kernel computes with."""
-        aux = self.aux
         return WeightArrays(
-            self.qvalue, self.scale, self.zero_point, aux.get("global_scale"), aux.get("codebook")
+            self.qvalue, self.scale, self.zero_point, *map(self.aux.get, _WEIGHT_AUX)
         )
 
     @property
@@ -275,7 +277,8 @@ class QArray:
 
     def with_arrays(self, layout: str, arrays: WeightArrays) -> QArray:
         """The same weight with its arrays laid out anew."""
-        aux = {key: getattr(arrays, key, value) for key, value in self.aux.items()}
+        aux = {key: value for key, value in self.aux.items() if key not in _WEIGHT_AUX}
+        aux |= {key: array for key in _WEIGHT_AUX if (array := getattr(arrays, key)) is not None}
         return replace(
             self,
             layout=layout,

@@ -35,9 +35,9 @@ def embedding(ids: jax.Array, table: tuple[WeightSpec, WeightArrays]) -> jax.Arr
 
 def _from_planes(ids: jax.Array, spec: WeightSpec, arrays: WeightArrays) -> jax.Array:
     """The same from a table in one of the layouts of `planes`, whose scales run along columns."""
-    assert spec.group is not None
+    group = planes.describe(spec).group
     ids = jnp.clip(ids, 0, spec.shape[0] - 1)
-    groups = ids // spec.group[0]
+    groups = ids // group[0]
 
     def rows(array: jax.Array | None) -> jax.Array | None:
         return array if array is None or array.shape[1] == 1 else array[:, groups]
@@ -47,6 +47,8 @@ def _from_planes(ids: jax.Array, spec: WeightSpec, arrays: WeightArrays) -> jax.
         qvalue=arrays.qvalue[:, ids] if transposed else arrays.qvalue[ids],
         scale=rows(arrays.scale),
         zero_point=rows(arrays.zero_point),
+        super_scale=rows(arrays.super_scale),
+        super_zero=rows(arrays.super_zero),
     )
-    shape, group = (len(ids), spec.shape[1]), (1, spec.group[1])
-    return planes.decode(replace(spec, shape=shape, group=group), picked)
+    own = None if spec.group is None else (1, group[1])
+    return planes.decode(replace(spec, shape=(len(ids), spec.shape[1]), group=own), picked)

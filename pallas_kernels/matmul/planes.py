@@ -12,6 +12,11 @@ byte, so that a kernel unpacks with one shift and one mask and never moves a cod
 zero points [groups of columns, groups of rows]. "planes_t" has the bytes the other way round,
 [bytes, N], as TPUs like them: columns of the weight along sublanes, outputs along lanes.
 
+Blocks of GGUF are taken apart for it (`planes_gguf`). Scales of some have two levels: integers,
+uint8 or int8 [K / columns, N], times `super_scale`, float16 [K / 256, N]; zero points likewise
+times `super_zero`. Such a weight is code * (super_scale * scale) + super_zero * zero_point, all in
+float32.
+
 K is filled up to whole blocks; columns added so meet inputs of zero. Everything is undone exactly.
 """
 
@@ -25,11 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import codes
+from pallas_kernels.matmul import planes_gguf
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec, rounded
 
 PLANES, TRANSPOSED = "planes", "planes_t"
 LAYOUTS = (PLANES, TRANSPOSED)
 BLOCKS = (256, 128, 64)
+SUPER_COLUMNS = 256
 LEAST_SEGMENT = 16  # columns that a byte's field runs over; what a matrix unit takes at least
 
 
@@ -44,8 +51,11 @@ class Planes:
       block: columns of a block.
       value: what a code is: "int" (less `offset`), "signed" (two's complement, 8 bits), "float" (of
         `qtype`), "lookup" (an entry of the codebook).
+      qtype: of the codes, key of `codes.CODES`.
       group: rows and columns that share a scale.
       zero: None; "subtract", (code - zero) * scale; or "add", code * scale + zero.
+      super_columns: columns that share a `super_scale`, and a `super_zero` if there is a zero; None
+        where scales have one level.
     """
 
     shape: tuple[int, int]
@@ -58,6 +68,7 @@ class Planes:
     offset: int
     group: tuple[int, int]
     zero: str | None
+    super_columns: int | None = None
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -91,15 +102,22 @@ def describe(spec: WeightSpec) -> Planes:
     Raises:
       NotImplementedError: the layouts do not hold it; the reason is the message.
     """
-    if spec.is_blocks:
+    if spec.qtype in planes_gguf.TYPES:
+        blocks = planes_gguf.TYPES[spec.qtype]
+        qtype, group = blocks.qtype, (1, blocks.columns)
+        zero = None if blocks.half_zero is None else "add"
+        super_columns = SUPER_COLUMNS if blocks.scales else None
+    elif spec.is_blocks:
         raise NotImplementedError(f"no layout of planes for blocks of type {spec.qtype}")
-    code = codes.CODES[spec.qtype]
+    else:
+        qtype, group, super_columns = spec.qtype, spec.group, None
+        zero = None if spec.zero_point is None else "add" if spec.additive else "subtract"
+    code = codes.CODES[qtype]
     kinds = {"uint": "int", "int": "signed", "float": "float", "lookup": "lookup"}
     if code.kind not in kinds or code.bits > 8:
-        raise NotImplementedError(f"no layout of planes for codes of type {spec.qtype}")
-    assert spec.group is not None
+        raise NotImplementedError(f"no layout of planes for codes of type {qtype}")
+    assert group is not None
     block, k = block_of(spec.shape[1], code.bits)
-    zero = None if spec.zero_point is None else "add" if spec.additive else "subtract"
     return Planes(
         spec.shape,
         k,
@@ -107,10 +125,11 @@ def describe(spec: WeightSpec) -> Planes:
         widths_of(code.bits),
         block,
         kinds[code.kind],
-        spec.qtype,
+        qtype,
         code.zero,
-        spec.group,
+        group,
         zero,
+        super_columns,
     )
 
 
@@ -120,15 +139,23 @@ def prepare(spec: WeightSpec, arrays: WeightArrays, layout: str) -> tuple[Weight
     Raises:
       NotImplementedError: see `describe`.
     """
-    planes = describe(spec)
-    unpacked = codes.unpack(np.asarray(arrays.qvalue), planes.bits, spec.shape[1], np)
+    planes, raw = describe(spec), np.asarray(arrays.qvalue)
+    if spec.is_blocks:
+        unpacked, *scales = planes_gguf.take_apart(raw, spec.qtype)
+        names = planes_gguf.Parts._fields[1:]
+        arrays = WeightArrays(
+            raw, codebook=planes_gguf.codebook(spec.qtype, raw.shape[:-2])
+        )._replace(**dict(zip(names, scales, strict=True)))
+    else:
+        unpacked = codes.unpack(raw, planes.bits, spec.shape[1], np)
     qvalue = pack(unpacked, planes)
     if layout == TRANSPOSED:
         qvalue = np.ascontiguousarray(qvalue.swapaxes(-1, -2))
-    laid_out = arrays._replace(
-        qvalue=qvalue, scale=_turned(arrays.scale), zero_point=_turned(arrays.zero_point)
+    laid_out = _turned(arrays._replace(qvalue=qvalue))
+    spec = replace(
+        spec, layout=layout, scale=_dtype(arrays.scale), zero_point=_dtype(arrays.zero_point)
     )
-    return replace(spec, layout=layout), laid_out
+    return spec, laid_out
 
 
 def unprepare(spec: WeightSpec, arrays: WeightArrays) -> tuple[WeightSpec, WeightArrays]:
@@ -138,11 +165,12 @@ def unprepare(spec: WeightSpec, arrays: WeightArrays) -> tuple[WeightSpec, Weigh
     if spec.layout == TRANSPOSED:
         qvalue = qvalue.swapaxes(-1, -2)
     unpacked = unpack(qvalue, planes, np)[..., : spec.shape[1]]
-    canonical = arrays._replace(
-        qvalue=codes.pack(unpacked, planes.bits),
-        scale=_turned(arrays.scale),
-        zero_point=_turned(arrays.zero_point),
-    )
+    arrays = _turned(arrays)
+    if spec.is_blocks:
+        scales = (getattr(arrays, name) for name in planes_gguf.Parts._fields[1:])
+        raw = planes_gguf.put_together(planes_gguf.Parts(unpacked, *scales), spec.qtype)
+        return replace(spec, layout=CANONICAL, scale=None, zero_point=None), WeightArrays(raw)
+    canonical = arrays._replace(qvalue=codes.pack(unpacked, planes.bits))
     return replace(spec, layout=CANONICAL), canonical
 
 
@@ -181,20 +209,46 @@ def decode(spec: WeightSpec, arrays: WeightArrays) -> Any:
     if spec.layout == TRANSPOSED:
         qvalue = qvalue.swapaxes(-1, -2)
     unpacked = unpack(qvalue, planes)[..., : spec.shape[1]]
-    scale, zero = (
-        a if a is None else a.swapaxes(-1, -2) for a in (arrays.scale, arrays.zero_point)
-    )
+    scale, zero = scales(planes, arrays)
     weight = codes.scaled(
-        codes.meanings(unpacked, spec.qtype, arrays.codebook),
+        codes.meanings(unpacked, planes.qtype, arrays.codebook),
         spec.shape,
         planes.group,
-        scale,
-        zero,
+        scale.swapaxes(-1, -2),
+        None if zero is None else zero.swapaxes(-1, -2),
         arrays.global_scale,
-        spec.additive,
+        planes.zero == "add",
     )
     return rounded(weight, spec)
 
 
-def _turned(array: Any) -> Any:
-    return None if array is None else np.ascontiguousarray(np.asarray(array).swapaxes(-1, -2))
+def scales(planes: Planes, arrays: WeightArrays) -> tuple[Any, Any]:
+    """Scale and zero point, [..., groups of columns, groups of rows]: of one level as they are
+    stored, of two multiplied out, float32.
+    """
+    if planes.super_columns is None:
+        return arrays.scale, arrays.zero_point
+    times = planes.super_columns // planes.group[1]
+
+    def whole(fine: Any, coarse: Any) -> Any:
+        if fine is None:
+            return None
+        return fine.astype(np.float32) * jnp.repeat(coarse.astype(np.float32), times, axis=-2)
+
+    return whole(arrays.scale, arrays.super_scale), whole(arrays.zero_point, arrays.super_zero)
+
+
+_TURNED = ("scale", "zero_point", "super_scale", "super_zero")
+
+
+def _turned(arrays: WeightArrays) -> WeightArrays:
+    """With groups of rows and of columns the other way round; of numpy arrays."""
+
+    def turned(array: Any) -> Any:
+        return None if array is None else np.ascontiguousarray(np.asarray(array).swapaxes(-1, -2))
+
+    return arrays._replace(**{name: turned(getattr(arrays, name)) for name in _TURNED})
+
+
+def _dtype(array: Any) -> str | None:
+    return None if array is None else np.dtype(array.dtype).name

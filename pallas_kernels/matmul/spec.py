@@ -25,6 +25,8 @@ class WeightArrays(NamedTuple):
       scale, zero_point: [..., groups of rows, groups of columns].
       global_scale: float32 [..., 1, 1], multiplies the scales.
       codebook: float32 [..., 1, entries] of a lookup type.
+      super_scale, super_zero: float16, what scales and zero points of two levels are multiplied
+        by; in the layouts of `planes` only.
     """
 
     qvalue: Any
@@ -32,6 +34,8 @@ class WeightArrays(NamedTuple):
     zero_point: Any = None
     global_scale: Any = None
     codebook: Any = None
+    super_scale: Any = None
+    super_zero: Any = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class WeightSpec:
         `WeightArrays` says), or the name of the private tiling of one implementation, which its
         `prepare` makes and its `unprepare` undoes.
       group: rows and columns that share a scale; None for blocks, which carry theirs.
-      scale, zero_point: names of the dtypes of these arrays, or None.
+      scale, zero_point: names of the dtypes of these arrays, or None. (Blocks have them where a
+        layout takes them apart.)
       has_global_scale: whether there is one.
       additive: a weight is code * scale + zero_point, not (code - zero_point) * scale.
       rounded: "bfloat16" or "float16": weights of codes are rounded to it once they are scaled.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import matmul as kernels
-from pallas_kernels import native
+from pallas_kernels import native, platform, unpack
 from qjax import ops
 from qjax.kv_cache import Batch
 from qjax.qarray import ActSpec, QArray
@@ -182,3 +182,18 @@ def test_one_call_serves_weights_with_inputs_of_their_own(calls, numerics):
         np.testing.assert_allclose(y, x @ A.T, atol=0.05)
         alone = ops.linear(X, weight, batch=batch(numerics, tokens=9))
         np.testing.assert_array_equal(y, alone)
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+@pytest.mark.parametrize("qtype", ["q2_k", "q4_0", "q6_k", "iq4_nl"])
+def test_stacked_blocks_are_taken_apart_for_accelerators_and_put_together(qtype, device):
+    elements, size = unpack.BLOCKS[qtype]
+    raw = RNG.integers(0, 256, (2, 16, 512 // elements * size), np.uint8)
+    weight = QArray(raw, qtype, (16, 512))
+    with platform.assume(device):
+        laid_out = ops.prepare(weight)
+    assert laid_out.layout.startswith("planes")
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(laid_out))
+    back = ops.unprepare(laid_out)
+    assert jax.tree.structure(back) == jax.tree.structure(weight)
+    np.testing.assert_array_equal(back.qvalue, raw)

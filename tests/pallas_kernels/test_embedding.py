@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.embedding import embedding
-from pallas_kernels.matmul import WeightSpec, planes, prepare
+from pallas_kernels.matmul import WeightArrays, WeightSpec, planes, prepare
 from tests.pallas_kernels.coded import Coded, draw
 from tests.pallas_kernels.products import EVERY_TYPE
 
@@ -75,6 +75,16 @@ def test_rows_of_planes_are_decoded_exactly(layout):
         spec, laid_out = planes.prepare(kind.spec, arrays, layout)
         got = embedding(ids, (spec, jax.tree.map(jnp.asarray, laid_out)), implementation="xla")
         np.testing.assert_array_equal(got, decoded.astype(np.float32)[ids], str(kind))
+
+
+@pytest.mark.parametrize("layout", planes.LAYOUTS)
+def test_rows_of_blocks_in_planes_are_decoded_exactly(golden_weight, layout):
+    ids = np.array([0, 39, 7, 7, 16], np.int32)
+    for qtype in ("q4_k", "q5_0", "iq4_xs"):
+        raw, decoded = golden_weight(qtype, 40, 512)
+        spec, laid_out = planes.prepare(WeightSpec(qtype, (40, 512)), WeightArrays(raw), layout)
+        got = embedding(ids, (spec, jax.tree.map(jnp.asarray, laid_out)), implementation="xla")
+        np.testing.assert_array_equal(got, decoded[ids], qtype)
 
 
 def test_ids_outside_are_clipped(implementation, golden_weight):

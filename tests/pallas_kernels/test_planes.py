@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.matmul import planes
+from pallas_kernels import unpack
+from pallas_kernels.matmul import WeightArrays, WeightSpec, planes, planes_gguf
 from tests.pallas_kernels.coded import Coded, draw
 
 KINDS = [
@@ -57,7 +58,35 @@ def test_where_bits_lie(bits):
         assert found == codes[column]
 
 
+@pytest.mark.parametrize("layout", planes.LAYOUTS)
+@pytest.mark.parametrize("qtype", planes_gguf.TYPES)
+def test_blocks(golden_weight, qtype, layout):
+    """Random blocks: the numbers that the `gguf` package decodes, and every bit comes back."""
+    raw, decoded = golden_weight(qtype, 24, 768)
+    spec = WeightSpec(qtype, decoded.shape)
+    laid_out_spec, laid_out = planes.prepare(spec, WeightArrays(raw), layout)
+    weight = planes.decode(laid_out_spec, jax.tree.map(jnp.asarray, laid_out))
+    np.testing.assert_array_equal(weight, decoded)
+    scales = [a for name, a in laid_out._asdict().items() if name != "codebook" and a is not None]
+    assert sum(a.nbytes for a in scales) <= raw.nbytes * (1.2 if qtype == "q2_k" else 1.04)
+    back, again = planes.unprepare(laid_out_spec, laid_out)
+    assert back == spec
+    np.testing.assert_array_equal(again.qvalue, raw)
+    assert all(array is None for array in again[1:])
+
+
+def test_every_bit_of_a_block_comes_back():
+    """Blocks of any bytes, NaN as scales among them, and leading axes."""
+    for qtype, (_, size) in unpack.BLOCKS.items():
+        if qtype in planes_gguf.TYPES:
+            raw = np.random.default_rng(size).integers(0, 256, (2, 64, size), np.uint8)
+            parts = planes_gguf.take_apart(raw, qtype)
+            np.testing.assert_array_equal(planes_gguf.put_together(parts, qtype), raw)
+
+
 def test_what_is_not_held_is_told():
+    with pytest.raises(NotImplementedError, match="blocks of type iq2_xs"):
+        planes.describe(WeightSpec("iq2_xs", (8, 256)))
     sparse = Coded("sparse24_uint4b8", (1, 32))
     with pytest.raises(NotImplementedError, match="codes of type sparse24_uint4b8"):
         planes.describe(sparse.spec)
