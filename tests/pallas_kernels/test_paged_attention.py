@@ -1,4 +1,7 @@
-"""One set of cases for every implementation of paged attention, against numpy in float64."""
+"""One set of cases for every implementation of paged attention, against numpy in float64.
+
+What the oracle attends to is what a cache of each dtype holds, by formulas of its own.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +16,11 @@ from pallas_kernels.paged_attention import AttentionSpec, empty, paged_attention
 
 EPS = 1e-6
 PAGE = 16
-# Rounding of cached keys and values (and, in some kernels, of q and of the softmax) to bfloat16.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+ALL_DTYPES = ("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
+# What the pages of each implementation may be.
+DTYPES = {"native": ("float32", "bfloat16"), "xla": ALL_DTYPES, "ref": ALL_DTYPES}
+# What of the arithmetic is rounded to bfloat16 (q and the softmax) where pages are not float32.
+ROUNDING = {"native": 4e-3, "xla": 2e-5, "ref": 2e-5}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Case:
     norms: bool = False
     rope: bool = True
     padding: int = 0
+    sinks: bool = False
+    scale_per_head: bool = False
 
     @property
     def spec(self):
@@ -47,14 +55,15 @@ class Case:
 
 
 CASES = {
-    "mixed": Case(),
+    "mixed": Case(chunks=((5, 1), (9, 13))),
     "one head": Case(heads=1, kv_heads=1),
     "no rope": Case(rope=False),
     "padding": Case(padding=7),
     "window": Case(window=9),
     "window of a page": Case(window=16, chunks=((70, 1),)),
     "soft cap": Case(soft_cap=2.0),
-    "norms": Case(norms=True),
+    "sinks": Case(sinks=True),
+    "norms": Case(norms=True, scale_per_head=True),
     "partial rotary": Case(rotary_dim=32),
     "head_dim 80": Case(head_dim=80, rotary_dim=80, chunks=((3, 1),)),
     "head_dim 96": Case(head_dim=96, rotary_dim=96, chunks=((3, 1),)),
@@ -62,6 +71,16 @@ CASES = {
     "head_dim 256": Case(head_dim=256, rotary_dim=256, heads=4, kv_heads=1, chunks=((3, 1),)),
     "several blocks of keys": Case(chunks=((300, 1),), heads=2),
 }
+
+
+# Every case in float32, and in other dtypes those where the dtype makes a difference.
+QUANTIZED = ("mixed", "norms", "head_dim 80", "several blocks of keys")
+RUNS = [
+    (implementation, name, dtype)
+    for implementation, dtypes in DTYPES.items()
+    for dtype in dtypes
+    for name in (CASES if dtype == "float32" else QUANTIZED)
+]
 
 
 def turned(x, weight, cos, sin):
@@ -76,9 +95,46 @@ def turned(x, weight, cos, sin):
     return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
 
 
-def oracle(case, q, k, v, weights, tables):
+def hadamard(size):
+    """The normalized Hadamard matrix of Sylvester's construction."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.sqrt(size)
+
+
+def rounded_up(step):
+    """The next bfloat16 at or above it, as float64."""
+    near = step.astype(ml_dtypes.bfloat16)
+    up = np.nextafter(near, ml_dtypes.bfloat16(np.inf))
+    return np.where(near.astype(np.float64) < step, up, near).astype(np.float64)
+
+
+def cached(x, dtype, scale):
+    """What a cache holds of x [T, H, D], float64; scale [H] or [1] is of 8-bit floats."""
+    if dtype.startswith("fp8"):
+        kind = ml_dtypes.float8_e4m3fn if dtype == "fp8_e4m3" else ml_dtypes.float8_e5m2
+        top = float(ml_dtypes.finfo(kind).max)
+        return np.clip(x / scale[:, None], -top, top).astype(kind).astype(float) * scale[:, None]
+    if dtype == "int8":
+        step = rounded_up(np.abs(x).max(-1, keepdims=True) / 127)
+        return np.clip(np.round(x / step), -127, 127) * step
+    if dtype == "int4":
+        low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+        step = rounded_up(np.maximum((high - low) / 15, np.abs(x).max(-1, keepdims=True) / 120))
+        zero = np.round(low / step)
+        return (np.clip(np.round(x / step) - zero, 0, 15) + zero) * step
+    return x.astype(dtype).astype(float)
+
+
+def oracle(case, dtype, scales, q, k, v, weights, tables, sinks):
     """Attention of one whole sequence: q [T, Hq, D], k and v [T, Hkv, D], all float64."""
     q, k = turned(q, weights[0], *tables), turned(k, weights[1], *tables)
+    if dtype == "int4":
+        size = case.head_dim & -case.head_dim
+        runs = [x.reshape(*x.shape[:2], -1, size) @ hadamard(size) for x in (q, k)]
+        q, k = (turned.reshape(x.shape) for turned, x in zip(runs, (q, k), strict=True))
+    k, v = cached(k, dtype, scales[0]), cached(v, dtype, scales[1])
     group = case.heads // case.kv_heads
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     scores = np.einsum("qhd,khd->hqk", q, k) * case.spec.scale
@@ -87,15 +143,15 @@ def oracle(case, q, k, v, weights, tables):
     distance = np.arange(len(q))[:, None] - np.arange(len(q))
     visible = (distance >= 0) & (distance < (case.window or len(q)))
     scores = np.where(visible, scores, -np.inf)
-    scores = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v)
+    top = scores.max(-1, keepdims=True)
+    scores = np.exp(scores - top)
+    total = scores.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks[:, None, None] - top)
+    return np.einsum("hqk,khd->qhd", scores / total, v)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, "float32") for name in CASES]
-    + [(name, "bfloat16") for name in ("mixed", "norms", "several blocks of keys")],
-)
+@pytest.mark.parametrize(("implementation", "name", "dtype"), RUNS, indirect=["implementation"])
 def test_chunks_equal_whole_sequences(implementation, name, dtype):
     case = CASES[name]
     random = np.random.default_rng(0)
@@ -116,13 +172,20 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
         weights = list(random.standard_normal((2, case.head_dim)).astype(np.float32))
     angles = random.uniform(0, 6, (max(lengths), case.rotary_dim // 2)).astype(np.float32)
     tables = (np.cos(angles), np.sin(angles)) if case.rope else (None, None)
+    sinks = random.standard_normal(case.heads).astype(np.float32) if case.sinks else None
+    scales = [np.ones(1, np.float32)] * 2
+    if case.scale_per_head:
+        scales = list(random.uniform(0.004, 0.02, (2, case.kv_heads)).astype(np.float32))
 
     wanted = []
     for n, sequence in zip(lengths, sequences, strict=True):
         q, k, v = (x.astype(np.float64) for x in sequence)
         own = [t if t is None else t[:n].astype(np.float64) for t in tables]
-        wanted.append(oracle(case, q, k, v, weights, own))
-    call = partial(paged_attention, spec=case.spec, norm_eps=EPS)
+        wanted.append(oracle(case, dtype, scales, q, k, v, weights, own, sinks))
+    given = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+    if not (case.scale_per_head and dtype.startswith("fp8")):
+        given = {}
+    call = partial(paged_attention, spec=case.spec, norm_eps=EPS, sinks=sinks, **given)
     if implementation != "ref":
         call = jax.jit(call)
     done = [0] * len(lengths)
@@ -155,7 +218,7 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
         right = np.concatenate([w[span] for w, span in zip(wanted, spans, strict=True)])
         right = right.reshape(len(right), -1)
         error = np.linalg.norm(out[: len(right)] - right) / np.linalg.norm(right)
-        assert error <= TOLERANCES[dtype], step
+        assert error <= (1e-5 if dtype == "float32" else ROUNDING[implementation]), step
 
 
 def test_bfloat16_pages_are_bfloat16(implementation):
