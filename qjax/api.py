@@ -101,9 +101,9 @@ def generate(
       prompt: a string (completed as it is), a list of messages {"role", "content"} (put through the
         model's chat template), a list of token ids, or a list of any of these.
       sampling_params: or, instead, its fields as keywords: `max_tokens=64, temperature=0.8`.
-      numerics: "fast" rounds activations to int8 in prompts and to int16 in decoding (to int8 with
-        more than 8 sequences), with a bfloat16 cache; "exact" computes in float32 throughout.
-        Weights stay as they are in both.
+      numerics: "fast" rounds activations to bfloat16 on an accelerator; on a CPU to int8 in prompts
+        and to int16 in decoding (to int8 with more than 8 sequences); with a bfloat16 cache.
+        "exact" computes in float32 throughout. Weights stay as they are in both.
       stream: give an iterator of pieces of text, whose `result` is set at its end; one prompt only.
       max_model_len: most tokens of prompt and output; None for the model's own limit.
 

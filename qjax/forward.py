@@ -18,7 +18,8 @@ def forward(params: Params, tokens: jax.Array, numerics: str = "exact") -> jax.A
     Args:
       params: a model.
       tokens: int [B, T] or [T].
-      numerics: "exact" (activations stay float32), or how they may be rounded: "int16" or "int8".
+      numerics: "exact" (activations stay float32), or how they may be rounded: "bfloat16",
+        "int16" or "int8".
 
     Returns:
       float32 [B, T, V] or [T, V].

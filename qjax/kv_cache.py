@@ -16,7 +16,7 @@ from pallas_kernels.paged_attention.pages import Pages, empty
 if TYPE_CHECKING:
     from qjax.models.config import ModelConfig
 
-NUMERICS = ("exact", "int16", "int8")
+NUMERICS = ("exact", "bfloat16", "int16", "int8")
 
 LayerCache = tuple[Pages, Pages]  # keys and values of one layer
 KVCache = tuple[LayerCache, ...]
@@ -38,7 +38,7 @@ class Batch:
       seq_lens: int32 [S], length of each sequence with its new tokens.
       block_table: int32 [S, B], the pages of each sequence in order.
       numerics: how activations may be rounded before they meet a weight: "exact" not at all,
-        "int16" or "int8" to so many bits, as `pallas_kernels.matmul` describes. Static.
+        the others as `pallas_kernels.matmul` describes its `activation_dtype`. Static.
     """
 
     positions: Any

@@ -75,7 +75,8 @@ ALSO = {
     "layers": ["pallas_kernels.paged_attention.spec"],
     "models": ["pallas_kernels.paged_attention.spec"],
     "checkpoint": ["qjax.ops"],  # prepare: the layout of this machine, as a weight is read
-    "running": ["pallas_kernels.dispatch"],  # which implementation was named, and which ran
+    # Which implementation was named, and which ran; on what.
+    "running": ["pallas_kernels.dispatch", "pallas_kernels.platform"],
     "api": ["pallas_kernels.dispatch"],
 }
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, platform
 from qjax.engine import batch as batches
 from qjax.engine.compile_cache import load_or_compile
 from qjax.engine.scheduler import Plan
@@ -30,12 +30,14 @@ class Numerics:
     cache_dtype: str
 
 
-# A prompt is bound by arithmetic, where int8 products pay; decoding few sequences by memory, where
-# 16-bit activations cost nothing; decoding many by arithmetic again. The choice goes by the most
+# On a CPU a prompt is bound by arithmetic, where int8 products pay; decoding few sequences by
+# memory, where 16-bit activations cost nothing; decoding many by arithmetic again. The choice goes by the most
 # sequences that the engine may run, so that a sequence's tokens do not depend on the others.
+# Matrix units of accelerators take bfloat16.
 NUMERICS = {
     "fast": Numerics("int8", "int16", "bfloat16"),
     "fast, many": Numerics("int8", "int8", "bfloat16"),
+    "fast, accelerator": Numerics("bfloat16", "bfloat16", "bfloat16"),
     "exact": Numerics("exact", "exact", "float32"),
 }
 FEW = 8
@@ -44,6 +46,20 @@ FEW = 8
 _programs: dict[tuple, Future] = {}
 _compilers = ThreadPoolExecutor(2, thread_name_prefix="compile")
 _tracing = Lock()
+
+
+def numerics_for(numerics: str, max_num_seqs: int) -> Numerics:
+    """What "fast" or "exact" means on this machine, with so many sequences at most.
+
+    Raises RequestError of another name.
+    """
+    if numerics not in ("fast", "exact"):
+        raise RequestError(f"numerics must be 'fast' or 'exact', got {numerics!r}.")
+    if numerics == "fast" and platform.device_kind() != "cpu":
+        numerics = "fast, accelerator"
+    elif numerics == "fast" and max_num_seqs > FEW:
+        numerics = "fast, many"
+    return NUMERICS[numerics]
 
 
 @dataclass(frozen=True)
@@ -77,16 +93,12 @@ class Runner:
         table_width: int,
         numerics: str,
     ):
-        if numerics not in ("fast", "exact"):
-            raise RequestError(f"numerics must be 'fast' or 'exact', got {numerics!r}.")
-        if numerics == "fast" and max_num_seqs > FEW:
-            numerics = "fast, many"
         self.config = config
         self.tree = tree
         self.num_slots = max_num_seqs
         self.table_width = table_width
         self.compile_seconds = 0.0  # time spent waiting for compilers
-        self._numerics = NUMERICS[numerics]
+        self._numerics = numerics_for(numerics, max_num_seqs)
         # Copied, since a donated array must be the device's own.
         self._cache, self._state = jax.device_put(
             (

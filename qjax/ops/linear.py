@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 # Batch.numerics -> what the kernels may round activations to.
-ACTIVATION_DTYPES = {"exact": "float32", "int16": "int16", "int8": "int8"}
+ACTIVATION_DTYPES = {
+    "exact": "float32",
+    "bfloat16": "bfloat16",
+    "int16": "int16",
+    "int8": "int8",
+}
 _OUTPUT_AUX = {"lora_a", "output_perm"}  # what a weight does to the outputs of its product
 
 

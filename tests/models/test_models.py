@@ -117,7 +117,7 @@ def test_rounded_activations_stay_near(model, golden, numerics):
     """On 4-bit weights: kernels may leave activations whole where weights are plain floats."""
     ids, positions, logits = reference(golden, "gguf-Q4_1", 1)
     error = difference(forward(model("gguf-Q4_1"), ids, numerics)[positions], logits)
-    assert error < {"exact": TOLERANCE, "int16": 1e-4, "int8": 1e-2}[numerics]
+    assert error < {"exact": TOLERANCE, "bfloat16": 1e-2, "int16": 1e-4, "int8": 1e-2}[numerics]
 
 
 @pytest.mark.parametrize("name", ["base-tiny-gemma3", "tiny-phi3-longrope"])

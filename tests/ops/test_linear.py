@@ -56,7 +56,8 @@ def test_several_weights_give_a_tuple_and_a_gate_one_array():
 
 
 @pytest.mark.parametrize(
-    ("numerics", "rounded_to"), [("exact", "float32"), ("int16", "int16"), ("int8", "int8")]
+    ("numerics", "rounded_to"),
+    [("exact", "float32"), ("bfloat16", "bfloat16"), ("int16", "int16"), ("int8", "int8")],
 )
 def test_numerics_choose_the_rounding_of_activations(calls, numerics, rounded_to):
     ops.linear(X, QArray.from_dense(A), batch=batch(numerics))
