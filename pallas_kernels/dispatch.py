@@ -5,6 +5,8 @@ so while it is traced, by raising `NotImplementedError` with the reason, and the
 Somebody who names an implementation gets that one or an error, never another; several names, with
 commas between them, are tried in their order.
 
+Where a table says which is fastest (`tuning`), that one is tried first.
+
 The choice is made when a call is traced: a function that is already compiled keeps the
 implementation it was compiled with.
 """
@@ -18,6 +20,9 @@ from contextvars import ContextVar
 from typing import Any
 
 ENVIRONMENT_VARIABLE = "QJAX_IMPLEMENTATION"
+
+# Run only where they were named or measured to be the fastest.
+ON_REQUEST = ("mosaic_gpu",)
 
 Implementations = Sequence[tuple[str, Callable[..., Any]]]
 
@@ -56,6 +61,7 @@ def call(
     implementations: Implementations,
     *args: Any,
     implementation: str | None = None,
+    preferred: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Calls the first implementation that takes these arguments.
@@ -64,6 +70,7 @@ def call(
       op: name under which the choice is recorded, see `chosen`.
       implementations: (name, function) pairs, the preferred one first.
       implementation: run this one (or these) only; else what `named` says; else try all in order.
+      preferred: where none is named, the one to try first: what was measured to be the fastest.
 
     Raises:
       NotImplementedError: none fits (all reasons are listed), or the named one refuses.
@@ -74,6 +81,9 @@ def call(
         names = wanted.split(",")
         asked_for = [pair for name in names for pair in implementations if pair[0] == name]
         implementations = asked_for or _unknown(op, wanted, implementations)
+    else:
+        others = [p for p in implementations if p[0] not in (preferred, *ON_REQUEST)]
+        implementations = [p for p in implementations if p[0] == preferred] + others
     refused: dict[str, str] = {}
     for name, function in implementations:
         try:

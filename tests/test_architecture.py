@@ -74,9 +74,14 @@ ALSO = {
     "state": ["pallas_kernels.paged_attention.pages"],
     "layers": ["pallas_kernels.paged_attention.spec"],
     "models": ["pallas_kernels.paged_attention.spec"],
-    "checkpoint": ["qjax.ops"],  # prepare: the layout of this machine, as a weight is read
+    "checkpoint": [
+        "pallas_kernels.user_cache",
+        "qjax.ops",
+    ],  # prepare: the layout of this machine, as a weight is read
     # Which implementation was named, and which ran; on what.
-    "running": ["pallas_kernels.dispatch", "pallas_kernels.platform"],
+    "running": [
+        f"pallas_kernels.{name}" for name in ("dispatch", "platform", "tuning", "user_cache")
+    ],
     "api": ["pallas_kernels.dispatch"],
 }
 

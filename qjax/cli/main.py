@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
+from pallas_kernels.measurements import TableError
 from qjax.cli import bench, chat, doctor, generate, inspect, methods, pull
 from qjax.errors import QjaxError
 
@@ -28,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; an error of ours is one line on stderr and exit code 1."""
     try:
         app(args)
-    except QjaxError as error:
+    except (QjaxError, TableError) as error:
         if os.environ.get("QJAX_DEBUG"):
             raise
         print(f"qjax: {error}", file=sys.stderr)

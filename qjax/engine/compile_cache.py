@@ -20,7 +20,8 @@ from typing import Any
 
 import jax
 
-from qjax.checkpoint.builtin import cache_folder
+from pallas_kernels import tuning
+from pallas_kernels.user_cache import cache_folder
 
 # Each version of the code has a folder of its own; so many of them are kept.
 MAX_VERSIONS = 8
@@ -59,7 +60,7 @@ def load_or_compile(
         return compile_it()
     from jax.experimental import serialize_executable
 
-    path = Path(base) / "steps" / _version() / _digest(key)
+    path = Path(base) / "steps" / _version() / _digest(f"{key} {tuning.version()}")
     structures = jax.tree.structure(arguments), jax.tree.structure(results)
     # A file that is not there, damaged, or that this version of jax cannot read, is made anew.
     with contextlib.suppress(Exception):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pallas_kernels.user_cache import cache_folder
 from qjax.checkpoint import builtin, wheels
-from qjax.checkpoint.builtin import BuiltinModel, cache_folder, cached_path, fetch
+from qjax.checkpoint.builtin import BuiltinModel, cached_path, fetch
 from qjax.checkpoint.wheels import Part
 from qjax.errors import DownloadError
 
