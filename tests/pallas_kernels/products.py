@@ -7,8 +7,10 @@ import pytest
 
 from pallas_kernels import native, unpack
 
-# Of `error`. A norm computed in float32 now and then tips an activation over to the next code.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-3, "int16": 3e-5, "int8": 2e-3}
+# Of `error`. Rounding to bfloat16 moves a number by 1/256 of it at most, and both sides of a
+# product may be rounded: 8e-3 where a few large terms make it. A norm computed in float32 now and
+# then tips an activation over to the next code.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 8e-3, "int16": 3e-5, "int8": 2e-3}
 
 
 # Each type of blocks with the implementations that take it.
