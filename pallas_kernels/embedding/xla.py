@@ -7,18 +7,20 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul import planes
+from pallas_kernels.matmul import dense, planes
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, decode, require_canonical
 
 
 def embedding(ids: jax.Array, table: tuple[WeightSpec, WeightArrays]) -> jax.Array:
     """See `pallas_kernels.embedding.api.embedding`."""
     spec, arrays = table
+    ids = jnp.clip(ids, 0, spec.shape[0] - 1)
+    if spec.layout == dense.LAYOUT:
+        return jnp.asarray(arrays.qvalue)[ids].astype(jnp.float32)
     if spec.layout in planes.LAYOUTS:
         return _from_planes(ids, spec, arrays)
     require_canonical(spec)
     size = 1 if spec.group is None else spec.group[0]
-    ids = jnp.clip(ids, 0, spec.shape[0] - 1)
 
     def rows(array: jax.Array | None, group: int) -> jax.Array | None:
         return array if array is None or array.shape[0] == 1 else array[ids // group]
@@ -34,9 +36,11 @@ def embedding(ids: jax.Array, table: tuple[WeightSpec, WeightArrays]) -> jax.Arr
 
 
 def _from_planes(ids: jax.Array, spec: WeightSpec, arrays: WeightArrays) -> jax.Array:
-    """The same from a table in one of the layouts of `planes`, whose scales run along columns."""
+    """The same from a table in one of the layouts of `planes`, whose scales run along columns.
+
+    ids: none of them outside.
+    """
     group = planes.describe(spec).group
-    ids = jnp.clip(ids, 0, spec.shape[0] - 1)
     groups = ids // group[0]
 
     def rows(array: jax.Array | None) -> jax.Array | None:

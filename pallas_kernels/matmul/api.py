@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.matmul import native, planes, ref, tiles, xla
+from pallas_kernels.matmul import dense, native, planes, ref, tiles, xla
 from pallas_kernels.matmul.around import ACTIVATIONS, epilogue
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
@@ -175,6 +175,8 @@ def prepare(spec: WeightSpec, arrays: WeightArrays | np.ndarray) -> tuple[Weight
     named = dispatch.named()
     first = named.split(",")[0] if named else platform.device_kind()
     if first in _PLANES:
+        if spec.qtype in dense.DTYPES:
+            return dense.prepare(spec, arrays)
         try:
             return planes.prepare(spec, arrays, _PLANES[first])
         except NotImplementedError:
@@ -189,6 +191,8 @@ def unprepare(spec: WeightSpec, arrays: WeightArrays | Any) -> tuple[WeightSpec,
     arrays = as_arrays(arrays)
     if spec.layout == CANONICAL:
         return spec, arrays
+    if spec.layout == dense.LAYOUT:
+        return dense.unprepare(spec, arrays)
     return (planes if spec.layout in planes.LAYOUTS else tiles).unprepare(spec, arrays)
 
 
@@ -236,7 +240,7 @@ def _check(
 def check_weight(spec: WeightSpec, arrays: WeightArrays) -> None:
     """Raises ValueError where the arrays are not those that the spec speaks of."""
     qvalue = arrays.qvalue
-    if qvalue.dtype != jnp.uint8:
+    if spec.layout != dense.LAYOUT and qvalue.dtype != jnp.uint8:
         raise ValueError(f"{spec.qtype} weight: raw blocks are uint8, got {qvalue.dtype}")
     if spec.layout != CANONICAL:
         return

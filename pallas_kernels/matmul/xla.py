@@ -1,6 +1,6 @@
 """The portable implementation: dequantize, then a float32 dot, as XLA likes it.
 
-A weight may also lie in planes (`planes`), as kernels on accelerators want it.
+A weight may also lie as accelerators want it, in planes or as plain floats (`planes`, `dense`).
 
 XLA on a CPU never fuses decoding into a dot but writes the decoded weight out. Large weights
 therefore go through `lax.map` a block of rows at a time, small enough that the decoded block stays
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import platform
-from pallas_kernels.matmul import planes
+from pallas_kernels.matmul import dense, planes
 from pallas_kernels.matmul.around import epilogue, rms_norm
 from pallas_kernels.matmul.spec import (
     LARGEST_CODE,
@@ -45,8 +45,7 @@ def matmul(
 ) -> tuple[jax.Array, ...]:
     """See `pallas_kernels.matmul.api.matmul`. Padding rows are computed like the others."""
     for spec, _ in weights:
-        if spec.layout not in planes.LAYOUTS:
-            require_canonical(spec)
+        require_public(spec)
     x = _round(rms_norm(x, norm, norm_eps), activation_dtype)
     rows = x.shape[0]
     if rows == 1:
@@ -59,6 +58,12 @@ def matmul(
         norm_eps=norm_eps,
         residual=residual,
     )
+
+
+def require_public(spec: WeightSpec) -> None:
+    """Refuses (NotImplementedError) a weight in the private tiling of another implementation."""
+    if spec.layout not in (*planes.LAYOUTS, dense.LAYOUT):
+        require_canonical(spec)
 
 
 def _round(x: jax.Array, activation_dtype: str) -> jax.Array:
@@ -89,6 +94,8 @@ def _product(x: jax.Array, spec: WeightSpec, arrays: WeightArrays) -> jax.Array:
     # Whole groups of rows, so that a block of rows has whole scales.
     size = 1 if spec.group is None or spec.group[0] >= n else spec.group[0]
     block = max(1, BLOCK_ELEMENTS // k // size) * size
+    if spec.layout == dense.LAYOUT:
+        return _dot(x, arrays.qvalue)
     if spec.layout in planes.LAYOUTS:
         return _dot(x, planes.decode(spec, arrays))
     if n <= block or n % size or platform.device_kind() != "cpu":

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.matmul import planes, xla
-from pallas_kernels.matmul.spec import WeightArrays, WeightSpec, require_canonical
+from pallas_kernels.matmul import xla
+from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 
 
 def matmul_grouped(
@@ -24,8 +24,7 @@ def matmul_grouped(
 ) -> jax.Array:
     """See `pallas_kernels.matmul_grouped.api.matmul_grouped`."""
     spec, arrays = weight
-    if spec.layout not in planes.LAYOUTS:
-        require_canonical(spec)
+    xla.require_public(spec)
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(len(x))
 

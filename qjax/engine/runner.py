@@ -31,9 +31,9 @@ class Numerics:
 
 
 # On a CPU a prompt is bound by arithmetic, where int8 products pay; decoding few sequences by
-# memory, where 16-bit activations cost nothing; decoding many by arithmetic again. The choice goes by the most
-# sequences that the engine may run, so that a sequence's tokens do not depend on the others.
-# Matrix units of accelerators take bfloat16.
+# memory, where 16-bit activations cost nothing; decoding many by arithmetic again. The choice
+# goes by the most sequences that the engine may run, so that a sequence's tokens do not depend on
+# the others. Matrix units of accelerators take bfloat16.
 NUMERICS = {
     "fast": Numerics("int8", "int16", "bfloat16"),
     "fast, many": Numerics("int8", "int8", "bfloat16"),

@@ -185,6 +185,31 @@ def test_one_call_serves_weights_with_inputs_of_their_own(calls, numerics):
         np.testing.assert_array_equal(y, alone)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_plain_floats_are_plain_arrays_on_accelerators(dtype):
+    """A product of their own dtype with bfloat16 activations: nothing is unpacked."""
+    values = RNG.normal(size=(16, 64)).astype(dtype)
+    weight = QArray.from_dense(values)
+    with platform.assume("gpu", "NVIDIA H100 80GB HBM3"):
+        laid_out = ops.prepare(weight)
+    assert (laid_out.layout, laid_out.qvalue.dtype) == ("dense", dtype)
+    np.testing.assert_array_equal(ops.unprepare(laid_out).qvalue, weight.qvalue)
+
+    def product(x, w, numerics):
+        return ops.linear(x, w, batch=batch(numerics, tokens=9))
+
+    wide = values.astype(np.float64)
+    for numerics, tolerance in ("exact", 1e-6), ("bfloat16", 4e-3):
+        y, wanted = product(X, laid_out, numerics), np.asarray(X, np.float64) @ wide.T
+        assert np.linalg.norm(y - wanted) < tolerance * np.linalg.norm(wanted)
+    with platform.assume("gpu", "NVIDIA H100 80GB HBM3"):
+        traced = str(jax.make_jaxpr(product, static_argnums=2)(X, laid_out, "bfloat16"))
+    assert traced.count("dot_general") == 1
+    assert "u8[" not in traced
+    ids = jnp.array([3, 0, 15, 99], jnp.int32)
+    np.testing.assert_array_equal(ops.embedding(laid_out, ids), values[[3, 0, 15, 15]])
+
+
 @pytest.mark.parametrize("device", ["gpu", "tpu"])
 @pytest.mark.parametrize("qtype", ["q2_k", "q4_0", "q6_k", "iq4_nl"])
 def test_stacked_blocks_are_taken_apart_for_accelerators_and_put_together(qtype, device):
