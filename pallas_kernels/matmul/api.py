@@ -11,12 +11,13 @@ import numpy as np
 
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.matmul import dense, native, planes, ref, tiles, xla
+from pallas_kernels.matmul import dense, native, planes, ref, tiles, triton, xla
 from pallas_kernels.matmul.around import ACTIVATIONS, epilogue
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.matmul),
+    ("triton", triton.matmul),
     ("xla", xla.matmul),
     ("ref", ref.matmul),
 )

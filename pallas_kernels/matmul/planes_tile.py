@@ -80,7 +80,7 @@ def values(codes: jax.Array, planes: Planes, dtype: Any, codebook: Any = None) -
             return lax.bitcast_convert_type(codes, jnp.int8).astype(dtype)
         return ((codes ^ 128) - 128).astype(dtype)
     number = codes.astype(dtype)
-    return number - jnp.asarray(planes.offset, dtype) if planes.offset else number
+    return number - planes.offset if planes.offset else number
 
 
 def small_float(codes: jax.Array, exponent: int, mantissa: int, dtype: Any) -> jax.Array:
@@ -94,7 +94,7 @@ def small_float(codes: jax.Array, exponent: int, mantissa: int, dtype: Any) -> j
     codes = codes.astype(word)
     magnitude = codes & ((1 << (exponent + mantissa)) - 1)
     normal = (magnitude << (fraction - mantissa)) + ((127 - bias) << fraction)
-    subnormal = magnitude.astype(dtype) * jnp.asarray(2.0 ** (1 - bias - mantissa), dtype)
+    subnormal = magnitude.astype(dtype) * 2.0 ** (1 - bias - mantissa)
     number = jnp.where(
         magnitude < 1 << mantissa, subnormal, lax.bitcast_convert_type(normal, dtype)
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native, unpack
+from pallas_kernels.matmul import planes_gguf
 
 # Of `error`. Rounding to bfloat16 moves a number by 1/256 of it at most, and both sides of a
 # product may be rounded: 8e-3 where a few large terms make it. A norm computed in float32 now and
@@ -19,11 +20,18 @@ EVERY_TYPE = pytest.mark.parametrize(
     [
         (name, qtype)
         for qtype in unpack.BLOCKS
-        for name in ("native", "xla", "ref")
-        if name != "native" or qtype in native.TYPE_IDS
+        for name in ("native", "triton", "xla", "ref")
+        if (name != "native" or qtype in native.TYPE_IDS)
+        and (name != "triton" or qtype in planes_gguf.TYPES)
     ],
     indirect=["implementation"],
 )
+# Each implementation of products.
+PRODUCTS = pytest.mark.parametrize(
+    "implementation", ["native", "triton", "xla", "ref"], indirect=True
+)
+# Those that are interpreted here, so that each compilation takes long: they are given fewer cases.
+INTERPRETED = ("triton",)
 # Those that add up a row in one order, whatever is beside it; the oracle promises none.
 COMPILED = pytest.mark.parametrize("implementation", ["native", "xla"], indirect=True)
 

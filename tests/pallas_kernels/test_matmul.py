@@ -13,7 +13,15 @@ import pytest
 
 from pallas_kernels import dispatch, unpack
 from pallas_kernels.matmul import WeightSpec, api, matmul, prepare, unprepare, xla
-from tests.pallas_kernels.products import COMPILED, EVERY_TYPE, TOLERANCES, error, rounded
+from tests.pallas_kernels.products import (
+    COMPILED,
+    EVERY_TYPE,
+    INTERPRETED,
+    PRODUCTS,
+    TOLERANCES,
+    error,
+    rounded,
+)
 
 EPS = 1e-5
 
@@ -141,6 +149,8 @@ def test_every_type(implementation, golden_weight, qtype):
     cases = [replace(case, rows=rows) for rows in (1, 3, 8, 17, 33)]
     cases += [replace(case, k=one_block)]
     cases += [replace(case, activation_dtype=dtype) for dtype in ("int16", "int8")]
+    if implementation in INTERPRETED:
+        cases = [case, replace(case, k=one_block, activation_dtype="bfloat16")]
     check(cases, golden_weight)
 
 
@@ -149,6 +159,7 @@ GATE = (("q4_1", 40), ("q4_1", 40))
 MIXED_GATE = (("q4_k", 48), ("q6_k", 48))
 
 
+@PRODUCTS
 @pytest.mark.parametrize(
     "case",
     [
@@ -164,7 +175,8 @@ MIXED_GATE = (("q4_k", 48), ("q6_k", 48))
     ids=lambda case: "+".join(qtype for qtype, _ in case.weights),
 )
 def test_fusions(implementation, golden_weight, case):
-    check([replace(case, activation_dtype=dtype) for dtype in api.ACTIVATION_DTYPES], golden_weight)
+    dtypes = ("bfloat16",) if implementation in INTERPRETED else api.ACTIVATION_DTYPES
+    check([replace(case, activation_dtype=dtype) for dtype in dtypes], golden_weight)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +202,7 @@ def test_activations_of_zeros(implementation, golden_weight, activation_dtype):
     np.testing.assert_array_equal(y, np.zeros((2, 40)))
 
 
+@PRODUCTS
 @pytest.mark.parametrize("valid", [1, 5, 8])
 def test_padding_rows(implementation, golden_weight, valid):
     case = Case(GATE, rows=8, norm=True, activation="silu")
@@ -199,6 +212,7 @@ def test_padding_rows(implementation, golden_weight, valid):
     assert error(y[:valid], wanted[:valid]) <= TOLERANCES["float32"]
 
 
+@PRODUCTS
 def test_vmap(implementation, golden_weight):
     raw, decoded = golden_weight("q4_k", 40, 256)
     weight = prepared("q4_k", raw, 256)

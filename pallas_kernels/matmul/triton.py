@@ -1,0 +1,133 @@
+"""Products with weights in planes on NVIDIA GPUs, as Pallas kernels that Triton compiles.
+
+The kernel (`triton_kernel`) is the product alone; XLA fuses what is around it. With
+`activation_dtype` "bfloat16" inputs are rounded to bfloat16, and codes, which are exact in it, meet
+them unscaled where that is cheap; with all others products are of float32.
+
+A row's result is the same whatever rows are beside it, for up to 64 rows, as long as no table of
+measurements says otherwise: they are padded to 16, 32 or 64, and the columns are cut into the same
+parts, summed in the same order.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import platform
+from pallas_kernels.matmul.around import epilogue, rms_norm
+from pallas_kernels.matmul.planes import PLANES, describe
+from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
+from pallas_kernels.matmul.triton_plan import candidates, plan_of
+
+__all__ = ["candidates", "matmul", "product"]
+
+
+def matmul(
+    x: jax.Array,
+    weights: tuple[tuple[WeightSpec, WeightArrays], ...],
+    *,
+    norm: jax.Array | None,
+    norm_eps: float,
+    biases: tuple[jax.Array | None, ...],
+    activation: str | None,
+    residual: jax.Array | None,
+    post_norm: jax.Array | None,
+    activation_dtype: str,
+    num_rows: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """See `pallas_kernels.matmul.api.matmul`."""
+    x = rms_norm(x, norm, norm_eps)
+    if activation_dtype == "bfloat16":
+        x = x.astype(jnp.bfloat16)
+    return epilogue(
+        [product(x, spec, arrays, num_rows=num_rows) for spec, arrays in weights],
+        biases=biases,
+        activation=activation,
+        post_norm=post_norm,
+        norm_eps=norm_eps,
+        residual=residual,
+    )
+
+
+def product(
+    x: jax.Array,
+    spec: WeightSpec,
+    arrays: WeightArrays,
+    *,
+    x_scale: jax.Array | None = None,
+    num_rows: jax.Array | None = None,
+) -> jax.Array:
+    """(x * x_scale) @ w.T, with x as it is or as codes.
+
+    Args:
+      x: [T, K]. float32: an exact product. bfloat16: weights may be rounded to it. int8,
+        float8_e4m3fn, float8_e5m2, or anything with an `x_scale`: codes, whose products with codes
+        of the weight are exact, in their own type where the weight's codes fit into it, else in
+        bfloat16 or float32. (Codes less a zero point are exact in bfloat16, too.)
+      spec, arrays: a weight in the layout "planes".
+      x_scale: float32 [T, groups of columns]; K is a multiple of the groups.
+      num_rows: int32 [1]; rows from there on are padding, with unspecified outputs.
+
+    Returns:
+      float32 [T, N].
+
+    Raises:
+      NotImplementedError: the weight lies otherwise, its kind or the groups of x are none of the
+        kernel's, or this is no GPU.
+      ValueError: `x_scale` does not fit x.
+    """
+    interpret = platform.interprets("gpu")
+    rows, k = x.shape
+    groups = 0 if x_scale is None else x_scale.shape[-1]
+    if x_scale is not None and (x_scale.shape != (rows, groups) or not groups or k % groups):
+        raise ValueError(f"x_scale {x_scale.shape} of x {x.shape}")
+    operands = weight_operands(spec, arrays) | {"x": padded(x, spec)}
+    x_group = None
+    if x_scale is not None and groups > 1:
+        x_group, operands["x_scale"] = k // groups, x_scale.T
+    if num_rows is not None:
+        operands["num_rows"] = num_rows
+    plan = plan_of(
+        spec,
+        rows,
+        x.dtype,
+        exact_codes=x_scale is not None,
+        x_group=x_group,
+        counted=num_rows is not None,
+        entries=0 if arrays.codebook is None else arrays.codebook.shape[-1],
+    )
+    from pallas_kernels.matmul import triton_kernel  # jax has it on some systems only
+
+    y = triton_kernel.product(plan, operands, interpret)
+    return y if x_scale is None or groups > 1 else y * x_scale
+
+
+def weight_operands(spec: WeightSpec, arrays: WeightArrays) -> dict[str, jax.Array]:
+    """The arrays of a weight as the kernel reads them.
+
+    Raises:
+      NotImplementedError: it does not lie in planes.
+    """
+    if spec.layout != PLANES:
+        raise NotImplementedError(f"a weight in the layout {spec.layout!r}, not {PLANES!r}")
+    scale = jnp.asarray(arrays.scale)
+    if scale.dtype.itemsize == 1 and jnp.issubdtype(scale.dtype, jnp.floating):
+        scale = lax.bitcast_convert_type(scale, jnp.uint8)
+    named = {
+        "qvalue": arrays.qvalue,
+        "scale": scale,
+        "zero": arrays.zero_point,
+        "super_scale": arrays.super_scale,
+        "super_zero": arrays.super_zero,
+        "global_scale": arrays.global_scale,
+        "codebook": arrays.codebook,
+    }
+    return {name: jnp.asarray(array) for name, array in named.items() if array is not None}
+
+
+def padded(x: jax.Array, spec: WeightSpec) -> jax.Array:
+    """x with zeros for the columns that K was filled up with."""
+    missing = describe(spec).k - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, missing))) if missing else x

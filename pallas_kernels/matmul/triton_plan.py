@@ -1,0 +1,245 @@
+"""How the Triton kernel computes a product, and how the work is cut up: all that is static.
+
+Where scales act, "scaling":
+
+- "end": each output has one; it multiplies the finished sum.
+- "chunk": a chunk of columns lies in one group; its scale multiplies the float32 sum of the chunk.
+- "weight": the weight is scaled first, and rounded to the type of the dot.
+
+Zero points are taken off the codes, where the type of the dot holds the difference exactly, or act
+on sums of x: s * (dot - z * sum(x)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels import platform, tuning
+from pallas_kernels.matmul import planes_tile
+from pallas_kernels.matmul.planes import Planes, describe
+from pallas_kernels.matmul.spec import WeightSpec
+
+FEW_ROWS = 64
+LEAST_COLUMNS = 16  # of a dot; of one with operands of 8 bits, twice as many
+SHARED_MEMORY = 200 << 10  # of a program, for the stages of its loop
+MULTIPROCESSORS = {"H100": 132, "H200": 132, "GH200": 132, "B200": 148, "A100": 108, "L40": 142}
+_FP8 = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the work is cut up.
+
+    Attributes:
+      rows, outputs: of the tile of a program, powers of two.
+      columns: of a chunk, a power of two that divides those of a segment.
+      splits: parts of the columns, each summed by a program of its own.
+      warps, stages: of a program, and of its pipeline.
+    """
+
+    rows: int
+    outputs: int
+    columns: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is static.
+
+    Attributes:
+      planes: of the weight.
+      blocks: see there.
+      dot: dtype of the operands of a dot.
+      scaling: see the header.
+      scale: dtype of the stored scales.
+      rounded: dtype that scaled weights are rounded to, with scaling "weight".
+      sums: whether zero points act on sums of x, or on codes.
+      residue: what codes still have to be reduced by, then: those of 8 bits are made signed.
+      x_group: columns that share a scale of x; None where x has none in here. Not with "end".
+      rows: of x. experts: whether weights have a leading axis, and tiles of rows a table.
+      counted: whether an array says how many rows are not padding.
+      entries: of a codebook.
+    """
+
+    planes: Planes
+    blocks: Blocks
+    dot: str
+    scaling: str
+    scale: str
+    rounded: str | None
+    sums: bool
+    residue: int
+    x_group: int | None
+    rows: int
+    experts: bool = False
+    counted: bool = False
+    entries: int = 0
+
+    @property
+    def scales_globally_first(self) -> bool:
+        """Whether a global scale multiplies each scale, or the finished sum."""
+        return self.scaling == "weight" or self.planes.zero == "add"
+
+    @property
+    def steps(self) -> int:
+        """Steps of the loop over all columns."""
+        length = planes_tile.segment_columns(self.planes)
+        return self.planes.k // self.planes.block * (length // self.blocks.columns)
+
+
+def plan_of(
+    spec: WeightSpec,
+    rows: int,
+    dtype: Any,
+    *,
+    exact_codes: bool = False,
+    x_group: int | None = None,
+    experts: int = 0,
+    **static: Any,
+) -> Plan:
+    """How the kernel computes with x [rows, K] of this dtype.
+
+    Args:
+      exact_codes: x are codes, if their dtype does not tell.
+      x_group: columns that share a scale of x, where there are several groups.
+      experts: how many share the rows; 0 for a single weight.
+      static: further fields of the plan.
+
+    Raises:
+      NotImplementedError: the kernel does not compute so; the reason is the message.
+    """
+    planes, dtype = describe(spec), jnp.dtype(dtype)
+    exact_codes = exact_codes or dtype.itemsize == 1
+    dot, columns = _dot(dtype, planes, exact_codes), _columns(planes, x_group)
+    rounded = None if exact_codes or dot == "bfloat16" else spec.rounded
+    one_scale = planes.group[1] >= planes.shape[1]
+    few = rows <= FEW_ROWS or experts > 0
+    scales_weights = not exact_codes and (
+        (dot == "float32" and planes.zero == "add") or (dot == "bfloat16" and not few)
+    )
+    if rounded is not None or columns < LEAST_COLUMNS:
+        scaling = "weight"
+    elif one_scale and x_group is None and planes.zero != "add":
+        scaling = "end"
+    else:
+        scaling = "weight" if scales_weights else "chunk"
+    if scaling == "weight":
+        columns = math.gcd(planes_tile.segment_columns(planes), x_group or 256)
+        dot = "float32" if exact_codes else dot
+    if columns < LEAST_COLUMNS:
+        raise NotImplementedError(f"inputs with a scale for each {x_group} columns")
+    if columns < 2 * LEAST_COLUMNS and jnp.dtype(dot).itemsize == 1:
+        dot = "bfloat16"
+    integers = spec.zero_point is not None and jnp.issubdtype(spec.zero_point, jnp.integer)
+    on_codes = planes.zero == "subtract" and not exact_codes and (integers or dot == "float32")
+    unsigned = dot == "int8" and planes.value == "int" and planes.bits == 8
+    residue = planes.offset - 128 if unsigned else 0
+    sums = scaling != "weight" and ((planes.zero is not None and not on_codes) or residue != 0)
+    op = "matmul_grouped" if experts else "matmul"
+    measured = tuning.blocks(op, "triton", spec.kind, rows, *spec.shape)
+    least = 2 * LEAST_COLUMNS if jnp.dtype(dot).itemsize == 1 else LEAST_COLUMNS
+    default = blocks(rows, planes, columns, dot, experts)
+    return Plan(
+        planes,
+        default if measured is None else _fitting(measured, default, columns, least),
+        dot,
+        scaling,
+        str(spec.scale),
+        rounded,
+        sums,
+        residue,
+        x_group,
+        rows,
+        experts > 0,
+        **static,
+    )
+
+
+def _columns(planes: Planes, x_group: int | None) -> int:
+    """The most columns of a segment that share the scales of weight and x, whichever they are."""
+    columns = math.gcd(planes_tile.segment_columns(planes), x_group or 256)
+    one_scale = planes.group[1] >= planes.shape[1]
+    return columns if one_scale else math.gcd(columns, planes.group[1])
+
+
+def _dot(dtype: Any, planes: Planes, exact_codes: bool) -> str:
+    """In which type codes of x, or x itself, meet the codes of the weight."""
+    if not exact_codes or dtype == jnp.float32:
+        return dtype.name
+    if planes.value == "lookup":
+        return "float32"
+    if dtype == jnp.int8 and planes.value in ("int", "signed"):
+        return "int8"
+    if planes.qtype == _FP8.get(dtype.name):
+        return dtype.name
+    # Integers up to 16 and floats of 6 bits have no more than 4 significant bits.
+    small = planes.bits <= (4 if planes.value == "int" else 6)
+    return dtype.name if small and dtype == jnp.float8_e4m3fn else "bfloat16"
+
+
+def blocks(rows: int, planes: Planes, columns: int, dot: str, experts: int = 0) -> Blocks:
+    """How the work is cut up where no measurement says better.
+
+    Args:
+      rows: of x. experts: among how many they are divided, or 0.
+      columns: the most that a chunk may have.
+      dot: dtype of its operands.
+    """
+    n = planes.shape[0]
+    each = -(-rows // experts) if experts else rows
+    if dot == "float32":  # products of single numbers, which the compiler writes out
+        tile, outputs, columns, warps, stages = min(_power(each), 32), 64, min(columns, 32), 4, 2
+    elif each <= FEW_ROWS:
+        tile, outputs, columns, warps, stages = _power(each), 64, min(columns, 128), 4, 4
+    else:
+        most = 128 // jnp.dtype(dot).itemsize
+        tile, outputs, columns, warps, stages = 128, 128, min(columns, most), 8, 3
+    bytes_of_x = tile * planes_tile.segments(planes) * jnp.dtype(dot).itemsize
+    bytes_of_w = outputs * sum(planes_tile.runs(planes))
+    stages = min(stages, max(1, SHARED_MEMORY // (columns * (bytes_of_x + bytes_of_w))))
+    if experts:
+        return Blocks(tile, outputs, columns, 1, warps, stages)
+    # Few rows: as many programs as keep the memory busy, whatever the number of rows is.
+    tiles = -(-n // outputs) * (1 if rows <= FEW_ROWS else -(-rows // tile))
+    wanted = 2 * _multiprocessors() if rows <= FEW_ROWS else _multiprocessors()
+    splits = 1
+    while tiles * splits < wanted and splits < 16 and planes.k // (2 * splits) >= 4 * planes.block:
+        splits *= 2
+    return Blocks(tile, outputs, columns, splits, warps, stages)
+
+
+def _fitting(measured: dict[str, int], default: Blocks, columns: int, least: int) -> Blocks:
+    """Measured block sizes, where this call can have them."""
+    sizes = replace(default, **measured)
+    return replace(sizes, columns=max(least, math.gcd(columns, sizes.columns)))
+
+
+def candidates(kind: str, rows: int, n: int, k: int) -> Iterator[dict[str, int]]:
+    """Block sizes worth measuring for a weight [n, k] and x [rows, k]."""
+    del kind, k
+    tile = min(_power(rows), 128)
+    for outputs in (64, 128):
+        for columns in (64, 128):
+            for splits in (1, 2, 4, 8) if rows <= FEW_ROWS else (1,):
+                if splits > 1 and -(-n // outputs) * splits > 16 * _multiprocessors():
+                    continue
+                for warps, stages in ((4, 3), (4, 5), (8, 3)):
+                    yield asdict(Blocks(tile, outputs, columns, splits, warps, stages))
+
+
+def _power(rows: int) -> int:
+    """Rows of a tile that holds so many: a power of two that the matrix units take."""
+    return max(LEAST_COLUMNS, 1 << (rows - 1).bit_length())
+
+
+def _multiprocessors() -> int:
+    name = platform.device().name
+    return next((count for key, count in MULTIPROCESSORS.items() if key in name), 108)
