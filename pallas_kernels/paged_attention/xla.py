@@ -11,9 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.pages import Pages, decode, encode, turned
+from pallas_kernels.kv_update import xla as kv_update
+from pallas_kernels.kv_update.places import heads_of, places
+from pallas_kernels.paged_attention.pages import Pages, decode
 from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.turn import turn
 
 _TILE = 64  # tokens whose scores are in memory together
 
@@ -38,29 +39,23 @@ def paged_attention(
     v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, Pages, Pages]:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
+    k_pages, v_pages = kv_update.kv_update(
+        k,
+        v,
+        k_pages,
+        v_pages,
+        block_table=block_table,
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        rope=rope,
+        k_norm=k_norm,
+        norm_eps=norm_eps,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
     tokens, page_size = q.shape[0], k_pages.page_size
-    q = turn(q.reshape(tokens, -1, spec.head_dim), rope, q_norm, norm_eps)
-    k = turn(k.reshape(tokens, -1, spec.head_dim), rope, k_norm, norm_eps)
-    v = v.reshape(tokens, -1, spec.head_dim)
-    if k_pages.dtype == "int4":
-        q, k = turned(q), turned(k)
-
-    index = jnp.arange(tokens)
-    ends = query_start_loc[1:]
-    owner = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(seq_lens) - 1)
-    position = seq_lens[owner] - (ends[owner] - index)
-    real = index < ends[-1]
-    page = block_table[owner, jnp.clip(position // page_size, 0, block_table.shape[1] - 1)]
-    page = jnp.where(real, page, len(k_pages.values))  # out of range: dropped
-    slot = position % page_size
-
-    def stored(pages: Pages, x: jax.Array, scale: jax.Array | None) -> Pages:
-        def put(array: jax.Array, new: jax.Array) -> jax.Array:
-            return array.at[page, :, slot].set(new, mode="drop")
-
-        return jax.tree.map(put, pages, encode(x, pages.dtype, scale))
-
-    k_pages, v_pages = stored(k_pages, k, k_scale), stored(v_pages, v, v_scale)
+    q = heads_of(q, spec.head_dim, k_pages.dtype, rope, q_norm, norm_eps)
+    at = places(tokens, k_pages, block_table, query_start_loc, seq_lens)
 
     keys_at = jnp.arange(block_table.shape[1] * page_size)
     group = spec.num_heads // spec.num_kv_heads
@@ -94,7 +89,6 @@ def paged_attention(
 
     tile = math.gcd(tokens, _TILE) if tokens > _TILE else tokens
     # Padding looks at position 0 of the last sequence: finite, and thrown away.
-    position = jnp.where(real, position, 0)
-    tiles = [x.reshape(tokens // tile, tile, *x.shape[1:]) for x in (q, owner, position)]
+    tiles = [x.reshape(tokens // tile, tile, *x.shape[1:]) for x in (q, at.owner, at.position)]
     out = jax.lax.map(attend, tuple(tiles)).reshape(tokens, -1)
-    return jnp.where(real[:, None], out, 0.0), k_pages, v_pages
+    return jnp.where(at.real[:, None], out, 0.0), k_pages, v_pages

@@ -1,0 +1,68 @@
+"""Where the tokens of a ragged batch stand, and what they bring to a cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.pages import Pages, turned
+from pallas_kernels.paged_attention.turn import turn
+
+
+class Places(NamedTuple):
+    """Of each token of a batch, int32 [T] but for `real`.
+
+    Attributes:
+      owner: its sequence; of padding, any.
+      position: in its sequence; 0 of padding.
+      page, slot: of the cache; page is `len(pages)`, one past the last, for padding.
+      real: bool [T], whether it is no padding.
+    """
+
+    owner: jax.Array
+    position: jax.Array
+    page: jax.Array
+    slot: jax.Array
+    real: jax.Array
+
+
+def places(
+    tokens: int,
+    pages: Pages,
+    block_table: jax.Array,
+    query_start_loc: jax.Array,
+    seq_lens: jax.Array,
+) -> Places:
+    """Where each of `tokens` tokens stands, see `paged_attention.api` for the arguments."""
+    index = jnp.arange(tokens)
+    ends = query_start_loc[1:]
+    real = index < ends[-1]
+    owner = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(seq_lens) - 1)
+    position = jnp.where(real, seq_lens[owner] - (ends[owner] - index), 0)
+    block = jnp.clip(position // pages.page_size, 0, block_table.shape[1] - 1)
+    page = jnp.where(real, block_table[owner, block], len(pages.values))
+    return Places(owner, position, page, position % pages.page_size, real)
+
+
+def heads_of(
+    x: jax.Array,
+    head_dim: int,
+    dtype: str,
+    rope: tuple[jax.Array, jax.Array] | None,
+    weight: jax.Array | None,
+    eps: float,
+) -> jax.Array:
+    """Heads of queries or keys as they meet: normed, turned by rope, and by a Hadamard matrix for
+    pages of int4.
+
+    Args:
+      x: float32 [T, H * head_dim].
+      dtype: of the pages.
+
+    Returns:
+      float32 [T, H, head_dim].
+    """
+    heads = turn(x.reshape(len(x), -1, head_dim), rope, weight, eps)
+    return turned(heads) if dtype == "int4" else heads
