@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.kv_update import ref, xla
+from pallas_kernels.kv_update import ref, triton, xla
 from pallas_kernels.paged_attention.pages import Pages
 
 IMPLEMENTATIONS: dispatch.Implementations = (
+    ("triton", triton.kv_update),
     ("xla", xla.kv_update),
     ("ref", ref.kv_update),
 )
@@ -39,7 +40,7 @@ def kv_update(
     Args:
       k, v: float32 [T, num_kv_heads * head_dim]; k is normed and turned here, and for int4 pages
         multiplied by a Hadamard matrix.
-      implementation: "triton", "tpu", "xla" or "ref"; None for the first that takes the call.
+      implementation: "triton", "xla" or "ref"; None for the first that takes the call.
 
     Returns:
       k_pages, v_pages, updated.

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.paged_attention import native, ref, xla
+from pallas_kernels.paged_attention import native, ref, triton, xla
 from pallas_kernels.paged_attention.pages import FP8, Pages, empty
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.paged_attention),
+    ("triton", triton.paged_attention),
     ("xla", xla.paged_attention),
     ("ref", ref.paged_attention),
 )

@@ -16,7 +16,7 @@ changes no score (QuaRot, arXiv 2404.00456).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,21 +99,28 @@ def encode(x: jax.Array, dtype: str, scale: jax.Array | None = None) -> Pages:
       values [..., H, D] (uint8 [..., H, D / 2] of int4: element i in the low nibble of byte i, i +
       D / 2 in the high one), and scale and zero [..., H].
     """
+    return encode_parts(jnp.split(x, 2, axis=-1) if dtype == "int4" else [x], dtype, scale)
+
+
+def encode_parts(parts: Sequence[jax.Array], dtype: str, scale: jax.Array | None = None) -> Pages:
+    """What `encode` makes of x, given whole, or in two halves [..., H, D / 2] for int4. Nothing in
+    here moves an element, so that kernels can use it."""
+    x = parts[0]
     if dtype in FP8:
         top = float(jnp.finfo(FP8[dtype]).max)
         x = x if scale is None else x / scale[:, None]
         return Pages(jnp.clip(x, -top, top).astype(FP8[dtype]))
     if dtype == "int8":
         step = _round_up(jnp.abs(x).max(-1) / 127)
-        codes = jnp.round(x / _nonzero(step)[..., None])
+        codes = _round(x / _nonzero(step)[..., None])
         return Pages(jnp.clip(codes, -127, 127).astype(jnp.int8), step.astype(jnp.bfloat16))
     if dtype == "int4":
-        low, high = x.min(-1), x.max(-1)
+        low = jnp.minimum(*(part.min(-1) for part in parts))
+        high = jnp.maximum(*(part.max(-1) for part in parts))
         step = _round_up(jnp.maximum((high - low) / 15, jnp.maximum(-low, high) / 120))
-        zero = jnp.round(low / _nonzero(step))
-        codes = jnp.round(x / _nonzero(step)[..., None]) - zero[..., None]
-        codes = jnp.clip(codes, 0, 15).astype(jnp.uint8)
-        first, second = jnp.split(codes, 2, axis=-1)
+        zero = _round(low / _nonzero(step))
+        codes = [_round(part / _nonzero(step)[..., None]) - zero[..., None] for part in parts]
+        first, second = (jnp.clip(code, 0, 15).astype(jnp.uint8) for code in codes)
         return Pages(first | second << 4, step.astype(jnp.bfloat16), zero.astype(jnp.int8))
     return Pages(x.astype(dtype))
 
@@ -142,6 +149,14 @@ def _round_up(x: jax.Array) -> jax.Array:
     """The next bfloat16 at or above x >= 0, as float32."""
     bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0xFFFF)
     return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+def _round(x: jax.Array) -> jax.Array:
+    """To the nearest integer, halves to the even one. Pallas has no `round` on GPUs."""
+    down = jnp.floor(x)
+    rest = x - down
+    up = (rest > 0.5) | ((rest == 0.5) & (down != 2 * jnp.floor(down / 2)))
+    return jnp.where(up, down + 1, down)
 
 
 def _nonzero(step: jax.Array) -> jax.Array:

@@ -13,14 +13,19 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import AttentionSpec, empty, paged_attention
+from tests.pallas_kernels.cached import EPS, QUICKLY, cached, spread, turned
 
-EPS = 1e-6
 PAGE = 16
 ALL_DTYPES = ("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 # What the pages of each implementation may be.
-DTYPES = {"native": ("float32", "bfloat16"), "xla": ALL_DTYPES, "ref": ALL_DTYPES}
+DTYPES = {
+    "native": ("float32", "bfloat16"),
+    "triton": ALL_DTYPES,
+    "xla": ALL_DTYPES,
+    "ref": ALL_DTYPES,
+}
 # What of the arithmetic is rounded to bfloat16 (q and the softmax) where pages are not float32.
-ROUNDING = {"native": 4e-3, "xla": 2e-5, "ref": 2e-5}
+ROUNDING = {"native": 4e-3, "triton": 4e-3, "xla": 2e-5, "ref": 2e-5}
 
 
 @dataclass(frozen=True)
@@ -65,75 +70,51 @@ CASES = {
     "sinks": Case(sinks=True),
     "norms": Case(norms=True, scale_per_head=True),
     "partial rotary": Case(rotary_dim=32),
-    "head_dim 80": Case(head_dim=80, rotary_dim=80, chunks=((3, 1),)),
-    "head_dim 96": Case(head_dim=96, rotary_dim=96, chunks=((3, 1),)),
-    "head_dim 128": Case(head_dim=128, rotary_dim=128, chunks=((3, 1),)),
-    "head_dim 256": Case(head_dim=256, rotary_dim=256, heads=4, kv_heads=1, chunks=((3, 1),)),
+    "head_dim 80": Case(head_dim=80, rotary_dim=80, chunks=((3, 1), (1, 3))),
+    "head_dim 96": Case(head_dim=96, rotary_dim=96, chunks=((3, 1), (1, 3))),
+    "head_dim 128": Case(head_dim=128, rotary_dim=128, chunks=((3, 1), (1, 3))),
+    "head_dim 256": Case(
+        head_dim=256, rotary_dim=256, heads=4, kv_heads=1, chunks=((3, 1), (1, 3))
+    ),
     "several blocks of keys": Case(chunks=((300, 1),), heads=2),
 }
 
 
 # Every case in float32, and in other dtypes those where the dtype makes a difference.
-QUANTIZED = ("mixed", "norms", "head_dim 80", "several blocks of keys")
+FULL = {"float32": tuple(CASES)} | dict.fromkeys(
+    ALL_DTYPES[1:], ("mixed", "norms", "head_dim 80", "several blocks of keys")
+)
+# Interpreted kernels take seconds to compile, and share norms and rope with the XLA form.
+INTERPRETED = {
+    "float32": (
+        "mixed",
+        "padding",
+        "window",
+        "soft cap",
+        "sinks",
+        "head_dim 80",
+        "head_dim 256",
+        "several blocks of keys",
+    ),
+    "bfloat16": ("several blocks of keys",),
+    "fp8_e4m3": ("norms",),
+    "fp8_e5m2": ("norms",),
+    "int8": ("several blocks of keys",),
+    "int4": ("mixed", "head_dim 80"),
+}
 RUNS = [
     (implementation, name, dtype)
     for implementation, dtypes in DTYPES.items()
     for dtype in dtypes
-    for name in (CASES if dtype == "float32" else QUANTIZED)
+    for name in (INTERPRETED if implementation in ("triton", "tpu") else FULL)[dtype]
 ]
-
-
-def turned(x, weight, cos, sin):
-    """RMSNorm of [T, H, D], then half-split rope."""
-    if weight is not None:
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * weight
-    if cos is None:
-        return x
-    half = cos.shape[-1]
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos[:, None], sin[:, None]
-    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
-
-
-def hadamard(size):
-    """The normalized Hadamard matrix of Sylvester's construction."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.sqrt(size)
-
-
-def rounded_up(step):
-    """The next bfloat16 at or above it, as float64."""
-    near = step.astype(ml_dtypes.bfloat16)
-    up = np.nextafter(near, ml_dtypes.bfloat16(np.inf))
-    return np.where(near.astype(np.float64) < step, up, near).astype(np.float64)
-
-
-def cached(x, dtype, scale):
-    """What a cache holds of x [T, H, D], float64; scale [H] or [1] is of 8-bit floats."""
-    if dtype.startswith("fp8"):
-        kind = ml_dtypes.float8_e4m3fn if dtype == "fp8_e4m3" else ml_dtypes.float8_e5m2
-        top = float(ml_dtypes.finfo(kind).max)
-        return np.clip(x / scale[:, None], -top, top).astype(kind).astype(float) * scale[:, None]
-    if dtype == "int8":
-        step = rounded_up(np.abs(x).max(-1, keepdims=True) / 127)
-        return np.clip(np.round(x / step), -127, 127) * step
-    if dtype == "int4":
-        low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-        step = rounded_up(np.maximum((high - low) / 15, np.abs(x).max(-1, keepdims=True) / 120))
-        zero = np.round(low / step)
-        return (np.clip(np.round(x / step) - zero, 0, 15) + zero) * step
-    return x.astype(dtype).astype(float)
 
 
 def oracle(case, dtype, scales, q, k, v, weights, tables, sinks):
     """Attention of one whole sequence: q [T, Hq, D], k and v [T, Hkv, D], all float64."""
     q, k = turned(q, weights[0], *tables), turned(k, weights[1], *tables)
     if dtype == "int4":
-        size = case.head_dim & -case.head_dim
-        runs = [x.reshape(*x.shape[:2], -1, size) @ hadamard(size) for x in (q, k)]
-        q, k = (turned.reshape(x.shape) for turned, x in zip(runs, (q, k), strict=True))
+        q, k = spread(q), spread(k)
     k, v = cached(k, dtype, scales[0]), cached(v, dtype, scales[1])
     group = case.heads // case.kv_heads
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
@@ -187,7 +168,8 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
         given = {}
     call = partial(paged_attention, spec=case.spec, norm_eps=EPS, sinks=sinks, **given)
     if implementation != "ref":
-        call = jax.jit(call)
+        interpreted = implementation in ("triton", "tpu")
+        call = jax.jit(call, compiler_options=QUICKLY if interpreted else None)
     done = [0] * len(lengths)
     for step in range(max(map(len, case.chunks))):
         counts = [chunks[step] if step < len(chunks) else 0 for chunks in case.chunks]

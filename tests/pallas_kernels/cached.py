@@ -1,0 +1,53 @@
+"""What a cache of keys and values holds, by formulas of its own in float64."""
+
+import ml_dtypes
+import numpy as np
+
+EPS = 1e-6  # of norms
+# How to compile a kernel that is interpreted: it takes longer to compile than to run.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def turned(x, weight, cos, sin):
+    """RMSNorm of [T, H, D], then half-split rope."""
+    if weight is not None:
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * weight
+    if cos is None:
+        return x
+    half = cos.shape[-1]
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, None], sin[:, None]
+    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
+
+
+def spread(x):
+    """Runs of the last axis, as long as the largest power of two that divides it, times the
+    normalized Hadamard matrix of Sylvester's construction."""
+    size, matrix = x.shape[-1] & -x.shape[-1], np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (x.reshape(*x.shape[:-1], -1, size) @ matrix / np.sqrt(size)).reshape(x.shape)
+
+
+def rounded_up(step):
+    """The next bfloat16 at or above it, as float64."""
+    near = step.astype(ml_dtypes.bfloat16)
+    up = np.nextafter(near, ml_dtypes.bfloat16(np.inf))
+    return np.where(near.astype(np.float64) < step, up, near).astype(np.float64)
+
+
+def cached(x, dtype, scale):
+    """What a cache holds of x [T, H, D], float64; scale [H] or [1] is of 8-bit floats."""
+    if dtype.startswith("fp8"):
+        kind = ml_dtypes.float8_e4m3fn if dtype == "fp8_e4m3" else ml_dtypes.float8_e5m2
+        top = float(ml_dtypes.finfo(kind).max)
+        return np.clip(x / scale[:, None], -top, top).astype(kind).astype(float) * scale[:, None]
+    if dtype == "int8":
+        step = rounded_up(np.abs(x).max(-1, keepdims=True) / 127)
+        return np.clip(np.round(x / step), -127, 127) * step
+    if dtype == "int4":
+        low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+        step = rounded_up(np.maximum((high - low) / 15, np.abs(x).max(-1, keepdims=True) / 120))
+        zero = np.round(low / step)
+        return (np.clip(np.round(x / step) - zero, 0, 15) + zero) * step
+    return x.astype(dtype).astype(float)

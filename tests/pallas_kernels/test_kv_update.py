@@ -1,0 +1,103 @@
+"""New tokens into pages, by every implementation: what is stored where, and what stays."""
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch, platform
+from pallas_kernels.kv_update import kv_update
+from pallas_kernels.paged_attention import CACHE_DTYPES, empty
+from tests.pallas_kernels.cached import EPS, QUICKLY, cached, spread, turned
+
+HEADS, DIM, PAGE = 3, 80, 16
+IMPLEMENTATIONS = ("triton", "xla", "ref")
+TABLE = np.array([[4, 1], [2, 0], [3, 5]], np.int32)
+# The first sequence goes over the end of a page, the second has nothing new, and two tokens pad.
+STARTS, LENGTHS, TOKENS = np.array([0, 5, 5, 12], np.int32), np.array([18, 3, 7], np.int32), 14
+
+
+def numbers(pages, scale):
+    """What stored bits stand for, float64 [P, H, page, D]."""
+    if pages.dtype == "int4":
+        codes = np.concatenate([pages.values & 15, pages.values >> 4], -1).astype(float)
+        codes = codes + np.asarray(pages.zero, float)[..., None]
+        return codes * np.asarray(pages.scale, float)[..., None]
+    x = np.asarray(pages.values).astype(float)
+    if pages.dtype == "int8":
+        return x * np.asarray(pages.scale, float)[..., None]
+    return x * scale[:, None, None] if pages.dtype.startswith("fp8") else x
+
+
+def arguments(dtype) -> tuple[Any, dict[str, Any]]:
+    random = np.random.default_rng(0)
+    k, v = random.standard_normal((2, TOKENS, HEADS * DIM)).astype(np.float32)
+    k[STARTS[-1] :] = v[STARTS[-1] :] = np.nan
+    angles = random.uniform(0, 6, (TOKENS, DIM // 2)).astype(np.float32)
+    # What is there before: a number that nothing else gives.
+    pages = jax.tree.map(
+        lambda a: jnp.full(a.shape, 3, a.dtype), empty((7, HEADS, PAGE, DIM), dtype)
+    )
+    scales = {}
+    if dtype.startswith("fp8"):
+        scales = {"k_scale": jnp.array([0.01, 0.02, 0.005]), "v_scale": jnp.array([0.01])}
+    return (k, v, pages, pages), scales | {
+        "block_table": jnp.asarray(TABLE),
+        "query_start_loc": jnp.asarray(STARTS),
+        "seq_lens": jnp.asarray(LENGTHS),
+        "rope": (np.cos(angles), np.sin(angles)),
+        "k_norm": random.standard_normal(DIM).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_new_tokens(implementation, dtype):
+    (k, v, *pages), rest = arguments(dtype)
+    update = partial(kv_update, norm_eps=EPS, implementation=implementation)
+    if implementation != "ref":
+        options = None if implementation == "xla" else QUICKLY
+        update = jax.jit(update, compiler_options=options)
+    out = update(k, v, *pages, **rest)
+
+    keys, values = (x.reshape(TOKENS, HEADS, DIM).astype(float) for x in (k, v))
+    keys = turned(keys, rest["k_norm"], *rest["rope"])
+    keys = spread(keys) if dtype == "int4" else keys
+    for x, new, name in zip((keys, values), out, ("k_scale", "v_scale"), strict=True):
+        scale = np.broadcast_to(rest.get(name, np.ones(1)), HEADS)
+        found, touched = numbers(new, scale), np.zeros(new.values.shape[0::2][:2], bool)
+        for sequence, (start, end) in enumerate(pairwise(STARTS)):
+            for token in range(start, end):
+                position = LENGTHS[sequence] - (end - token)
+                at = TABLE[sequence, position // PAGE], position % PAGE
+                touched[at] = True
+                wanted = cached(x[token : token + 1], dtype, scale)[0]
+                np.testing.assert_allclose(found[at[0], :, at[1]], wanted, rtol=1e-5, atol=1e-6)
+        for before, after in zip(pages[0], new, strict=True):
+            if before is not None:
+                old, kept = (np.asarray(a, float).swapaxes(1, 2)[~touched] for a in (before, after))
+                np.testing.assert_array_equal(kept, old)
+
+
+def test_arguments_that_contradict_each_other():
+    (k, v, *pages), rest = arguments("float32")
+    with pytest.raises(ValueError, match="v is float32"):
+        kv_update(k, v[:, :DIM], *pages, **rest)
+
+
+@pytest.mark.parametrize(("kind", "implementation"), [("gpu", "triton")])
+def test_pages_are_written_in_place(kind, implementation):
+    """As the kernel is lowered for its device."""
+    (k, v, *pages), rest = arguments("int4")
+    names = {"gpu": ("cuda", "triton"), "tpu": ("tpu", "tpu_custom_call")}[kind]
+    update = jax.jit(partial(kv_update, norm_eps=EPS), donate_argnums=(2, 3))
+    pages = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), p) for p in pages]
+    with platform.assume(kind):
+        lowered = update.trace(k, v, *pages, **rest).lower(lowering_platforms=names[:1])
+    assert dispatch.chosen()["kv_update"][0] == implementation
+    assert names[1] in lowered.as_text()
+    assert lowered.as_text().count("output_operand_alias<") == 6

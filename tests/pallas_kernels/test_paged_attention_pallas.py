@@ -1,0 +1,109 @@
+"""What the Pallas forms of paged attention do beyond the cases that every implementation shares."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch, platform
+from pallas_kernels.paged_attention import (
+    CACHE_DTYPES,
+    AttentionSpec,
+    empty,
+    paged_attention,
+    triton,
+)
+from tests.pallas_kernels.cached import QUICKLY
+
+DEVICES = {"triton": ("gpu", "cuda", "triton"), "tpu": ("tpu", "tpu", "tpu_custom_call")}
+HEADS, KV_HEADS, PAGE, KEYS = 4, 2, 16, 208
+
+
+def decode_step(dtype="float32", head_dim=64, **spec):
+    """One new token for each of two sequences of different lengths, over pages full of numbers."""
+    random = np.random.default_rng(0)
+    blocks = KEYS // PAGE
+    table = random.permutation(2 * blocks).reshape(2, blocks).astype(np.int32)
+    q, k, v = (random.standard_normal((2, n * head_dim)) for n in (HEADS, KV_HEADS, KV_HEADS))
+    shape = (2 * blocks, KV_HEADS, PAGE, head_dim)
+    pages = [empty(shape, dtype) for _ in range(2)]
+    if dtype == "float32":
+        draws = random.standard_normal((2, *shape))
+        pages = [p._replace(values=jnp.float32(x)) for p, x in zip(pages, draws, strict=True)]
+    return {
+        **{name: jnp.float32(x) for name, x in zip("qkv", (q, k, v), strict=True)},
+        "k_pages": pages[0],
+        "v_pages": pages[1],
+        "block_table": jnp.asarray(table),
+        "query_start_loc": jnp.arange(3, dtype=jnp.int32),
+        "seq_lens": jnp.array([KEYS, 70], jnp.int32),
+    }, AttentionSpec(HEADS, KV_HEADS, head_dim, head_dim, head_dim**-0.5, **spec)
+
+
+def run(implementation, arguments, spec, **more):
+    attend = partial(paged_attention, spec=spec, implementation=implementation, **more)
+    options = QUICKLY if implementation in DEVICES else None
+    return np.asarray(jax.jit(attend, compiler_options=options)(**arguments)[0])
+
+
+def test_segments_of_a_long_context(monkeypatch):
+    """Segments that run side by side give what one after the other do, also where a sequence has
+    nothing in some of them, and a sink counts once."""
+    arguments, spec = decode_step()
+    sinks = jnp.array([0.5, 1.0, -1.0, 2.0])
+    right = run("xla", arguments, spec, sinks=sinks)
+    monkeypatch.setattr(triton, "SEGMENT", 64)
+    assert triton.segments(2, KEYS) == (4, 64)
+    out = run("triton", arguments, spec, sinks=sinks)
+    np.testing.assert_allclose(out, right, atol=2e-6)
+
+
+def test_number_of_segments():
+    assert triton.segments(1, 8192) == (16, 512)
+    assert triton.segments(1, 300) == (1, 300)
+    assert triton.segments(4096, 8192) == (1, 8192)
+    count, length = triton.segments(8, 1 << 20)
+    assert count <= triton.MAX_SEGMENTS
+    assert count * length >= 1 << 20
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
+def test_nothing_else_in_the_batch_counts(implementation):
+    """Neither another sequence, nor what is left in pages before a window or after the end."""
+    arguments, spec = decode_step(sliding_window=40)
+    first = run(implementation, arguments, spec)
+    table, seen = np.asarray(arguments["block_table"]), []
+    for pages in ("k_pages", "v_pages"):
+        values = np.array(arguments[pages].values)
+        values[table[0]] = np.nan
+        values[table[1, :1]] = np.nan
+        values[table[1, 5:]] = np.nan
+        values[table[1, 4], :, 6:] = np.nan
+        arguments[pages] = arguments[pages]._replace(values=jnp.asarray(values))
+        seen.append(np.isnan(values).mean())
+    assert min(seen) > 0.8
+    second = run(implementation, arguments, spec)
+    np.testing.assert_array_equal(second[1], first[1])
+    np.testing.assert_allclose(first, run("xla", decode_step()[0], spec), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("implementation", ["triton"])
+def test_lowers_for_its_device(implementation, dtype):
+    arguments, spec = decode_step(dtype, head_dim=128, sliding_window=40, soft_cap=30.0)
+    kind, platform_name, call = DEVICES[implementation]
+    attend = jax.jit(partial(paged_attention, spec=spec, sinks=jnp.zeros(HEADS)))
+    with platform.assume(kind):
+        lowered = attend.trace(**arguments).lower(lowering_platforms=(platform_name,))
+    assert dispatch.chosen()["paged_attention"][0] == implementation
+    assert lowered.as_text().count(call) >= 2
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
+def test_not_on_another_device(implementation):
+    arguments, spec = decode_step()
+    other = {"triton": "tpu", "tpu": "gpu"}[implementation]
+    with platform.assume(other), pytest.raises(NotImplementedError, match=f"this is a {other}"):
+        run(implementation, arguments, spec)
