@@ -78,7 +78,7 @@ def matmul(
       num_rows: int32 [1]. Rows from num_rows[0] on are padding: their outputs are unspecified.
       act, inputs: what else happens to the (normed) x, where an implementation can take it in: ask
         `takes_inputs`. Weights may have different `inputs`, one each.
-      implementation: "native", "xla" or "ref"; None for the first that takes the call.
+      implementation: "native", "triton", "xla" or "ref"; None for the first that takes the call.
 
     Returns:
       One float32 [T, N_i] a weight, or one [T, N] with `activation`.

@@ -79,19 +79,13 @@ def product(
       ValueError: `x_scale` does not fit x.
     """
     interpret = platform.interprets("gpu")
-    rows, k = x.shape
-    groups = 0 if x_scale is None else x_scale.shape[-1]
-    if x_scale is not None and (x_scale.shape != (rows, groups) or not groups or k % groups):
-        raise ValueError(f"x_scale {x_scale.shape} of x {x.shape}")
-    operands = weight_operands(spec, arrays) | {"x": padded(x, spec)}
-    x_group = None
-    if x_scale is not None and groups > 1:
-        x_group, operands["x_scale"] = k // groups, x_scale.T
+    x_group, scales, after = scaled_inputs(x, x_scale)
+    operands = weight_operands(spec, arrays) | {"x": padded(x, spec)} | scales
     if num_rows is not None:
         operands["num_rows"] = num_rows
     plan = plan_of(
         spec,
-        rows,
+        x.shape[0],
         x.dtype,
         exact_codes=x_scale is not None,
         x_group=x_group,
@@ -101,7 +95,7 @@ def product(
     from pallas_kernels.matmul import triton_kernel  # jax has it on some systems only
 
     y = triton_kernel.product(plan, operands, interpret)
-    return y if x_scale is None or groups > 1 else y * x_scale
+    return y if after is None else y * after
 
 
 def weight_operands(spec: WeightSpec, arrays: WeightArrays) -> dict[str, jax.Array]:
@@ -115,6 +109,9 @@ def weight_operands(spec: WeightSpec, arrays: WeightArrays) -> dict[str, jax.Arr
     scale = jnp.asarray(arrays.scale)
     if scale.dtype.itemsize == 1 and jnp.issubdtype(scale.dtype, jnp.floating):
         scale = lax.bitcast_convert_type(scale, jnp.uint8)
+    size = arrays.qvalue.size
+    if 1 << 31 < size <= 1 << 32:
+        raise NotImplementedError(f"{size} bytes of weights: Pallas counts up to 2 GiB in 32 bits")
     named = {
         "qvalue": arrays.qvalue,
         "scale": scale,
@@ -125,6 +122,26 @@ def weight_operands(spec: WeightSpec, arrays: WeightArrays) -> dict[str, jax.Arr
         "codebook": arrays.codebook,
     }
     return {name: jnp.asarray(array) for name, array in named.items() if array is not None}
+
+
+def scaled_inputs(
+    x: jax.Array, x_scale: jax.Array | None
+) -> tuple[int | None, dict[str, jax.Array], jax.Array | None]:
+    """(columns of x that share a scale, what the kernel reads of scales, what outputs are
+    multiplied by): one scale of a row acts on its outputs.
+
+    Raises:
+      ValueError: `x_scale` does not fit x.
+    """
+    if x_scale is None:
+        return None, {}, None
+    rows, k = x.shape
+    groups = x_scale.shape[-1]
+    if x_scale.shape != (rows, groups) or not groups or k % groups:
+        raise ValueError(f"x_scale {x_scale.shape} of x {x.shape}")
+    if groups == 1:
+        return None, {}, x_scale
+    return k // groups, {"x_scale": x_scale.T}, None
 
 
 def padded(x: jax.Array, spec: WeightSpec) -> jax.Array:

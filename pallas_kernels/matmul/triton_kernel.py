@@ -184,7 +184,8 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any) -> None:
         return plt.load(ref) if inside is None else plt.load(ref, mask=inside[:, None], other=0)
 
     def x_scale(column: Any) -> jax.Array:
-        ref = refs["x_scale"].at[column // plan.x_group, rows]
+        group = jnp.minimum(column // plan.x_group, refs["x_scale"].shape[0] - 1)
+        ref = refs["x_scale"].at[group, rows]
         found = plt.load(ref) if inside is None else plt.load(ref, mask=inside, other=0)
         return found[None, :]
 

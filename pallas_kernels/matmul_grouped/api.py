@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul_grouped import native, ref, xla
+from pallas_kernels.matmul_grouped import native, ref, triton, xla
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.matmul_grouped),
+    ("triton", triton.matmul_grouped),
     ("xla", xla.matmul_grouped),
     ("ref", ref.matmul_grouped),
 )
@@ -34,7 +35,7 @@ def matmul_grouped(
       weight: spec of one expert's weight, and arrays with a leading axis E.
       bias: float32 [E, N].
       activation_dtype: what x may be rounded to, see `pallas_kernels.matmul`.
-      implementation: "native", "xla" or "ref"; None for the first that takes the call.
+      implementation: "native", "triton", "xla" or "ref"; None for the first that takes the call.
 
     Returns:
       float32 [T, N].

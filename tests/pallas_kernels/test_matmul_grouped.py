@@ -28,12 +28,19 @@ def coded(values):
     return weight, (codes - 8.0) * np.repeat(scale.astype(np.float64), 32, -1) * whole
 
 
-@pytest.mark.parametrize("make", [plain, coded])
+@pytest.mark.parametrize(
+    ("make", "implementation"),
+    [
+        *((make, name) for make in (plain, coded) for name in ("native", "xla", "ref")),
+        (coded, "triton"),
+    ],
+    indirect=["implementation"],
+)
 def test_against_float64(make, implementation):
     rng = np.random.default_rng(0)
     weight, values = make(rng.normal(size=(4, 24, 64)))
     weight = ops.prepare(weight)
-    assert (weight.layout == "canonical") == (implementation != "native")
+    assert (weight.layout == "canonical") == (implementation in ("xla", "ref"))
     x, bias = rng.normal(size=(10, 64)).astype(np.float32), rng.normal(size=(4, 24))
     for sizes in SIZES:
         y = matmul_grouped(

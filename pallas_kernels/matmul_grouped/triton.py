@@ -1,0 +1,97 @@
+"""Grouped products with weights in planes on NVIDIA GPUs: the kernel of single products, told for
+each tile of rows whose weight it meets. An expert without rows is not read.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import platform
+from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
+from pallas_kernels.matmul.triton import padded, scaled_inputs, weight_operands
+from pallas_kernels.matmul.triton_plan import candidates, plan_of
+
+__all__ = ["candidates", "matmul_grouped", "product"]
+
+
+def matmul_grouped(
+    x: jax.Array,
+    group_sizes: jax.Array,
+    weight: tuple[WeightSpec, WeightArrays],
+    *,
+    bias: jax.Array | None,
+    activation_dtype: str,
+) -> jax.Array:
+    """See `pallas_kernels.matmul_grouped.api.matmul_grouped`."""
+    if activation_dtype == "bfloat16":
+        x = x.astype(jnp.bfloat16)
+    y = product(x, group_sizes, *weight)
+    if bias is None:
+        return y
+    ends = jnp.cumsum(group_sizes)
+    owner = (jnp.arange(len(x))[:, None] >= ends[None, :-1]).sum(1)
+    return y + bias[owner]
+
+
+def product(
+    x: jax.Array,
+    group_sizes: jax.Array,
+    spec: WeightSpec,
+    arrays: WeightArrays,
+    *,
+    x_scale: jax.Array | None = None,
+) -> jax.Array:
+    """(x[t] * x_scale[t]) @ w[e].T, where e is the expert of row t.
+
+    Args:
+      x, spec, x_scale: see `pallas_kernels.matmul.triton.product`.
+      group_sizes: int32 [E].
+      arrays: in the layout "planes", with a leading axis E.
+
+    Returns:
+      float32 [T, N]; rows behind the last group are unspecified.
+
+    Raises:
+      NotImplementedError, ValueError: see there.
+    """
+    interpret = platform.interprets("gpu")
+    operands = weight_operands(spec, arrays) | {"x": padded(x, spec)}
+    x_group, scales, after = scaled_inputs(x, x_scale)
+    plan = plan_of(
+        spec,
+        x.shape[0],
+        x.dtype,
+        exact_codes=x_scale is not None,
+        x_group=x_group,
+        experts=group_sizes.shape[0],
+        entries=0 if arrays.codebook is None else arrays.codebook.shape[-1],
+    )
+    table = tile_table(group_sizes, x.shape[0], plan.blocks.rows)
+    from pallas_kernels.matmul import triton_kernel  # jax has it on some systems only
+
+    y = triton_kernel.product(plan, operands | scales | table, interpret)
+    return y if after is None else y * after
+
+
+def tile_table(group_sizes: jax.Array, rows: int, tile: int) -> dict[str, jax.Array]:
+    """Whose rows each tile holds: "expert", "start" and "end" (rows), int32 [tiles].
+
+    Each expert begins a tile of its own, so that there are at most rows / tile + E; those that
+    nobody needs are empty.
+    """
+    experts = group_sizes.shape[0]
+    tiles = rows // tile + min(experts, rows)
+    of_expert = -(-group_sizes // tile)
+    last = jnp.cumsum(of_expert)
+    index = jnp.arange(tiles, dtype=jnp.int32)
+    expert = (index[:, None] >= last[None, :]).sum(1, dtype=jnp.int32)
+    used = expert < experts
+    expert = jnp.minimum(expert, experts - 1)
+    end = jnp.cumsum(group_sizes)[expert]
+    start = end - group_sizes[expert] + (index - (last - of_expert)[expert]) * tile
+    return {
+        "expert": expert,
+        "start": jnp.where(used, start, 0).astype(jnp.int32),
+        "end": jnp.where(used, end, 0).astype(jnp.int32),
+    }
