@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.matmul import dense, native, planes, ref, tiles, triton, xla
+from pallas_kernels.matmul import coded, dense, native, planes, ref, tiles, triton, xla
 from pallas_kernels.matmul.around import ACTIVATIONS, epilogue
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
@@ -91,6 +91,23 @@ def matmul(
     biases = tuple(biases) if biases is not None else (None,) * len(weights)
     _check(x, weights, norm, biases, activation, residual, post_norm, activation_dtype, num_rows)
     treated = act is not None or inputs is not None
+    if act is not None and coded.takes_inputs([spec for spec, _ in weights], act):
+        with dispatch.use(implementation or dispatch.named()):
+            return coded.matmul(
+                x,
+                weights,
+                norm=norm,
+                norm_eps=norm_eps,
+                biases=biases,
+                activation=activation,
+                residual=residual,
+                post_norm=post_norm,
+                activation_dtype=activation_dtype,
+                num_rows=num_rows,
+                act=act,
+                inputs=inputs,
+                plain=matmul,
+            )
     if len({spec.layout for spec, _ in weights}) > 1 and not treated:
         products = _by_layout(
             x,
@@ -151,7 +168,7 @@ def _preferred(rows: int, weights: tuple[tuple[WeightSpec, WeightArrays], ...]) 
 
 def takes_inputs(specs: Sequence[WeightSpec], act: ActSpec | None) -> bool:
     """Whether `matmul` can itself treat the inputs of these weights, or the caller has to."""
-    return native.takes_inputs(specs, act)
+    return native.takes_inputs(specs, act) or coded.takes_inputs(specs, act)
 
 
 def as_arrays(arrays: WeightArrays | Any) -> WeightArrays:

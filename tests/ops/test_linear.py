@@ -185,6 +185,37 @@ def test_one_call_serves_weights_with_inputs_of_their_own(calls, numerics):
         np.testing.assert_array_equal(y, alone)
 
 
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_weights_of_accelerators_treat_inputs_as_others_do(calls, device):
+    """As codes by codes, or as plain floats where a product of codes is none of XLA's."""
+    codes = RNG.integers(-128, 128, (16, 64), np.int8).view(np.uint8)
+    scale = RNG.uniform(0.5, 2, (16, 1)).astype(np.float32)
+    order = RNG.permutation(64).astype(np.int32)[None]
+    aux = {"act_scale": np.full((1, 1), 0.017, np.float32)}
+    weights = [
+        QArray(codes, "int8", (16, 64), scale, act=ROUNDINGS[name], group=(1, 64), aux=own)
+        for name, own in (
+            ("int8 token", {}),
+            ("int8 asymmetric", {}),
+            ("int4 group", {}),
+            ("int8 static", aux | {"perm": order}),
+            ("int8 static", aux | {"act_pre_scale": np.full((1, 64), 0.7, np.float32)}),
+        )
+    ]
+    with platform.assume(device):
+        laid_out = [ops.prepare(weight) for weight in weights]
+    assert all(each.layout.startswith("planes") for each in laid_out)
+    bias = jnp.arange(16, dtype=jnp.float32)
+    for weight, ready in zip(weights, laid_out, strict=True):
+        wanted = ops.linear(X, weight, batch=batch(tokens=9), bias=bias, residual=X[:, :16])
+        y = ops.linear(X, ready, batch=batch(tokens=9), bias=bias, residual=X[:, :16])
+        assert calls[-1].keys() >= {"act", "inputs"}
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=2e-4)
+    gate = ops.linear(X, tuple(laid_out[3:]), batch=batch(tokens=9), activation="silu")
+    wanted = ops.linear(X, tuple(weights[3:]), batch=batch(tokens=9), activation="silu")
+    np.testing.assert_allclose(gate, wanted, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
 def test_plain_floats_are_plain_arrays_on_accelerators(dtype):
     """A product of their own dtype with bfloat16 activations: nothing is unpacked."""
