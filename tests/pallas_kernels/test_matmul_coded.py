@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import platform
+from pallas_kernels import dispatch, platform
 from pallas_kernels.inputs import ActSpec, Inputs
 from pallas_kernels.matmul import api, matmul, planes
 from pallas_kernels.quantize import quantize
@@ -97,9 +97,28 @@ def test_against_float64(case, layout):
     assert (operands(product, x, laid_out, inputs) != {"float32"}) == by_codes
 
 
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 5, 9, 10, 11, 12, 13)], ids=named)
+def test_kernels_against_float64(case):
+    """In a kernel that is interpreted here: sums of integers, or float32 ones of exact products."""
+    name, kind, _ = case
+    act, rng = ACTS[name], np.random.default_rng(0)
+    arrays, decoded = draw(kind)
+    spec, laid_out = planes.prepare(kind.spec, arrays, planes.PLANES)
+    x = rng.normal(size=(5, kind.shape[1])).astype(np.float32)
+    inputs = inputs_of(act, kind.shape[1], rng)
+    op = f"matmul {act.dtype} {kind.qtype}"
+
+    def product(x, arrays, inputs):
+        return matmul(x, [(spec, arrays)], act=act, inputs=[inputs], implementation="triton")[0]
+
+    y = jax.jit(product)(x, laid_out, inputs)
+    assert dispatch.chosen()[op][0] == "triton"
+    assert error(y, values(x, act, inputs) @ decoded.T) < TOLERANCES["float32"]
+
+
 def operands(function, *args):
-    """Dtypes of what the dots of a function take on a GPU."""
-    with platform.assume("gpu"):
+    """Dtypes of what XLA multiplies on a GPU."""
+    with platform.assume("gpu"), dispatch.use("xla"):
         equations = jax.make_jaxpr(lambda *args: function(*args))(*args).eqns  # traced anew
     dots = [each for each in equations if each.primitive.name == "dot_general"]
     return {var.aval.dtype.name for dot in dots for var in dot.invars}
