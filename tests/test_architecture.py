@@ -41,8 +41,9 @@ FLOORS = {
     "models": ["qjax.models"],
     "checkpoint": ["qjax.checkpoint"],
     "running": ["qjax.engine", "qjax.compress", "qjax.forward"],
-    "api": ["qjax.api", "qjax.bench", "qjax.distributed", "qjax.evaluate"],
-    "programs": ["qjax.cli", "qjax.server", "qjax.__main__"],
+    "api": ["qjax.api", "qjax.distributed", "qjax.evaluate"],
+    "measuring": ["qjax.bench", "qjax.tune"],
+    "programs": ["qjax.cli", "qjax.server", "qjax.__main__", "qjax.bench.__main__"],
     "facade": ["qjax"],
 }
 
@@ -58,6 +59,7 @@ MAY_IMPORT = {
     "checkpoint": ["base", "formats", "state", "models"],
     "running": ["base", "formats", "state", "ops", "layers", "models", "checkpoint"],
     "api": ["base", "formats", "state", "models", "checkpoint", "running"],
+    "measuring": [*(floor for floor in FLOORS if floor not in ("programs", "facade"))],
     "programs": [*(floor for floor in FLOORS if floor != "programs")],
     "facade": [*(floor for floor in FLOORS if floor != "facade")],
 }

@@ -26,7 +26,12 @@ def _root() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line; an error of ours is one line on stderr and exit code 1."""
+    """Runs the command line."""
+    run_app(app, args)
+
+
+def run_app(app: typer.Typer, args: Sequence[str] | None) -> None:
+    """Runs a command; an error of ours is one line on stderr and exit code 1."""
     try:
         app(args)
     except (QjaxError, TableError) as error:

@@ -1,0 +1,118 @@
+"""The time of one call, as it is inside a model: compiled, operands not in a cache, no dispatch.
+
+Calls go round in a loop of one compiled program, through several copies of what they read: a model
+reads each of its weights once a step, when the ones before have pushed it out of the caches. Each
+round's input depends on the outputs of the round before, and all outputs are kept, so that no call
+can be left out, merged, moved out of the loop or cut down to the part that somebody reads.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import platform
+
+MAX_ROUNDS = 1000
+MAX_COPIES = 8
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long to measure.
+
+    Attributes:
+      repeats: of which the median is taken.
+      sample_seconds: what one repeat lasts at least, as far as can be foretold.
+      limit_seconds: no further repeat begins after so long.
+      spread_bytes: how much copies take together, well beyond the caches.
+      now: the clock.
+    """
+
+    repeats: int = 5
+    sample_seconds: float = 0.02
+    limit_seconds: float = 1.5
+    spread_bytes: int = 200_000_000
+    now: Callable[[], float] = time.perf_counter
+
+    def copies(self, nbytes: int) -> int:
+        """How many copies of operands of so many bytes are gone through."""
+        return min(MAX_COPIES, max(1, math.ceil(self.spread_bytes / max(nbytes, 1))))
+
+
+QUICK = Timing(repeats=3, sample_seconds=0.002, limit_seconds=0.3, spread_bytes=1)
+
+# (x, operands that stay, operands that change) -> (output, the latter changed)
+Call = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+
+
+def seconds(
+    call: Call,
+    x: jax.Array,
+    fixed: Sequence[Any],
+    states: Sequence[Any],
+    estimate: float,
+    timing: Timing,
+) -> float:
+    """Median time of one call.
+
+    Args:
+      call: what is measured; traceable.
+      x: its input.
+      fixed, states: copies of its other operands, a pytree each, equally many; `states` are
+        donated.
+      estimate: seconds that it may take, for the number of rounds.
+    """
+    rounds = math.ceil(timing.sample_seconds / (estimate * len(fixed)))
+    rounds = min(MAX_ROUNDS, max(1, rounds))
+    y = jax.eval_shape(call, x, fixed[0], states[0])[0]
+    ys = [jnp.zeros(y.shape, y.dtype) for _ in fixed]
+    carry = jnp.array(x), ys, list(states)  # a copy, since it is donated
+    # Known only when it runs, or a compiler would know that x does not change.
+    zero = jnp.float32(0)
+    program = jax.jit(_rounds(call, rounds), donate_argnums=0)
+    compiled = program.lower(carry, list(fixed), zero).compile()
+    carry = jax.block_until_ready(compiled(carry, list(fixed), zero))
+    begin, samples = timing.now(), []
+    while not samples or (
+        len(samples) < timing.repeats and timing.now() - begin < timing.limit_seconds
+    ):
+        start = timing.now()
+        carry = jax.block_until_ready(compiled(carry, list(fixed), zero))
+        samples.append(timing.now() - start)
+    return statistics.median(samples) / rounds / len(fixed)
+
+
+def _rounds(call: Call, rounds: int) -> Callable[..., Any]:
+    # Queues of accelerators run one kernel after the other; a CPU would run calls side by side.
+    one_by_one = platform.device_kind() == "cpu"
+
+    def after(x: jax.Array, y: jax.Array, zero: jax.Array) -> jax.Array:
+        first = y[(0,) * y.ndim].astype(x.dtype)
+        return x.at[(0,) * x.ndim].add(zero.astype(x.dtype) * first)
+
+    def run(carry: Any, fixed: list[Any], zero: jax.Array) -> Any:
+        def one_round(_: Any, carry: Any) -> Any:
+            x, ys, states = carry
+            before = jnp.stack([y[(0,) * y.ndim].astype(jnp.float32) for y in ys]).sum()
+            x = after(x, before, zero)
+            new_ys, new_states = [], []
+            for operands, state in zip(fixed, states, strict=True):
+                y, state = call(x, operands, state)
+                new_ys.append(y)
+                new_states.append(state)
+                if one_by_one:
+                    x = after(x, y, zero)
+            return x, new_ys, new_states
+
+        return lax.fori_loop(0, rounds, one_round, carry)
+
+    return run

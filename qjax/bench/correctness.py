@@ -1,0 +1,175 @@
+"""Whether the kernels of this device are right: small cases against float64 numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import dispatch, platform
+from pallas_kernels.matmul import api as matmul
+from pallas_kernels.matmul.spec import WeightArrays, decode
+from pallas_kernels.matmul_grouped import api as matmul_grouped
+from pallas_kernels.paged_attention import AttentionSpec, pages
+from pallas_kernels.paged_attention import api as paged_attention
+from qjax import ops
+from qjax.bench import cases
+from qjax.bench.weights import KINDS, draw
+from qjax.ops import activations
+from qjax.ops.linear import ACTIVATION_DTYPES
+from qjax.qarray import QArray
+
+# Largest error of a row, relative to the row.
+TOLERANCES = {"exact": 1e-5, "bfloat16": 5e-3, "attention": 1e-2}
+ROWS = (1, 8, 40)
+SHAPE = (256, 512)
+EXPERTS = 4
+# Sequences of so many tokens, and then one more.
+LENGTH = 37
+HEADS = AttentionSpec(4, 2, 64, 64, 0.125)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One implementation on one small case.
+
+    Attributes:
+      numerics: how activations may be rounded.
+      error: of the worst row; None where it does not take the case, and `reason` says why.
+    """
+
+    op: str
+    kind: str
+    implementation: str
+    rows: int
+    numerics: str
+    error: float | None
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None or self.error <= TOLERANCES[self.numerics]
+
+    def __str__(self) -> str:
+        what = f"{self.op} {self.kind}, {self.rows} rows, {self.numerics}, {self.implementation}"
+        if self.error is None:
+            return f"{what}: refused: {self.reason}"
+        return f"{what}: error {self.error:.1e}, allowed {TOLERANCES[self.numerics]:.0e}"
+
+
+def checks(op: str, kinds: Sequence[str], implementation: str | None = None) -> Iterator[Check]:
+    """All of an op: of the kinds named, by the implementation named or else by every one that would
+    not be interpreted here.
+    """
+    if op not in _CHECKED:
+        return
+    run, known, numerics = _CHECKED[op]
+    exact_only = platform.device_kind() == "cpu"
+    for name in [implementation] if implementation else cases.implementations(known):
+        for kind in kinds:
+            for how in numerics[:1] if exact_only else numerics:
+                for rows in ROWS if op != "paged_attention" else ROWS[1:2]:
+                    yield _checked(op, kind, name, rows, how, run)
+
+
+def _checked(
+    op: str,
+    kind: str,
+    name: str,
+    rows: int,
+    numerics: str,
+    run: Callable[[str, int, str], tuple[jax.Array, np.ndarray]],
+) -> Check:
+    with dispatch.use(name):
+        try:
+            got, wanted = run(kind, rows, numerics)
+        except NotImplementedError as error:
+            return Check(op, kind, name, rows, numerics, None, str(error))
+    difference = np.linalg.norm(np.asarray(got, np.float64) - wanted, axis=-1)
+    # What is not a number is no small error.
+    error = np.nan_to_num(difference / np.linalg.norm(wanted, axis=-1), nan=np.inf).max()
+    return Check(op, kind, name, rows, numerics, float(error))
+
+
+def _matmul(kind: str, rows: int, numerics: str) -> tuple[jax.Array, np.ndarray]:
+    weight = draw(KINDS[kind], *SHAPE)
+    x = cases.inputs(rows, SHAPE[1])
+    batch = cases.batch_of(rows, numerics)
+    got = jax.jit(lambda x, w: ops.linear(x, w, batch=batch))(x, ops.prepare(weight))
+    rounded = np.asarray(activations.inputs(x, weight), np.float64)
+    return got, rounded @ _float64(weight).T
+
+
+def _grouped(kind: str, rows: int, numerics: str) -> tuple[jax.Array, np.ndarray]:
+    weight = draw(KINDS[kind], *SHAPE, lead=(EXPERTS,))
+    owner = np.sort(np.random.default_rng(1).integers(0, EXPERTS, rows))
+    sizes = np.bincount(owner, minlength=EXPERTS).astype(np.int32)
+    x, dtype = cases.inputs(rows, SHAPE[1]), ACTIVATION_DTYPES[numerics]
+
+    def product(x: jax.Array, w: QArray) -> jax.Array:
+        pair = w.spec, w.arrays
+        return matmul_grouped.matmul_grouped(x, jnp.asarray(sizes), pair, activation_dtype=dtype)
+
+    got = jax.jit(product)(x, ops.prepare(weight))
+    x = np.asarray(x, np.float64)
+    return got, np.einsum("tk,tnk->tn", x, _float64(weight)[owner])
+
+
+def _float64(weight: QArray) -> np.ndarray:
+    return decode(weight.spec, WeightArrays(*weight.arrays), np).astype(np.float64)
+
+
+def _attention(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
+    """The outputs of so many sequences' last tokens, the ones before them cached by a call before.
+
+    An implementation may lay pages out as it likes, so only what it makes of its own is looked at.
+    """
+    heads, narrow, size = HEADS.num_heads, HEADS.num_kv_heads, HEADS.head_dim
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (rows, LENGTH + 1, count, size), jnp.float32)
+        for i, count in enumerate((heads, narrow, narrow))
+    )
+    per_sequence = -(-(LENGTH + 1) // cases.PAGE_SIZE)
+    table = np.arange(rows * per_sequence, dtype=np.int32).reshape(rows, per_sequence)
+    shape = rows * per_sequence, narrow, cases.PAGE_SIZE, size
+
+    @jax.jit
+    def outputs(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        cache, out = (pages.empty(shape, dtype), pages.empty(shape, dtype)), q
+        for begin, end in ((0, LENGTH), (LENGTH, LENGTH + 1)):
+            tokens = rows * (end - begin)
+            out, *cache = paged_attention.paged_attention(
+                *(a[:, begin:end].reshape(tokens, -1) for a in (q, k, v)),
+                *cache,
+                spec=HEADS,
+                block_table=jnp.asarray(table),
+                query_start_loc=jnp.arange(rows + 1, dtype=jnp.int32) * (end - begin),
+                seq_lens=jnp.full(rows, end, jnp.int32),
+            )
+        return out
+
+    got = outputs(q, k, v)
+    if dtype == "int4":
+        q, k = pages.turned(q), pages.turned(k)
+    keys, values = (
+        np.repeat(np.asarray(pages.decode(pages.encode(a, dtype)), np.float64), heads // narrow, 2)
+        for a in (k, v)
+    )
+    scores = np.einsum("shd,sthd->sht", np.asarray(q[:, -1], np.float64), keys) * HEADS.scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return got, np.einsum("sht,sthd->shd", weights, values).reshape(rows, -1)
+
+
+def _names(implementations: dispatch.Implementations) -> list[str]:
+    return [name for name, _ in implementations]
+
+
+_CHECKED = {
+    "matmul": (_matmul, _names(matmul.IMPLEMENTATIONS), ("exact", "bfloat16")),
+    "matmul_grouped": (_grouped, _names(matmul_grouped.IMPLEMENTATIONS), ("exact", "bfloat16")),
+    "paged_attention": (_attention, _names(paged_attention.IMPLEMENTATIONS), ("attention",)),
+}

@@ -1,0 +1,86 @@
+"""What a device gives: bandwidth of its memory and speed of its arithmetic, measured by XLA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import platform
+from qjax.bench import clock
+from qjax.bench.clock import Timing
+from qjax.bench.model import memory_bandwidth
+
+DTYPES = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "fp8_e4m3": jnp.float8_e4m3fn}
+_LIBRARIES = ("qjax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """bytes/s that reading memory has come to, and multiplications and additions/s by dtype."""
+
+    bandwidth: float
+    peaks: dict[str, float] = field(default_factory=dict)
+
+
+def limits(timing: Timing, quick: bool = False) -> Limits:
+    """Measures them; quickly, with operands too small for the fullest speed."""
+    cpu = platform.device_kind() == "cpu"
+    size = 512 if quick or cpu else 8192
+    guess = 2 * size**3 / (1e11 if cpu else 1e15)
+    peaks = {name: _product(size, DTYPES[name], guess, timing) for name in DTYPES}
+    if cpu:
+        return Limits(memory_bandwidth(1 << 26 if quick else 1 << 28), peaks)
+    return Limits(_reading((1 << 16, 1 << 12) if not quick else (256, 256), timing), peaks)
+
+
+def _product(size: int, dtype: Any, guess: float, timing: Timing) -> float:
+    """Of two square matrices; multiplications and additions a second. `guess`: seconds."""
+    total = jnp.int32 if dtype == jnp.int8 else jnp.float32
+
+    def square() -> jax.Array:
+        drawn = jax.random.normal(jax.random.key(3), (size, size), jnp.float32)
+        return jnp.clip(drawn * 4, -100, 100).astype(dtype)
+
+    def call(x: jax.Array, w: jax.Array, state: None) -> tuple[jax.Array, None]:
+        y = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=total)
+        return y, state
+
+    seconds = clock.seconds(call, square(), [square(), square()], [None] * 2, guess, timing)
+    return 2 * size**3 / seconds
+
+
+def _reading(shape: tuple[int, int], timing: Timing) -> float:
+    """Of the sums of rows of float32; bytes a second."""
+
+    def call(x: jax.Array, w: jax.Array, state: None) -> tuple[jax.Array, None]:
+        return w.sum(1) + x, state
+
+    arrays = [jnp.ones(shape, jnp.float32) for _ in range(2)]
+    nbytes = arrays[0].nbytes
+    seconds = clock.seconds(call, jnp.zeros(shape[:1]), arrays, [None] * 2, nbytes / 3e12, timing)
+    return nbytes / seconds
+
+
+def description() -> dict[str, Any]:
+    """The device, the versions that run on it, and the date."""
+    device = jax.devices()[0]
+    return {
+        "device": platform.device().name,
+        "kind": platform.device_kind(),
+        "platform_version": device.client.platform_version.splitlines()[0],
+        "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
