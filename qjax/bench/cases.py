@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch, platform
+from pallas_kernels.kv_update import kv_update
 from pallas_kernels.matmul_grouped import matmul_grouped
 from pallas_kernels.paged_attention import AttentionSpec, paged_attention, pages
+from pallas_kernels.quantize import quantize
 from qjax import ops
 from qjax.bench import clock
 from qjax.bench.clock import Timing
@@ -21,7 +23,6 @@ from qjax.bench.weights import KINDS, on_device
 from qjax.engine.batch import DECODE_ROWS
 from qjax.engine.runner import numerics_for
 from qjax.kv_cache import Batch
-from qjax.ops import activations
 from qjax.ops.linear import ACTIVATION_DTYPES
 from qjax.qarray import ActSpec, QArray
 
@@ -230,15 +231,49 @@ def _bfloat16(case: Case) -> Operands:
 
 def _quantize(case: Case) -> Operands:
     act = ACTS[case.kind]
-    # Only what the weight says of its inputs is looked at.
-    raw = np.zeros((1, case.k), np.uint8)
-    w = QArray(raw, "int8", (1, case.k), np.ones((1, 1), np.float32), group=(1, case.k), act=act)
 
-    def call(x: jax.Array, fixed: None, state: None) -> tuple[jax.Array, None]:
-        return activations.inputs(x, w), state
+    def call(x: jax.Array, fixed: None, state: None) -> tuple[Any, None]:
+        return quantize(x, act), state
 
-    nbytes = 8 * case.rows * case.k
-    return Operands(call, inputs(case.rows, case.k), nbytes, 8 * case.rows * case.k)
+    # float32 is read, codes of a byte are written; what scales take hardly counts.
+    return Operands(
+        call,
+        inputs(case.rows, case.k),
+        5 * case.rows * case.k,
+        4 * case.rows * case.k,
+        name=f"quantize {act.dtype}",
+    )
+
+
+def _kv_update(case: Case) -> Operands:
+    """One new token for each of so many sequences, the first of a page of its own."""
+    batch = batch_of(case.rows, "exact")
+    head_dim = ATTENTION.head_dim
+    cos = jnp.ones((case.rows, head_dim // 2), jnp.float32)
+    shape = (case.rows, case.n, PAGE_SIZE, head_dim)
+
+    def call(k: jax.Array, fixed: None, cache: Any) -> tuple[Any, Any]:
+        cache = kv_update(
+            k,
+            k,
+            *cache,
+            block_table=jnp.arange(case.rows, dtype=jnp.int32)[:, None],
+            query_start_loc=jnp.asarray(batch.query_start_loc),
+            seq_lens=jnp.asarray(batch.seq_lens),
+            rope=(cos, 0 * cos),
+        )
+        return (), cache
+
+    cached = _held(shape, case.kind)
+    return Operands(
+        call,
+        inputs(case.rows, case.n * head_dim),
+        8 * case.rows * case.n * head_dim + cached // PAGE_SIZE,
+        8 * case.rows * case.n * head_dim,
+        state=lambda: (_filled(shape, case.kind), _filled(shape, case.kind)),
+        copied=cached,
+        name="kv_update",
+    )
 
 
 def _attention(case: Case, sequences: int, context: int, spec: AttentionSpec) -> Operands:
@@ -268,11 +303,7 @@ def _attention(case: Case, sequences: int, context: int, spec: AttentionSpec) ->
 
     shape = (count, spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
 
-    def cache() -> Any:
-        return _filled(shape, case.kind), _filled(shape, case.kind)
-
-    held = pages.empty(shape, case.kind, jax.ShapeDtypeStruct)
-    cached = 2 * sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(held))
+    cached = _held(shape, case.kind)
     nbytes = cached * context // (per_sequence * PAGE_SIZE)
     seen = sequences * sum(range(context - new + 1, context + 1))
     return Operands(
@@ -280,10 +311,16 @@ def _attention(case: Case, sequences: int, context: int, spec: AttentionSpec) ->
         inputs(case.rows, wide),
         nbytes + 4 * case.rows * (2 * wide + 2 * narrow),
         4 * seen * spec.num_heads * spec.head_dim,
-        state=cache,
+        state=lambda: (_filled(shape, case.kind), _filled(shape, case.kind)),
         copied=cached,
         name="paged_attention",
     )
+
+
+def _held(shape: tuple[int, int, int, int], dtype: str) -> int:
+    """Bytes of the pages of keys and of values."""
+    held = pages.empty(shape, dtype, jax.ShapeDtypeStruct)
+    return 2 * sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(held))
 
 
 def _filled(shape: tuple[int, int, int, int], dtype: str) -> pages.Pages:
@@ -299,10 +336,6 @@ def _decode_attention(case: Case) -> Operands:
 
 def _prefill_attention(case: Case) -> Operands:
     return _attention(case, 1, case.k, _spec(case))
-
-
-def _kv_update(case: Case) -> Operands:
-    return _attention(case, case.rows, 1, _spec(case))
 
 
 def _spec(case: Case) -> AttentionSpec:

@@ -50,8 +50,8 @@ class Timing:
 
 QUICK = Timing(repeats=3, sample_seconds=0.002, limit_seconds=0.3, spread_bytes=1)
 
-# (x, operands that stay, operands that change) -> (output, the latter changed)
-Call = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+# (x, operands that stay, operands that change) -> (outputs, the latter changed)
+Call = Callable[[jax.Array, Any, Any], tuple[Any, Any]]
 
 
 def seconds(
@@ -74,7 +74,7 @@ def seconds(
     rounds = math.ceil(timing.sample_seconds / (estimate * len(fixed)))
     rounds = min(MAX_ROUNDS, max(1, rounds))
     y = jax.eval_shape(call, x, fixed[0], states[0])[0]
-    ys = [jnp.zeros(y.shape, y.dtype) for _ in fixed]
+    ys = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), y) for _ in fixed]
     carry = jnp.array(x), ys, list(states)  # a copy, since it is donated
     # Known only when it runs, or a compiler would know that x does not change.
     zero = jnp.float32(0)
@@ -95,15 +95,17 @@ def _rounds(call: Call, rounds: int) -> Callable[..., Any]:
     # Queues of accelerators run one kernel after the other; a CPU would run calls side by side.
     one_by_one = platform.device_kind() == "cpu"
 
-    def after(x: jax.Array, y: jax.Array, zero: jax.Array) -> jax.Array:
-        first = y[(0,) * y.ndim].astype(x.dtype)
-        return x.at[(0,) * x.ndim].add(zero.astype(x.dtype) * first)
+    def after(x: jax.Array, ys: Any, zero: jax.Array) -> jax.Array:
+        """x as it is, but not before there are outputs."""
+        firsts = [y[(0,) * y.ndim].astype(jnp.float32) for y in jax.tree.leaves(ys)]
+        if not firsts:
+            return x
+        return x.at[(0,) * x.ndim].add((zero * jnp.stack(firsts).sum()).astype(x.dtype))
 
     def run(carry: Any, fixed: list[Any], zero: jax.Array) -> Any:
         def one_round(_: Any, carry: Any) -> Any:
             x, ys, states = carry
-            before = jnp.stack([y[(0,) * y.ndim].astype(jnp.float32) for y in ys]).sum()
-            x = after(x, before, zero)
+            x = after(x, ys, zero)
             new_ys, new_states = [], []
             for operands, state in zip(fixed, states, strict=True):
                 y, state = call(x, operands, state)

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from pallas_kernels import dispatch, platform
+from pallas_kernels.kv_update import api as kv_update
 from pallas_kernels.matmul import api as matmul
 from pallas_kernels.matmul.spec import WeightArrays, decode
 from pallas_kernels.matmul_grouped import api as matmul_grouped
 from pallas_kernels.paged_attention import AttentionSpec, pages
 from pallas_kernels.paged_attention import api as paged_attention
+from pallas_kernels.quantize import api as quantize
 from qjax import ops
 from qjax.bench import cases
 from qjax.bench.weights import KINDS, draw
@@ -23,7 +26,10 @@ from qjax.ops.linear import ACTIVATION_DTYPES
 from qjax.qarray import QArray
 
 # Largest error of a row, relative to the row.
-TOLERANCES = {"exact": 1e-5, "bfloat16": 5e-3, "attention": 1e-2}
+TOLERANCES = {"exact": 1e-5, "bfloat16": 5e-3, "attention": 1e-2, "codes": 2e-3}
+# What rounding does to normally distributed keys, and some more.
+TOLERANCES |= {"cached bfloat16": 4e-3, "cached fp8_e4m3": 0.04, "cached fp8_e5m2": 0.08}
+TOLERANCES |= {"cached int8": 0.02, "cached int4": 0.2}
 ROWS = (1, 8, 40)
 SHAPE = (256, 512)
 EXPERTS = 4
@@ -51,13 +57,18 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.error is None or self.error <= TOLERANCES[self.numerics]
+        return self.error is None or self.error <= self.tolerance
+
+    @property
+    def tolerance(self) -> float:
+        how = self.numerics
+        return TOLERANCES[f"cached {self.kind}" if how == "cached" else how]
 
     def __str__(self) -> str:
         what = f"{self.op} {self.kind}, {self.rows} rows, {self.numerics}, {self.implementation}"
         if self.error is None:
             return f"{what}: refused: {self.reason}"
-        return f"{what}: error {self.error:.1e}, allowed {TOLERANCES[self.numerics]:.0e}"
+        return f"{what}: error {self.error:.1e}, allowed {self.tolerance:.0e}"
 
 
 def checks(op: str, kinds: Sequence[str], implementation: str | None = None) -> Iterator[Check]:
@@ -138,12 +149,16 @@ def _attention(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
 
     @jax.jit
     def outputs(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        cache, out = (pages.empty(shape, dtype), pages.empty(shape, dtype)), q
+        k_pages, v_pages, out = pages.empty(shape, dtype), pages.empty(shape, dtype), q
         for begin, end in ((0, LENGTH), (LENGTH, LENGTH + 1)):
             tokens = rows * (end - begin)
-            out, *cache = paged_attention.paged_attention(
-                *(a[:, begin:end].reshape(tokens, -1) for a in (q, k, v)),
-                *cache,
+            new_q, new_k, new_v = (a[:, begin:end].reshape(tokens, -1) for a in (q, k, v))
+            out, k_pages, v_pages = paged_attention.paged_attention(
+                new_q,
+                new_k,
+                new_v,
+                k_pages,
+                v_pages,
                 spec=HEADS,
                 block_table=jnp.asarray(table),
                 query_start_loc=jnp.arange(rows + 1, dtype=jnp.int32) * (end - begin),
@@ -164,6 +179,48 @@ def _attention(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
     return got, np.einsum("sht,sthd->shd", weights, values).reshape(rows, -1)
 
 
+def _quantize(kind: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
+    act = cases.ACTS[kind]
+    x = cases.inputs(rows, SHAPE[1])
+    codes, scale, _ = jax.jit(lambda x: quantize.quantize(x, act))(x)
+    groups = np.asarray(x, np.float64).reshape(rows, -1, act.group_size or SHAPE[1])
+    largest = np.abs(groups).max(-1, keepdims=True)
+    if act.dtype == "int8":
+        wanted = np.rint(groups / (largest / 127)) * (largest / 127)
+    else:
+        step = largest / 448 if act.scale == "float32" else 2 ** (np.floor(np.log2(largest)) - 8)
+        inside = np.clip(groups / step, -448, 448).astype(np.float32)
+        wanted = inside.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * step
+    got = codes.astype(jnp.float32).reshape(groups.shape) * scale.reshape(rows, -1, 1)
+    return got.reshape(rows, -1), wanted.reshape(rows, -1)
+
+
+def _kv_update(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
+    """Keys as they can be read from the cache, beside the keys themselves."""
+    narrow, size = HEADS.num_kv_heads, HEADS.head_dim
+    shape = rows, narrow, cases.PAGE_SIZE, size
+    k = cases.inputs(rows, narrow * size)
+    # Each sequence in a page of its own, from the last page on, and one further in it.
+    table, lengths = np.arange(rows, dtype=np.int32)[::-1, None], np.arange(rows) % 16 + 1
+
+    @jax.jit
+    def update(k: jax.Array) -> pages.Pages:
+        return kv_update.kv_update(
+            k,
+            k,
+            pages.empty(shape, dtype),
+            pages.empty(shape, dtype),
+            block_table=jnp.asarray(table),
+            query_start_loc=jnp.arange(rows + 1, dtype=jnp.int32),
+            seq_lens=jnp.asarray(lengths, jnp.int32),
+        )[0]
+
+    held = pages.decode(update(k))[table[:, 0], :, lengths - 1]
+    heads = k.reshape(rows, narrow, size)
+    wanted = pages.turned(heads) if dtype == "int4" else heads
+    return held, np.asarray(wanted, np.float64)
+
+
 def _names(implementations: dispatch.Implementations) -> list[str]:
     return [name for name, _ in implementations]
 
@@ -172,4 +229,6 @@ _CHECKED = {
     "matmul": (_matmul, _names(matmul.IMPLEMENTATIONS), ("exact", "bfloat16")),
     "matmul_grouped": (_grouped, _names(matmul_grouped.IMPLEMENTATIONS), ("exact", "bfloat16")),
     "paged_attention": (_attention, _names(paged_attention.IMPLEMENTATIONS), ("attention",)),
+    "quantize": (_quantize, _names(quantize.IMPLEMENTATIONS), ("codes",)),
+    "kv_update": (_kv_update, _names(kv_update.IMPLEMENTATIONS), ("cached",)),
 }

@@ -108,7 +108,7 @@ def draw(kind: Kind, n: int, k: int, lead: tuple[int, ...] = (), seed: int = 0) 
         aux["global_scale"] = np.full((*lead, 1, 1), step / 4, np.float32)
         step = 4.0
     if kind.qtype == "lookup4":
-        aux["codebook"] = np.broadcast_to(np.float32(NF4), (*lead, 1, 16)).copy()
+        aux["codebook"] = np.tile(np.array(NF4, np.float32), (*lead, 1, 1))
     scale = rng.uniform(0.5, 1, grid) * step
     assert kind.scale is not None
     zero = None if kind.zero_point is None else rng.integers(6, 10, grid).astype(kind.zero_point)

@@ -113,10 +113,18 @@ def test_what_nothing_takes_is_no_failure():
     assert found.refused
 
 
-@pytest.mark.parametrize("op", ["matmul", "matmul_grouped", "paged_attention"])
+CHECKED = {
+    "matmul": ["W4A16 g128 asym", "Q4_K"],
+    "matmul_grouped": ["W4A16 g128 asym", "NF4"],
+    "paged_attention": ["bfloat16", "int8"],
+    "quantize": [*cases.ACTS],
+    "kv_update": [*grid.PAGES],
+}
+
+
+@pytest.mark.parametrize("op", CHECKED)
 def test_values_are_right_here(op):
-    kinds = {"paged_attention": ["float32", "bfloat16"]}.get(op, ["W4A16 g128 asym", "Q4_K"])
-    done = list(correctness.checks(op, kinds))
+    done = list(correctness.checks(op, CHECKED[op]))
     assert {each.implementation for each in done if each.error is not None} >= {"xla"}
     assert all(each.passed for each in done), [str(each) for each in done if not each.passed]
 
