@@ -157,10 +157,12 @@ def product(
     weight = _eight_bits(arrays.qvalue, layout)
     if layout.k > x.shape[1]:
         x = jnp.pad(x, ((0, 0), (0, layout.k - x.shape[1])))
-    accumulator = jnp.float32
+    accumulator, precision = jnp.float32, None
     if x.dtype == weight.dtype == jnp.int8:
         accumulator = jnp.int32
-    elif not x.dtype == weight.dtype == jnp.float8_e4m3fn:
+    elif x.dtype == weight.dtype == jnp.float8_e4m3fn:
+        precision = lax.Precision.HIGHEST  # else libraries for GPUs keep fewer bits of sums
+    else:
         # (CPUs have no units for bfloat16 to be kept for, and XLA for them not all its products.)
         wide = jnp.float32 if platform.device_kind() == "cpu" else jnp.bfloat16
         x, weight = x.astype(wide), weight.astype(wide)
@@ -168,7 +170,7 @@ def product(
         x,
         weight,
         (((1,), (0 if spec.layout == planes.TRANSPOSED else 1,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
+        precision=precision,
         preferred_element_type=accumulator,
     )
     scale = arrays.scale[0].astype(jnp.float32)
@@ -182,11 +184,8 @@ def product(
 def _eight_bits(qvalue: jax.Array, layout: planes.Planes) -> Any:
     """Codes of 8 bits in their own type: int8, or that of the float."""
     if layout.value == "int":
-        if layout.offset != 128:
-            raise NotImplementedError(f"XLA takes no codes from 0 to 255 ({layout.qtype})")
-        # Less 128 in two's complement is the highest bit turned.
-        qvalue = qvalue ^ jnp.uint8(0x80)
-    if layout.value != "float":
+        raise NotImplementedError(f"XLA takes no codes from 0 to 255 ({layout.qtype})")
+    if layout.value == "signed":
         return lax.bitcast_convert_type(qvalue, jnp.int8)
     dtypes = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
     return lax.bitcast_convert_type(qvalue, dtypes[layout.qtype])

@@ -12,6 +12,8 @@ byte, so that a kernel unpacks with one shift and one mask and never moves a cod
 zero points [groups of columns, groups of rows]. "planes_t" has the bytes the other way round,
 [bytes, N], as TPUs like them: columns of the weight along sublanes, outputs along lanes.
 
+Codes of 8 bits in offset binary are turned into two's complement, which matrix units take.
+
 Blocks of GGUF are taken apart for it (`planes_gguf`). Scales of some have two levels: integers,
 uint8 or int8 [K / columns, N], times `super_scale`, float16 [K / 256, N]; zero points likewise
 times `super_zero`. Such a weight is code * (super_scale * scale) + super_zero * zero_point, all in
@@ -37,6 +39,7 @@ PLANES, TRANSPOSED = "planes", "planes_t"
 LAYOUTS = (PLANES, TRANSPOSED)
 BLOCKS = (256, 128, 64)
 SUPER_COLUMNS = 256
+_SIGNED = {"uint8b128": "int8"}
 LEAST_SEGMENT = 16  # columns that a byte's field runs over; what a matrix unit takes at least
 
 
@@ -112,6 +115,7 @@ def describe(spec: WeightSpec) -> Planes:
     else:
         qtype, group, super_columns = spec.qtype, spec.group, None
         zero = None if spec.zero_point is None else "add" if spec.additive else "subtract"
+    qtype = _SIGNED.get(qtype, qtype)
     code = codes.CODES[qtype]
     kinds = {"uint": "int", "int": "signed", "float": "float", "lookup": "lookup"}
     if code.kind not in kinds or code.bits > 8:
@@ -147,7 +151,7 @@ def prepare(spec: WeightSpec, arrays: WeightArrays, layout: str) -> tuple[Weight
             raw, codebook=planes_gguf.codebook(spec.qtype, raw.shape[:-2])
         )._replace(**dict(zip(names, scales, strict=True)))
     else:
-        unpacked = codes.unpack(raw, planes.bits, spec.shape[1], np)
+        unpacked = _signed(codes.unpack(raw, planes.bits, spec.shape[1], np), spec)
     qvalue = pack(unpacked, planes)
     if layout == TRANSPOSED:
         qvalue = np.ascontiguousarray(qvalue.swapaxes(-1, -2))
@@ -170,8 +174,13 @@ def unprepare(spec: WeightSpec, arrays: WeightArrays) -> tuple[WeightSpec, Weigh
         scales = (getattr(arrays, name) for name in planes_gguf.Parts._fields[1:])
         raw = planes_gguf.put_together(planes_gguf.Parts(unpacked, *scales), spec.qtype)
         return replace(spec, layout=CANONICAL, scale=None, zero_point=None), WeightArrays(raw)
-    canonical = arrays._replace(qvalue=codes.pack(unpacked, planes.bits))
+    canonical = arrays._replace(qvalue=codes.pack(_signed(unpacked, spec), planes.bits))
     return replace(spec, layout=CANONICAL), canonical
+
+
+def _signed(unpacked: np.ndarray, spec: WeightSpec) -> np.ndarray:
+    """Codes in offset binary, uint8, as those in two's complement, and the other way round."""
+    return unpacked ^ np.uint8(0x80) if spec.qtype in _SIGNED else unpacked
 
 
 def pack(unpacked: np.ndarray, planes: Planes) -> np.ndarray:
