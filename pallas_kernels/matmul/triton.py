@@ -106,15 +106,12 @@ def weight_operands(spec: WeightSpec, arrays: WeightArrays) -> dict[str, jax.Arr
     """
     if spec.layout != PLANES:
         raise NotImplementedError(f"a weight in the layout {spec.layout!r}, not {PLANES!r}")
-    scale = jnp.asarray(arrays.scale)
-    if scale.dtype.itemsize == 1 and jnp.issubdtype(scale.dtype, jnp.floating):
-        scale = lax.bitcast_convert_type(scale, jnp.uint8)
     size = arrays.qvalue.size
     if 1 << 31 < size <= 1 << 32:
         raise NotImplementedError(f"{size} bytes of weights: Pallas counts up to 2 GiB in 32 bits")
     named = {
         "qvalue": arrays.qvalue,
-        "scale": scale,
+        "scale": as_bytes(jnp.asarray(arrays.scale)),
         "zero": arrays.zero_point,
         "super_scale": arrays.super_scale,
         "super_zero": arrays.super_zero,
@@ -144,7 +141,15 @@ def scaled_inputs(
     return k // groups, {"x_scale": x_scale.T}, None
 
 
+def as_bytes(array: jax.Array) -> jax.Array:
+    """Floats of 8 bits as uint8; others as they are."""
+    if array.dtype.itemsize == 1 and jnp.issubdtype(array.dtype, jnp.floating):
+        return lax.bitcast_convert_type(array, jnp.uint8)
+    return array
+
+
 def padded(x: jax.Array, spec: WeightSpec) -> jax.Array:
-    """x with zeros for the columns that K was filled up with."""
+    """x with zeros for the columns that K was filled up with, and floats of 8 bits as uint8."""
+    x = as_bytes(x)
     missing = describe(spec).k - x.shape[1]
     return jnp.pad(x, ((0, 0), (0, missing))) if missing else x

@@ -26,9 +26,10 @@ def product(plan: Plan, operands: Mapping[str, jax.Array], interpret: bool) -> j
     """Calls the kernel.
 
     Args:
-      operands: "x" [rows, k]; "qvalue", "scale", "zero", "global_scale", "codebook" of the weight
-        (floats of 8 bits as uint8); "x_scale" [groups, rows]; with experts "expert", "start" and
-        "end", int32, of each tile of rows; with `counted` "num_rows".
+      operands: "x" [rows, k]; "qvalue", "scale", "zero", "super_scale", "super_zero",
+        "global_scale", "codebook" of the weight; "x_scale" [groups, rows]; with experts "expert",
+        "start" and "end", int32, of each tile of rows; with `counted` "num_rows". Floats of 8 bits
+        are given as uint8: Triton has no zeros of these for what a mask leaves out.
 
     Returns:
       float32 [rows, N]. The parts of a sum are added one after the other.
@@ -181,7 +182,8 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any) -> None:
 
     def x_tile(column: Any) -> jax.Array:
         ref = refs["x"].at[rows, pl.ds(column, blocks.columns)]
-        return plt.load(ref) if inside is None else plt.load(ref, mask=inside[:, None], other=0)
+        x = plt.load(ref) if inside is None else plt.load(ref, mask=inside[:, None], other=0)
+        return x if x.dtype != jnp.uint8 else lax.bitcast_convert_type(x, jnp.dtype(plan.x))
 
     def x_scale(column: Any) -> jax.Array:
         group = jnp.minimum(column // plan.x_group, refs["x_scale"].shape[0] - 1)

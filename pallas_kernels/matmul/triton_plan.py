@@ -63,6 +63,7 @@ class Plan:
       rounded: dtype that scaled weights are rounded to, with scaling "weight".
       sums: whether zero points act on sums of x, or on codes.
       residue: what codes still have to be reduced by, then: those of 8 bits are made signed.
+      x: its dtype.
       x_group: columns that share a scale of x; None where x has none in here. Not with "end".
       rows: of x. experts: whether weights have a leading axis, and tiles of rows a table.
       counted: whether an array says how many rows are not padding.
@@ -77,6 +78,7 @@ class Plan:
     rounded: str | None
     sums: bool
     residue: int
+    x: str
     x_group: int | None
     rows: int
     experts: bool = False
@@ -156,6 +158,7 @@ def plan_of(
         rounded,
         sums,
         residue,
+        dtype.name,
         x_group,
         rows,
         experts > 0,

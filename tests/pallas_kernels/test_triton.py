@@ -12,6 +12,7 @@ from pallas_kernels import dispatch, tuning
 from pallas_kernels.matmul import planes, triton
 from pallas_kernels.matmul.triton_plan import plan_of
 from pallas_kernels.matmul_grouped import triton as grouped
+from tests.pallas_kernels import crosscompile, triton_programs
 from tests.pallas_kernels.coded import Coded, draw
 from tests.pallas_kernels.products import TOLERANCES, error
 
@@ -197,3 +198,20 @@ def test_what_is_refused():
         triton.product(x, canonical, arrays)
     with dispatch.use(None), pytest.raises(NotImplementedError, match="kernel for a gpu"):
         triton.product(x, spec, arrays)
+
+
+@pytest.mark.parametrize(
+    "program", list(triton_programs.programs((1,))), ids=lambda each: each.name
+)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.11 on
+def test_lowers_for_a_gpu(program):
+    with dispatch.use(None), crosscompile.assumed("h100"):
+        traced = jax.jit(program.function).trace(*program.arguments)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    assert "__gpu$xla.gpu.triton" in lowered.as_text()
+
+
+@pytest.mark.crosscompile
+def test_compiles_for_an_h100():
+    found = crosscompile.compile_all("h100", triton_programs.__name__)
+    assert found == {program.name: None for program in triton_programs.programs()}
