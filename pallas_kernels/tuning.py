@@ -10,7 +10,7 @@ An entry is found by op, kind, rows, n and k:
 | --- | --- | --- | --- |
 | matmul | `WeightSpec.kind` | rows of x | shape of the weight |
 | matmul_grouped | `WeightSpec.kind` of an expert | rows of x | shape of an expert |
-| paged_attention | dtype of the pages, "d" and head_dim | tokens | kv heads; slots of a sequence |
+| paged_attention | `attention_kind` | tokens | kv heads; slots of a sequence |
 
 The nearest measured shape answers, if neither side differs by more than a factor of two; there, the
 entries for the least number of rows that is not below what is asked, or else for the largest.
@@ -62,6 +62,11 @@ def preferred(op: str, kind: str, rows: int, n: int, k: int) -> str | None:
     """
     found = _nearest(_of_device(), op, kind, rows, n, k)
     return None if found is None else found.implementation
+
+
+def attention_kind(cache_dtype: str, head_dim: int) -> str:
+    """What attentions of one speed have in common: "int8 d128"."""
+    return f"{cache_dtype} d{head_dim}"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, tuning
+from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.paged_attention import native, ref, triton, xla
 from pallas_kernels.paged_attention.pages import FP8, Pages, empty
 from pallas_kernels.paged_attention.spec import AttentionSpec
@@ -122,14 +122,20 @@ def paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         implementation=implementation,
-        preferred=tuning.preferred(
-            "paged_attention",
-            f"{k_pages.dtype} d{spec.head_dim}",
-            max(tokens, 1),
-            spec.num_kv_heads,
-            max(block_table.shape[1], 1) * k_pages.page_size,
-        ),
+        preferred=_preferred(tokens, k_pages, spec, block_table),
     )
+
+
+def _preferred(
+    tokens: int, k_pages: Pages, spec: AttentionSpec, block_table: jax.Array
+) -> str | None:
+    """The implementation measured fastest; none on a CPU, where a cache belongs to the one that
+    wrote it, whatever would be faster for the call at hand."""
+    if platform.device_kind() == "cpu":
+        return None
+    slots = max(block_table.shape[1], 1) * k_pages.page_size
+    kind = tuning.attention_kind(k_pages.dtype, spec.head_dim)
+    return tuning.preferred("paged_attention", kind, max(tokens, 1), spec.num_kv_heads, slots)
 
 
 def _check_pages(k_pages: Pages, v_pages: Pages, spec: AttentionSpec) -> None:

@@ -50,6 +50,7 @@ class Case:
         heads, k positions, and as many sequences, or new tokens of one sequence, as there are rows.
       weight: makes the weight of a product as the implementation that will run wants it, where
         `kind` does not tell.
+      attention: of the heads, where they are not those of Llama-3-8B.
     """
 
     op: str
@@ -58,6 +59,7 @@ class Case:
     k: int
     rows: int
     weight: Callable[[], QArray] | None = field(default=None, compare=False)
+    attention: AttentionSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,14 @@ def measure(
             return Measured(case, implementation or "", {implementation or "all": str(error)})
     chosen, refused = dispatch.chosen()[operands.name] if operands.name else ("xla", {})
     return Measured(case, chosen, refused, seconds, operands.nbytes, operands.flops, operands.peak)
+
+
+def values(case: Case, implementation: str) -> np.ndarray:
+    """What a case computes, as float64."""
+    with dispatch.use(implementation):
+        operands = _OPS[case.op](case)
+        y, _ = jax.jit(operands.call)(operands.x, operands.fixed(), operands.state())
+    return np.asarray(y, np.float64)
 
 
 def fast_numerics(rows: int) -> str:
@@ -339,6 +349,8 @@ def _prefill_attention(case: Case) -> Operands:
 
 
 def _spec(case: Case) -> AttentionSpec:
+    if case.attention is not None:
+        return case.attention
     heads, own = ATTENTION.num_heads // ATTENTION.num_kv_heads, ATTENTION.head_dim
     return AttentionSpec(case.n * heads, case.n, own, own, ATTENTION.scale)
 

@@ -148,8 +148,10 @@ def _attention(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
     shape = rows * per_sequence, narrow, cases.PAGE_SIZE, size
 
     @jax.jit
-    def outputs(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        k_pages, v_pages, out = pages.empty(shape, dtype), pages.empty(shape, dtype), q
+    def outputs(
+        q: jax.Array, k: jax.Array, v: jax.Array, k_pages: pages.Pages, v_pages: pages.Pages
+    ) -> jax.Array:
+        out = q
         for begin, end in ((0, LENGTH), (LENGTH, LENGTH + 1)):
             tokens = rows * (end - begin)
             new_q, new_k, new_v = (a[:, begin:end].reshape(tokens, -1) for a in (q, k, v))
@@ -166,7 +168,7 @@ def _attention(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
             )
         return out
 
-    got = outputs(q, k, v)
+    got = outputs(q, k, v, pages.empty(shape, dtype), pages.empty(shape, dtype))
     if dtype == "int4":
         q, k = pages.turned(q), pages.turned(k)
     keys, values = (
@@ -204,18 +206,18 @@ def _kv_update(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
     table, lengths = np.arange(rows, dtype=np.int32)[::-1, None], np.arange(rows) % 16 + 1
 
     @jax.jit
-    def update(k: jax.Array) -> pages.Pages:
+    def update(k: jax.Array, empty: pages.Pages) -> pages.Pages:
         return kv_update.kv_update(
             k,
             k,
-            pages.empty(shape, dtype),
-            pages.empty(shape, dtype),
+            empty,
+            empty,
             block_table=jnp.asarray(table),
             query_start_loc=jnp.arange(rows + 1, dtype=jnp.int32),
             seq_lens=jnp.asarray(lengths, jnp.int32),
         )[0]
 
-    held = pages.decode(update(k))[table[:, 0], :, lengths - 1]
+    held = pages.decode(update(k, pages.empty(shape, dtype)))[table[:, 0], :, lengths - 1]
     heads = k.reshape(rows, narrow, size)
     wanted = pages.turned(heads) if dtype == "int4" else heads
     return held, np.asarray(wanted, np.float64)

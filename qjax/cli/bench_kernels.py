@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape(text: str) -> tuple[int, int]:
     n, _, k = text.partition("x")
     if not (n.isdigit() and k.isdigit() and int(n) and int(k)):
         raise typer.BadParameter(f"{text!r} is no shape: write N x K as 4096x14336")
@@ -45,13 +45,13 @@ def kernels(
     from qjax.bench import kernels as benchmark
 
     sizes = grid.QUICK if quick else grid.Grid()
-    _known("--ops", ops, grid.ALL_OPS)
+    known("--ops", ops, grid.ALL_OPS)
     sizes = replace(sizes, ops=tuple(ops or sizes.ops), kinds=tuple(kinds or ()))
     of_ops = [k for op in grid.ALL_OPS for k in grid.kinds_of(op, replace(sizes, kinds=()))]
-    _known("--kinds", kinds, list(dict.fromkeys(of_ops)))
+    known("--kinds", kinds, list(dict.fromkeys(of_ops)))
     sizes = replace(
         sizes,
-        shapes=tuple(map(_shape, shapes)) if shapes else sizes.shapes,
+        shapes=tuple(map(shape, shapes)) if shapes else sizes.shapes,
         rows=tuple(rows or sizes.rows),
     )
     result = benchmark.run(
@@ -68,7 +68,7 @@ def kernels(
         raise typer.Exit(1)
 
 
-def _known(option: str, given: list[str] | None, known: Sequence[str]) -> None:
+def known(option: str, given: list[str] | None, known: Sequence[str]) -> None:
     for name in given or ():
         if name not in known:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint=option)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from pallas_kernels.measurements import TableError
-from qjax.cli import bench, chat, doctor, generate, inspect, methods, pull
+from qjax.cli import bench, chat, doctor, generate, inspect, methods, pull, tune
 from qjax.errors import QjaxError
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, pull, inspect, methods, bench, doctor):
+for command in (generate, chat, pull, inspect, methods, bench, tune, doctor):
     app.command()(command.command)
 
 

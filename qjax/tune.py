@@ -1,0 +1,211 @@
+"""Measures block sizes and implementations on this device, for the tables that kernels read.
+
+An implementation that has block sizes lists those worth measuring (`candidates` of its module). On
+a CPU none has: there it is only measured which implementation is the fastest.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels import dispatch, measurements, platform, tuning
+from pallas_kernels.matmul import api as matmul
+from pallas_kernels.matmul_grouped import api as matmul_grouped
+from pallas_kernels.measurements import Measurement
+from pallas_kernels.paged_attention import AttentionSpec
+from pallas_kernels.paged_attention import api as paged_attention
+from qjax import ops
+from qjax.bench import cases
+from qjax.bench.cases import Case, Measured
+from qjax.bench.clock import Timing
+from qjax.bench.weights import KINDS, draw, on_device
+from qjax.errors import QjaxError
+from qjax.params import Params
+from qjax.qarray import QArray
+
+ROWS = (1, 8, 32, 128, 1024)
+CONTEXTS = (2048, 8192)
+SEQUENCES = (1, 8, 32)
+CACHE_DTYPES = ("bfloat16", "fp8_e4m3", "int8")
+TIMING = Timing(repeats=3, sample_seconds=0.005, limit_seconds=0.5)
+# Of what the fastest block sizes compute, relative to what the defaults do.
+LARGEST_ERROR = 1e-2
+
+_IMPLEMENTATIONS = {
+    "matmul": matmul.IMPLEMENTATIONS,
+    "matmul_grouped": matmul_grouped.IMPLEMENTATIONS,
+    "paged_attention": paged_attention.IMPLEMENTATIONS,
+}
+
+
+class NothingToTune(QjaxError):
+    """There is no weight whose product could be measured."""
+
+
+def of_model(params: Params, rows: Sequence[int] = ROWS) -> list[Case]:
+    """The products of a model, each kind and shape once, and its attention on an accelerator."""
+    config, tree = params.config, params.tree
+    embedding = tree["model"]["embed_tokens"]["weight"]
+    found: dict[tuple[str, str, int, int], QArray] = {}
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QArray)):
+        if isinstance(leaf, QArray) and (leaf is not embedding or "lm_head" not in tree):
+            op = "matmul_grouped" if leaf.qvalue.ndim > 2 else "matmul"
+            found.setdefault((op, leaf.spec.kind, *leaf.shape), leaf)
+    products = [
+        Case(op, kind, n, k, count, _relaid(leaf))
+        for (op, kind, n, k), leaf in found.items()
+        for count in rows
+    ]
+    heads = config.num_kv_heads
+    spec = AttentionSpec(
+        config.num_heads, heads, config.head_dim, config.head_dim, config.query_scale
+    )
+    return products + _attention(heads, spec)
+
+
+def of_shapes(
+    kinds: Sequence[str], shapes: Sequence[tuple[int, int]], rows: Sequence[int] = ROWS
+) -> list[Case]:
+    """Products with weights of kinds in `weights.KINDS` and of these shapes (n, k)."""
+
+    def case(name: str, n: int, k: int, count: int) -> Case:
+        kind = draw(KINDS[name], 128, k).spec.kind
+        return Case("matmul", kind, n, k, count, lambda: _usual(on_device, KINDS[name], n, k))
+
+    return [case(name, n, k, count) for name in kinds for n, k in shapes for count in rows]
+
+
+def _attention(heads: int, spec: AttentionSpec) -> list[Case]:
+    if platform.device_kind() == "cpu":
+        return []
+    return [
+        Case("paged_attention", dtype, heads, context, count, attention=spec)
+        for dtype in CACHE_DTYPES
+        for context in CONTEXTS
+        for count in SEQUENCES
+    ]
+
+
+def _relaid(weight: QArray) -> Callable[[], QArray]:
+    """Makes a weight of a model as the implementation that is named wants it."""
+    canonical = weight if weight.layout == "canonical" else None
+
+    def make() -> QArray:
+        host = jax.tree.map(np.asarray, canonical or ops.unprepare(weight))
+        return jax.device_put(_usual(ops.prepare, host))
+
+    return make
+
+
+def _usual(make: Callable[..., QArray], *args: Any) -> QArray:
+    """On an accelerator all implementations read the layout of models; on a CPU each its own."""
+    named = dispatch.named() if platform.device_kind() == "cpu" else None
+    with dispatch.use(named):
+        return make(*args)
+
+
+def run(
+    wanted: Iterable[Case],
+    *,
+    implementations: Sequence[str] = (),
+    timing: Timing = TIMING,
+    budget_seconds: float | None = None,
+    measure: Callable[..., Measured] = cases.measure,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> list[Measurement]:
+    """Measures cases and enters the best of each implementation into the user's table.
+
+    Args:
+      wanted: see `of_model` and `of_shapes`.
+      implementations: by name; none for all that are not interpreted here.
+      budget_seconds: after so long no further case begins.
+      measure: takes the time, see `cases.measure`.
+
+    Returns:
+      What was entered. The table is written after each case.
+
+    Raises:
+      TableError: the user's table is damaged.
+      NothingToTune: nothing is wanted, or nothing takes any of it.
+    """
+    device, begin = platform.device().name, time.monotonic()
+    path, entered = tuning.user_table(device), []
+    before = measurements.read(path, device) if path.is_file() else []
+    if platform.device_kind() == "cpu":
+        say("on a CPU there are no block sizes to tune; measuring which implementation is fastest")
+    for case in wanted:
+        if budget_seconds and time.monotonic() - begin > budget_seconds:
+            say("out of time")
+            break
+        found = list(_best(case, implementations, timing, measure, say))
+        if not found:
+            continue
+        entered += found
+        measurements.write(path, device, [*before, *entered])
+        first = min(found, key=lambda entry: entry.microseconds)
+        others = ", ".join(f"{e.implementation} {e.microseconds:.1f} us" for e in found)
+        say(f"{case.op} {first.kind} {case.n}x{case.k}, {case.rows} rows: {others}")
+    if not entered:
+        raise NothingToTune("nothing was measured: no weight, or none that is taken here")
+    return entered
+
+
+def _best(
+    case: Case,
+    implementations: Sequence[str],
+    timing: Timing,
+    measure: Callable[..., Measured],
+    say: Callable[[str], None],
+) -> Iterator[Measurement]:
+    """The fastest block sizes of each implementation whose values are right."""
+    known = dict(_IMPLEMENTATIONS[case.op])
+    kind = case.kind
+    if case.op == "paged_attention":
+        spec = case.attention or cases.ATTENTION
+        kind = tuning.attention_kind(case.kind, spec.head_dim)
+    for name in implementations or cases.implementations(list(known)):
+        if name not in known:
+            raise QjaxError(f"{case.op} has no implementation {name!r}: {', '.join(known)}")
+        timed: list[tuple[float, Mapping[str, int]]] = []
+        for blocks in _candidates(known[name], kind, case):
+            try:
+                with tuning.trying(blocks):
+                    seconds = measure(case, timing, name).seconds
+            except Exception as error:  # a compiler's: the other block sizes are still wanted
+                say(f"{name} {dict(blocks)}: {type(error).__name__}: {str(error)[:200]}")
+                continue
+            if seconds is None:
+                break
+            timed.append((seconds, blocks))
+        for seconds, blocks in sorted(timed, key=lambda pair: pair[0]):
+            if blocks and not _is_right(case, name, blocks):
+                say(f"{name} {dict(blocks)}: wrong values")
+                continue
+            size = case.n, case.k, case.rows
+            time_us = float(f"{seconds * 1e6:.4g}")
+            yield Measurement(case.op, kind, *size, name, dict(blocks), time_us, jax.__version__)
+            break
+
+
+def _candidates(function: Any, kind: str, case: Case) -> Iterator[Mapping[str, int]]:
+    """The defaults, and what the module of an implementation lists."""
+    yield {}
+    listed = getattr(sys.modules[function.__module__], "candidates", None)
+    if listed is not None:
+        yield from listed(kind, case.rows, case.n, case.k)
+
+
+def _is_right(case: Case, name: str, blocks: Mapping[str, int]) -> bool:
+    """Whether block sizes give what the defaults give."""
+    with tuning.trying(blocks):
+        found = cases.values(case, name)
+    with tuning.trying({}):
+        wanted = cases.values(case, name)
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    return bool(error <= LARGEST_ERROR)
