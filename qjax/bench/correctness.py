@@ -82,7 +82,7 @@ def checks(op: str, kinds: Sequence[str], implementation: str | None = None) -> 
     for name in [implementation] if implementation else cases.implementations(known):
         for kind in kinds:
             for how in numerics[:1] if exact_only else numerics:
-                for rows in ROWS if op != "paged_attention" else ROWS[1:2]:
+                for rows in ROWS if "matmul" in op else ROWS[1:2]:
                     yield _checked(op, kind, name, rows, how, run)
 
 
