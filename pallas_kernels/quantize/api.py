@@ -7,10 +7,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.quantize import ref, xla
+from pallas_kernels.quantize import ref, tpu, triton, xla
 from pallas_kernels.quantize.spec import Quantized
 
 IMPLEMENTATIONS: dispatch.Implementations = (
+    ("triton", triton.quantize),
+    ("tpu", tpu.quantize),
     ("xla", xla.quantize),
     ("ref", ref.quantize),
 )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.inputs import FLOATS
+from pallas_kernels.inputs import FLOATS, ActSpec
 
 
 class Quantized(NamedTuple):
@@ -30,3 +30,9 @@ def code_dtype(dtype: str) -> Any:
     if dtype not in FLOATS:
         return jnp.int8
     return jnp.float8_e5m2 if dtype == "fp8_e5m2" else jnp.float8_e4m3fn
+
+
+def require_own_scales(act: ActSpec) -> None:
+    """Refuses (NotImplementedError) scales that are not computed from the row that they are for."""
+    if not act.dynamic or act.strategy == "tensor":
+        raise NotImplementedError("a scale that all rows share")

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, platform
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import quantize, tpu, triton
 
 # name -> (type of the tool that rounds, its largest number, exponent of that, bits of mantissa)
 FLOATS = {
@@ -55,7 +55,7 @@ TENSOR = {
 CASES = TOKEN | GROUP | TENSOR
 
 
-@pytest.fixture(params=["xla", "ref"])
+@pytest.fixture(params=["triton", "tpu", "xla", "ref"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     with dispatch.use(request.param):
         yield request.param
@@ -156,7 +156,11 @@ def check(got, wanted, act, name):
 
 @pytest.mark.parametrize("cases", [TOKEN, GROUP, TENSOR], ids=["token", "group", "tensor"])
 def test_codes_and_scales(cases, implementation):
-    x = numbers(256)
+    if cases is TENSOR and implementation in ("triton", "tpu"):
+        with pytest.raises(NotImplementedError, match="a scale that all rows share"):
+            quantize(jnp.zeros((2, 64)), CASES["fp8 tensor"])
+        return
+    x = numbers(128)
     run = jax.jit(lambda x, inputs: {n: quantize(x, CASES[n], i) for n, i in inputs.items()})
     found = run(x, {name: inputs_of(act) for name, act in cases.items()})
     for name, act in cases.items():
@@ -167,10 +171,43 @@ def test_bfloat16_inputs_and_a_group_cut_short(implementation):
     x = jnp.asarray(numbers(200), jnp.bfloat16)
     wide = np.asarray(x.astype(jnp.float32))
     for act in CASES["int8"], CASES["fp8 1x128"]:
+        if implementation == "tpu" and act.group_size:
+            with pytest.raises(NotImplementedError, match="groups of 128 of 200 columns"):
+                quantize(x, act)
+            continue
         got = jax.jit(lambda x, act=act: quantize(x, act))(x)
         check(got, expected(wide, act), act, act)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "tpu"], indirect=True)
+def test_several_programs(implementation, monkeypatch):
+    """Tiles that end beyond the last row or column, and groups that lie in several tiles."""
+    monkeypatch.setattr(triton, "ELEMENTS", 512)
+    monkeypatch.setattr(tpu, "MOST_BYTES", 0)
+    x = np.concatenate([numbers(2304, seed) for seed in range(5)])
+    acts = {name: CASES[name] for name in ("int8 asymmetric", "nvfp4")}
+    acts["int8 1x256"] = ActSpec("int8", "group", True, group_size=256)
+    for name, act in acts.items():
+        got = jax.jit(lambda x, act=act: quantize(x, act, inputs_of(act)))(x)
+        check(got, expected(x, act), act, name)
+
+
+@pytest.mark.parametrize(
+    ("device", "platforms", "call"),
+    [("gpu", "cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu", "tpu_custom_call")],
+)
+def test_kernels_lower(device, platforms, call):
+    """For the device itself, where they are preferred to XLA's loops."""
+    for k, cases in (256, TOKEN | GROUP), (28672, {"nvfp4": CASES["nvfp4"]}):
+        x = jax.ShapeDtypeStruct((100, k), jnp.bfloat16)
+        with platform.assume(device):
+            for name, act in cases.items():
+                traced = jax.jit(lambda x, act=act: quantize(x, act, inputs_of(act))).trace(x)
+                text = traced.lower(lowering_platforms=(platforms,)).as_text()
+                assert call in text, name
+
+
+@pytest.mark.parametrize("implementation", ["xla", "ref"], indirect=True)
 def test_rows_of_padding_move_no_scale(implementation):
     x = numbers(64)
     padded = np.concatenate([x, np.full((2, 64), 1e6, np.float32)])
