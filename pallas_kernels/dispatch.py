@@ -27,7 +27,9 @@ ON_REQUEST = ("mosaic_gpu",)
 Implementations = Sequence[tuple[str, Callable[..., Any]]]
 
 _named: ContextVar[str | None] = ContextVar("implementation", default=None)
-_chosen: dict[str, tuple[str, dict[str, str]]] = {}
+Choice = tuple[str, dict[str, str]]
+_chosen: dict[str, Choice] = {}
+_watching: ContextVar[dict[str, Choice] | None] = ContextVar("watched_choices", default=None)
 
 
 def named() -> str | None:
@@ -51,9 +53,20 @@ def use(implementation: str | None) -> Iterator[None]:
         _named.reset(token)
 
 
-def chosen() -> dict[str, tuple[str, dict[str, str]]]:
+def chosen() -> dict[str, Choice]:
     """What ran so far: operation -> (implementation, {implementation that refused: its reason})."""
     return dict(_chosen)
+
+
+@contextmanager
+def watch() -> Iterator[dict[str, Choice]]:
+    """What is chosen inside the block, as `chosen` has it, in the order in which calls end."""
+    found: dict[str, Choice] = {}
+    token = _watching.set(found)
+    try:
+        yield found
+    finally:
+        _watching.reset(token)
 
 
 def call(
@@ -94,6 +107,9 @@ def call(
             refused[name] = str(error)
             continue
         _chosen[op] = (name, refused)
+        if (watching := _watching.get()) is not None:
+            watching.pop(op, None)
+            watching[op] = (name, refused)
         return result
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     raise NotImplementedError(f"{op}: no implementation takes this call ({reasons})")

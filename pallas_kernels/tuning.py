@@ -8,8 +8,8 @@ An entry is found by op, kind, rows, n and k:
 
 | op | kind | rows | n, k |
 | --- | --- | --- | --- |
-| matmul | `WeightSpec.kind` | rows of x | shape of the weight |
-| matmul_grouped | `WeightSpec.kind` of an expert | rows of x | shape of an expert |
+| matmul | `product_kind` | rows of x | shape of the weight |
+| matmul_grouped | `product_kind` | rows of x | shape of an expert |
 | paged_attention | `attention_kind` | tokens | kv heads; slots of a sequence |
 
 The nearest measured shape answers, if neither side differs by more than a factor of two; there, the
@@ -28,6 +28,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pallas_kernels import measurements, platform
 from pallas_kernels.measurements import Measurement
@@ -62,6 +65,13 @@ def preferred(op: str, kind: str, rows: int, n: int, k: int) -> str | None:
     """
     found = _nearest(_of_device(), op, kind, rows, n, k)
     return None if found is None else found.implementation
+
+
+def product_kind(weight: str, x_dtype: Any) -> str:
+    """`WeightSpec.kind`, and the dtype of x where x are codes of a byte: "int8 channel float32 by
+    int8"."""
+    dtype = np.dtype(x_dtype)
+    return weight if dtype.itemsize > 1 else f"{weight} by {dtype.name}"
 
 
 def attention_kind(cache_dtype: str, head_dim: int) -> str:

@@ -16,10 +16,12 @@ import numpy as np
 
 from pallas_kernels import dispatch, measurements, platform, tuning
 from pallas_kernels.matmul import api as matmul
+from pallas_kernels.matmul import coded
 from pallas_kernels.matmul_grouped import api as matmul_grouped
 from pallas_kernels.measurements import Measurement
 from pallas_kernels.paged_attention import AttentionSpec
 from pallas_kernels.paged_attention import api as paged_attention
+from pallas_kernels.quantize.spec import code_dtype
 from qjax import ops
 from qjax.bench import cases
 from qjax.bench.cases import Case, Measured
@@ -30,6 +32,7 @@ from qjax.params import Params
 from qjax.qarray import QArray
 
 ROWS = (1, 8, 32, 128, 1024)
+ROWS_OF_A_KIND = 128  # no group of rows is larger
 CONTEXTS = (2048, 8192)
 SEQUENCES = (1, 8, 32)
 CACHE_DTYPES = ("bfloat16", "fp8_e4m3", "int8")
@@ -56,7 +59,7 @@ def of_model(params: Params, rows: Sequence[int] = ROWS) -> list[Case]:
     for leaf in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QArray)):
         if isinstance(leaf, QArray) and (leaf is not embedding or "lm_head" not in tree):
             op = "matmul_grouped" if leaf.qvalue.ndim > 2 else "matmul"
-            found.setdefault((op, leaf.spec.kind, *leaf.shape), leaf)
+            found.setdefault((op, _kind(leaf), *leaf.shape), leaf)
     products = [
         Case(op, kind, n, k, count, _relaid(leaf))
         for (op, kind, n, k), leaf in found.items()
@@ -75,10 +78,18 @@ def of_shapes(
     """Products with weights of kinds in `weights.KINDS` and of these shapes (n, k)."""
 
     def case(name: str, n: int, k: int, count: int) -> Case:
-        kind = draw(KINDS[name], 128, k).spec.kind
+        kind = _kind(ops.prepare(draw(KINDS[name], ROWS_OF_A_KIND, k)))
         return Case("matmul", kind, n, k, count, lambda: _usual(on_device, KINDS[name], n, k))
 
     return [case(name, n, k, count) for name in kinds for n, k in shapes for count in rows]
+
+
+def _kind(weight: QArray) -> str:
+    """Under which kind tables have the product of a weight that is laid out for this device."""
+    act, kind = weight.act, weight.spec.kind
+    if act is None or not act.symmetric or not coded.takes_inputs([weight.spec], act):
+        return kind
+    return tuning.product_kind(kind, code_dtype(act.dtype))
 
 
 def _attention(heads: int, spec: AttentionSpec) -> list[Case]:

@@ -140,6 +140,15 @@ def test_cases_of_a_model(golden):
     assert layouts[1] == "canonical" != layouts[0]
 
 
+def test_products_of_codes_are_a_kind_of_their_own():
+    def kinds():
+        return [case.kind for case in tune.of_shapes(["W8A16", "W8A8 INT8"], [(256, 128)], [1])]
+
+    assert kinds() == ["int8 channel bfloat16", "int8 channel float32"]
+    with platform.assume("gpu", DEVICE):
+        assert kinds() == ["int8 channel bfloat16", "int8 channel float32 by int8"]
+
+
 def test_here(capsys, golden):
     """On this CPU, with its own clock and kernels."""
     main_code("tune", "--kinds", "W8A16", "--shapes", "256x128", "--rows", "2")

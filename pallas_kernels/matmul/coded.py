@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import dispatch, platform
+from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.inputs import FLOATS, ActSpec, Inputs
 from pallas_kernels.matmul import planes, triton
 from pallas_kernels.matmul.around import epilogue, rms_norm
@@ -76,6 +76,12 @@ def matmul(
                 arrays,
                 x_scale=scale,
                 num_rows=num_rows,
+                preferred=tuning.preferred(
+                    "matmul",
+                    tuning.product_kind(spec.kind, codes.dtype),
+                    max(len(codes), 1),
+                    *spec.shape,
+                ),
             )
         except NotImplementedError:
             values = rounded(scaled, act, own, num_rows)

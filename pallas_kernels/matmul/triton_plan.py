@@ -146,7 +146,8 @@ def plan_of(
     residue = planes.offset - 128 if unsigned else 0
     sums = scaling != "weight" and ((planes.zero is not None and not on_codes) or residue != 0)
     op = "matmul_grouped" if experts else "matmul"
-    measured = tuning.blocks(op, "triton", spec.kind, rows, *spec.shape)
+    kind = tuning.product_kind(spec.kind, dtype)
+    measured = tuning.blocks(op, "triton", kind, rows, *spec.shape)
     least = 2 * LEAST_COLUMNS if jnp.dtype(dot).itemsize == 1 else LEAST_COLUMNS
     default = blocks(rows, planes, columns, dot, experts)
     return Plan(

@@ -92,8 +92,9 @@ def seconds(
 
 
 def _rounds(call: Call, rounds: int) -> Callable[..., Any]:
-    # Queues of accelerators run one kernel after the other; a CPU would run calls side by side.
-    one_by_one = platform.device_kind() == "cpu"
+    # A CPU would run calls side by side. Accelerators run one kernel after the other, but XLA would
+    # make one product of several with one x, and round that x only once.
+    on_cpu = platform.device_kind() == "cpu"
 
     def after(x: jax.Array, ys: Any, zero: jax.Array) -> jax.Array:
         """x as it is, but not before there are outputs."""
@@ -111,8 +112,7 @@ def _rounds(call: Call, rounds: int) -> Callable[..., Any]:
                 y, state = call(x, operands, state)
                 new_ys.append(y)
                 new_states.append(state)
-                if one_by_one:
-                    x = after(x, y, zero)
+                x = after(x, y, zero) if on_cpu else lax.optimization_barrier((x, y))[0]
             return x, new_ys, new_states
 
         return lax.fori_loop(0, rounds, one_round, carry)

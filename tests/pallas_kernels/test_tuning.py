@@ -214,6 +214,24 @@ def test_preferred_is_tried_first():
         dispatch.call("op", order[1:2] + order[3:])
 
 
+def test_choices_are_watched():
+    with dispatch.watch() as seen:
+        dispatch.call("one", [give("a")])
+        with dispatch.watch() as inner:
+            dispatch.call("two", [give("c", refuses=True), give("b")])
+        dispatch.call("zero", [give("a")])
+        dispatch.call("one", [give("b")])
+    dispatch.call("three", [give("a")])
+    assert list(seen.items()) == [("zero", ("a", {})), ("one", ("b", {}))]
+    assert inner == {"two": ("b", {"c": "does not like it"})}
+
+
+def test_codes_by_codes_are_a_kind_of_their_own():
+    assert tuning.product_kind(KIND, jnp.bfloat16) == KIND
+    assert tuning.product_kind("q4_k", jnp.int8) == "q4_k by int8"
+    assert tuning.product_kind("q4_k", jnp.float8_e4m3fn) == "q4_k by float8_e4m3fn"
+
+
 def test_products_run_what_is_fastest(folder):
     spec = WeightSpec("int8", (8, 64), group=(1, 64), scale="float32")
     assert spec.kind == "int8 channel float32"
