@@ -17,9 +17,9 @@ from jax import lax
 
 from pallas_kernels import platform
 from pallas_kernels.matmul.around import epilogue, rms_norm
-from pallas_kernels.matmul.planes import PLANES, describe
+from pallas_kernels.matmul.planes import PLANES
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul.triton_plan import candidates, plan_of
+from pallas_kernels.matmul.triton_plan import Plan, candidates, plan_of
 
 __all__ = ["candidates", "matmul", "product"]
 
@@ -64,8 +64,8 @@ def product(
     Args:
       x: [T, K]. float32: an exact product. bfloat16: weights may be rounded to it. int8,
         float8_e4m3fn, float8_e5m2, or anything with an `x_scale`: codes, whose products with codes
-        of the weight are exact, in their own type where the weight's codes fit into it, else in
-        bfloat16 or float32. (Codes less a zero point are exact in bfloat16, too.)
+        of the weight are exact: in int8 where both are integers, else in bfloat16 or float32.
+        (Codes less a zero point are exact in bfloat16, too.)
       spec, arrays: a weight in the layout "planes".
       x_scale: float32 [T, groups of columns]; K is a multiple of the groups.
       num_rows: int32 [1]; rows from there on are padding, with unspecified outputs.
@@ -80,9 +80,6 @@ def product(
     """
     interpret = platform.interprets("gpu")
     x_group, scales, after = scaled_inputs(x, x_scale)
-    operands = weight_operands(spec, arrays) | {"x": padded(x, spec)} | scales
-    if num_rows is not None:
-        operands["num_rows"] = num_rows
     plan = plan_of(
         spec,
         x.shape[0],
@@ -90,8 +87,10 @@ def product(
         exact_codes=x_scale is not None,
         x_group=x_group,
         counted=num_rows is not None,
-        entries=0 if arrays.codebook is None else arrays.codebook.shape[-1],
     )
+    operands = weight_operands(spec, arrays) | {"x": padded(x, plan)} | scales
+    if num_rows is not None:
+        operands["num_rows"] = num_rows
     from pallas_kernels.matmul import triton_kernel  # jax has it on some systems only
 
     y = triton_kernel.product(plan, operands, interpret)
@@ -106,12 +105,14 @@ def weight_operands(spec: WeightSpec, arrays: WeightArrays) -> dict[str, jax.Arr
     """
     if spec.layout != PLANES:
         raise NotImplementedError(f"a weight in the layout {spec.layout!r}, not {PLANES!r}")
-    size = arrays.qvalue.size
+    size, scale = arrays.qvalue.size, jnp.asarray(arrays.scale)
     if 1 << 31 < size <= 1 << 32:
         raise NotImplementedError(f"{size} bytes of weights: Pallas counts up to 2 GiB in 32 bits")
+    if scale.dtype.itemsize == 1 and jnp.issubdtype(scale.dtype, jnp.floating):
+        scale = lax.bitcast_convert_type(scale, jnp.uint8)
     named = {
         "qvalue": arrays.qvalue,
-        "scale": as_bytes(jnp.asarray(arrays.scale)),
+        "scale": scale,
         "zero": arrays.zero_point,
         "super_scale": arrays.super_scale,
         "super_zero": arrays.super_zero,
@@ -141,15 +142,8 @@ def scaled_inputs(
     return k // groups, {"x_scale": x_scale.T}, None
 
 
-def as_bytes(array: jax.Array) -> jax.Array:
-    """Floats of 8 bits as uint8; others as they are."""
-    if array.dtype.itemsize == 1 and jnp.issubdtype(array.dtype, jnp.floating):
-        return lax.bitcast_convert_type(array, jnp.uint8)
-    return array
-
-
-def padded(x: jax.Array, spec: WeightSpec) -> jax.Array:
-    """x with zeros for the columns that K was filled up with, and floats of 8 bits as uint8."""
-    x = as_bytes(x)
-    missing = describe(spec).k - x.shape[1]
+def padded(x: jax.Array, plan: Plan) -> jax.Array:
+    """x of the type that the kernel takes, with zeros for the columns that K was filled up with."""
+    x = x.astype(plan.dot)
+    missing = plan.planes.k - x.shape[1]
     return jnp.pad(x, ((0, 0), (0, missing))) if missing else x

@@ -26,10 +26,10 @@ def product(plan: Plan, operands: Mapping[str, jax.Array], interpret: bool) -> j
     """Calls the kernel.
 
     Args:
-      operands: "x" [rows, k]; "qvalue", "scale", "zero", "super_scale", "super_zero",
-        "global_scale", "codebook" of the weight; "x_scale" [groups, rows]; with experts "expert",
-        "start" and "end", int32, of each tile of rows; with `counted` "num_rows". Floats of 8 bits
-        are given as uint8: Triton has no zeros of these for what a mask leaves out.
+      operands: "x" [rows, k], of type `plan.dot`; "qvalue", "scale", "zero", "super_scale",
+        "super_zero", "global_scale", "codebook" of the weight, floats of 8 bits as uint8; "x_scale"
+        [groups, rows]; with experts "expert", "start" and "end", int32, of each tile of rows; with
+        `counted` "num_rows".
 
     Returns:
       float32 [rows, N]. The parts of a sum are added one after the other.
@@ -127,13 +127,11 @@ class _Weight:
     def values(self, codes: jax.Array, dtype: Any) -> jax.Array:
         """What codes stand for, with neither scale nor zero point."""
         if "codebook" not in self.refs:
-            return planes_tile.values(codes, self.plan.planes, dtype)
+            return planes_tile.values(codes, self.plan.planes, jnp.dtype(dtype))
         ref = self.refs["codebook"]
-        if self.plan.entries > 16:
-            index = codes.astype(jnp.int32)
-            return plt.load(ref.at[(*self.lead, jnp.zeros_like(index), index)]).astype(dtype)
-        book = [ref[(*self.lead, 0, i)].astype(dtype) for i in range(self.plan.entries)]
-        return planes_tile.values(codes, self.plan.planes, dtype, book)
+        # (Selects would be 15 for each code; the codebook stays in the first cache.)
+        index = codes.astype(jnp.int32)
+        return plt.load(ref.at[(*self.lead, jnp.zeros_like(index), index)]).astype(dtype)
 
     def operand(self, codes: jax.Array, column: Any) -> jax.Array:
         """The left operand of a dot, [outputs, columns]."""
@@ -148,17 +146,14 @@ class _Weight:
                 return lax.bitcast_convert_type(codes ^ 128, jnp.int8)
             return codes.astype(jnp.int8) - planes.offset
         if planes.zero is None or plan.sums:
-            same = planes.bits == 8 and planes.value == "float" and dot.itemsize == 1
-            if same:
-                return lax.bitcast_convert_type(codes, dot)
-            wide = jnp.bfloat16 if dot.itemsize == 1 else dot
-            return self.values(codes, wide).astype(dot)
+            return self.values(codes, dot)
         # In bfloat16 these are integers of 8 bits and a sign, exactly.
-        return self.values(codes, dot) - self.zero(column).astype(dot)
+        return planes_tile.values(codes, planes, dot, zero=self.zero(column).astype(dot))
 
     def _scaled(self, codes: jax.Array, column: Any) -> jax.Array:
         planes, scale = self.plan.planes, self.scale(column)
-        values = self.values(codes, jnp.float32)
+        lookup = planes.value == "lookup"
+        values = self.values(codes, jnp.float32 if lookup else self.plan.dot).astype(jnp.float32)
         if planes.zero is None:
             return values * scale
         zero = self.zero(column)
@@ -182,8 +177,7 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any) -> None:
 
     def x_tile(column: Any) -> jax.Array:
         ref = refs["x"].at[rows, pl.ds(column, blocks.columns)]
-        x = plt.load(ref) if inside is None else plt.load(ref, mask=inside[:, None], other=0)
-        return x if x.dtype != jnp.uint8 else lax.bitcast_convert_type(x, jnp.dtype(plan.x))
+        return plt.load(ref) if inside is None else plt.load(ref, mask=inside[:, None], other=0)
 
     def x_scale(column: Any) -> jax.Array:
         group = jnp.minimum(column // plan.x_group, refs["x_scale"].shape[0] - 1)
@@ -240,7 +234,7 @@ def _chunks(
         ]
         for segment in range(planes_tile.segments(planes)):
             column = block * planes.block + segment * length + chunk * columns
-            x = x_tile(column).astype(plan.dot)
+            x = x_tile(column)
             w = weight.operand(planes_tile.codes(tiles, planes, segment), column)
             dot = lax.dot_general(
                 w, x, (((1,), (1,)), ((), ())), precision, preferred_element_type=preferred

@@ -25,10 +25,9 @@ from pallas_kernels.matmul.planes import Planes, describe
 from pallas_kernels.matmul.spec import WeightSpec
 
 FEW_ROWS = 64
-LEAST_COLUMNS = 16  # of a dot; of one with operands of 8 bits, twice as many
+LEAST_COLUMNS = 16  # of a dot; of one with integers of 8 bits, twice as many
 SHARED_MEMORY = 200 << 10  # of a program, for the stages of its loop
 MULTIPROCESSORS = {"H100": 132, "H200": 132, "GH200": 132, "B200": 148, "A100": 108, "L40": 142}
-_FP8 = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,15 @@ class Plan:
     Attributes:
       planes: of the weight.
       blocks: see there.
-      dot: dtype of the operands of a dot.
+      dot: dtype of x and of the other operand of a dot.
       scaling: see the header.
       scale: dtype of the stored scales.
       rounded: dtype that scaled weights are rounded to, with scaling "weight".
       sums: whether zero points act on sums of x, or on codes.
       residue: what codes still have to be reduced by, then: those of 8 bits are made signed.
-      x: its dtype.
       x_group: columns that share a scale of x; None where x has none in here. Not with "end".
       rows: of x. experts: whether weights have a leading axis, and tiles of rows a table.
       counted: whether an array says how many rows are not padding.
-      entries: of a codebook.
     """
 
     planes: Planes
@@ -78,12 +75,10 @@ class Plan:
     rounded: str | None
     sums: bool
     residue: int
-    x: str
     x_group: int | None
     rows: int
     experts: bool = False
     counted: bool = False
-    entries: int = 0
 
     @property
     def scales_globally_first(self) -> bool:
@@ -138,7 +133,7 @@ def plan_of(
         dot = "float32" if exact_codes else dot
     if columns < LEAST_COLUMNS:
         raise NotImplementedError(f"inputs with a scale for each {x_group} columns")
-    if columns < 2 * LEAST_COLUMNS and jnp.dtype(dot).itemsize == 1:
+    if columns < 2 * LEAST_COLUMNS and dot == "int8":
         dot = "bfloat16"
     integers = spec.zero_point is not None and jnp.issubdtype(spec.zero_point, jnp.integer)
     on_codes = planes.zero == "subtract" and not exact_codes and (integers or dot == "float32")
@@ -148,7 +143,7 @@ def plan_of(
     op = "matmul_grouped" if experts else "matmul"
     kind = tuning.product_kind(spec.kind, dtype)
     measured = tuning.blocks(op, "triton", kind, rows, *spec.shape)
-    least = 2 * LEAST_COLUMNS if jnp.dtype(dot).itemsize == 1 else LEAST_COLUMNS
+    least = 2 * LEAST_COLUMNS if dot == "int8" else LEAST_COLUMNS
     default = blocks(rows, planes, columns, dot, experts)
     return Plan(
         planes,
@@ -159,7 +154,6 @@ def plan_of(
         rounded,
         sums,
         residue,
-        dtype.name,
         x_group,
         rows,
         experts > 0,
@@ -175,18 +169,16 @@ def _columns(planes: Planes, x_group: int | None) -> int:
 
 
 def _dot(dtype: Any, planes: Planes, exact_codes: bool) -> str:
-    """In which type codes of x, or x itself, meet the codes of the weight."""
+    """In which type codes of x, or x itself, meet the codes of the weight.
+
+    Floats of 8 bits are bfloat16 here, which holds them: Triton, told to sum in float32, would make
+    them float16 and use the slower matrix instructions that Hopper has from before.
+    """
     if not exact_codes or dtype == jnp.float32:
         return dtype.name
     if planes.value == "lookup":
         return "float32"
-    if dtype == jnp.int8 and planes.value in ("int", "signed"):
-        return "int8"
-    if planes.qtype == _FP8.get(dtype.name):
-        return dtype.name
-    # Integers up to 16 and floats of 6 bits have no more than 4 significant bits.
-    small = planes.bits <= (4 if planes.value == "int" else 6)
-    return dtype.name if small and dtype == jnp.float8_e4m3fn else "bfloat16"
+    return "int8" if dtype == jnp.int8 and planes.value in ("int", "signed") else "bfloat16"
 
 
 def blocks(rows: int, planes: Planes, columns: int, dot: str, experts: int = 0) -> Blocks:

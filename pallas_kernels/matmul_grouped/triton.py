@@ -56,7 +56,6 @@ def product(
       NotImplementedError, ValueError: see there.
     """
     interpret = platform.interprets("gpu")
-    operands = weight_operands(spec, arrays) | {"x": padded(x, spec)}
     x_group, scales, after = scaled_inputs(x, x_scale)
     plan = plan_of(
         spec,
@@ -65,8 +64,8 @@ def product(
         exact_codes=x_scale is not None,
         x_group=x_group,
         experts=group_sizes.shape[0],
-        entries=0 if arrays.codebook is None else arrays.codebook.shape[-1],
     )
+    operands = weight_operands(spec, arrays) | {"x": padded(x, plan)}
     table = tile_table(group_sizes, x.shape[0], plan.blocks.rows)
     from pallas_kernels.matmul import triton_kernel  # jax has it on some systems only
 
