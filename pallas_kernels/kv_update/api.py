@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.kv_update import ref, triton, xla
+from pallas_kernels.kv_update import ref, tpu, triton, xla
 from pallas_kernels.paged_attention.pages import Pages
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("triton", triton.kv_update),
+    ("tpu", tpu.kv_update),
     ("xla", xla.kv_update),
     ("ref", ref.kv_update),
 )
@@ -40,7 +41,7 @@ def kv_update(
     Args:
       k, v: float32 [T, num_kv_heads * head_dim]; k is normed and turned here, and for int4 pages
         multiplied by a Hadamard matrix.
-      implementation: "triton", "xla" or "ref"; None for the first that takes the call.
+      implementation: "triton", "tpu", "xla" or "ref"; None for the first that takes the call.
 
     Returns:
       k_pages, v_pages, updated.

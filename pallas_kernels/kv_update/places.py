@@ -39,11 +39,19 @@ def places(
     index = jnp.arange(tokens)
     ends = query_start_loc[1:]
     real = index < ends[-1]
-    owner = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(seq_lens) - 1)
+    owner = owners(ends, index)
     position = jnp.where(real, seq_lens[owner] - (ends[owner] - index), 0)
     block = jnp.clip(position // pages.page_size, 0, block_table.shape[1] - 1)
     page = jnp.where(real, block_table[owner, block], len(pages.values))
     return Places(owner, position, page, position % pages.page_size, real)
+
+
+def owners(ends: jax.Array, index: jax.Array) -> jax.Array:
+    """Which run each index lies in, of runs one after the other that end before `ends`, int32
+    [S]; the last one for what is beyond."""
+    # All at once: a search is a loop of gathers.
+    run = jnp.searchsorted(ends, index, side="right", method="compare_all")
+    return jnp.minimum(run, len(ends) - 1)
 
 
 def heads_of(

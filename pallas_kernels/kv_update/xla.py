@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 
-from pallas_kernels.kv_update.places import heads_of, places
+from pallas_kernels.kv_update.places import Places, heads_of, places
 from pallas_kernels.paged_attention.pages import Pages, encode
 
 
@@ -28,11 +30,13 @@ def kv_update(
     at = places(len(k), k_pages, block_table, query_start_loc, seq_lens)
     keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps)
 
-    def stored(pages: Pages, x: jax.Array, scale: jax.Array | None) -> Pages:
-        def put(array: jax.Array, new: jax.Array) -> jax.Array:
-            return array.at[at.page, :, at.slot].set(new, mode="drop")
+    new = (
+        encode(keys, k_pages.dtype, k_scale),
+        encode(v.reshape(keys.shape), v_pages.dtype, v_scale),
+    )
+    return jax.tree.map(partial(scatter, at), (k_pages, v_pages), new)
 
-        return jax.tree.map(put, pages, encode(x, pages.dtype, scale))
 
-    values = v.reshape(keys.shape)
-    return stored(k_pages, keys, k_scale), stored(v_pages, values, v_scale)
+def scatter(at: Places, array: jax.Array, new: jax.Array) -> jax.Array:
+    """An array [P, H, page_size, ...] of pages, with what is new of each token, [T, H, ...]."""
+    return array.at[at.page, :, at.slot].set(new, mode="drop")

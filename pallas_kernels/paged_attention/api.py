@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, platform, tuning
-from pallas_kernels.paged_attention import native, ref, triton, xla
+from pallas_kernels.paged_attention import native, ref, tpu, triton, xla
 from pallas_kernels.paged_attention.pages import FP8, Pages, empty
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.paged_attention),
     ("triton", triton.paged_attention),
+    ("tpu", tpu.paged_attention),
     ("xla", xla.paged_attention),
     ("ref", ref.paged_attention),
 )
@@ -59,7 +60,7 @@ def paged_attention(
       sinks: float32 [num_heads]. A score of each head that enters the sum of its softmax, and has
         no value (attention sinks, arXiv 2309.17453, as gpt-oss learns them).
       k_scale, v_scale: float32 [1] or [num_kv_heads], of float8 pages; None is 1.
-      implementation: "native", "xla" or "ref"; None for the first that takes the call.
+      implementation: "native", "triton", "tpu", "xla" or "ref"; None for the first that takes it.
 
     Returns:
       (float32 [T, num_heads * head_dim], k_pages, v_pages), the pages updated.

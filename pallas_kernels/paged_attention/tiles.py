@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_update.places import owners
+
 
 class Tiles(NamedTuple):
     """Of each tile, int32 [N]; there are more than any batch of these shapes needs.
@@ -45,7 +47,7 @@ def tiles(
     needed = -(-counts // per_tile)
     ends = jnp.cumsum(needed)
     index = jnp.arange(bound)
-    owner = jnp.minimum(jnp.searchsorted(ends, index, side="right"), sequences - 1)
+    owner = owners(ends, index)
     before = (index - (ends - needed)[owner]) * per_tile
     used = index < ends[-1]
     count = jnp.where(used, jnp.minimum(counts[owner] - before, per_tile), 0)

@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention import CACHE_DTYPES, empty
 from tests.pallas_kernels.cached import EPS, QUICKLY, cached, spread, turned
 
 HEADS, DIM, PAGE = 3, 80, 16
-IMPLEMENTATIONS = ("triton", "xla", "ref")
+IMPLEMENTATIONS = ("triton", "tpu", "xla", "ref")
 TABLE = np.array([[4, 1], [2, 0], [3, 5]], np.int32)
 # The first sequence goes over the end of a page, the second has nothing new, and two tokens pad.
 STARTS, LENGTHS, TOKENS = np.array([0, 5, 5, 12], np.int32), np.array([18, 3, 7], np.int32), 14
@@ -89,7 +89,7 @@ def test_arguments_that_contradict_each_other():
         kv_update(k, v[:, :DIM], *pages, **rest)
 
 
-@pytest.mark.parametrize(("kind", "implementation"), [("gpu", "triton")])
+@pytest.mark.parametrize(("kind", "implementation"), [("gpu", "triton"), ("tpu", "tpu")])
 def test_pages_are_written_in_place(kind, implementation):
     """As the kernel is lowered for its device."""
     (k, v, *pages), rest = arguments("int4")
@@ -100,4 +100,5 @@ def test_pages_are_written_in_place(kind, implementation):
         lowered = update.trace(k, v, *pages, **rest).lower(lowering_platforms=names[:1])
     assert dispatch.chosen()["kv_update"][0] == implementation
     assert names[1] in lowered.as_text()
-    assert lowered.as_text().count("output_operand_alias<") == 6
+    arrays = {"triton": 6, "tpu": 2}[implementation]  # the others are left to XLA
+    assert lowered.as_text().count("output_operand_alias<") == arrays

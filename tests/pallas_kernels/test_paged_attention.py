@@ -21,11 +21,12 @@ ALL_DTYPES = ("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 DTYPES = {
     "native": ("float32", "bfloat16"),
     "triton": ALL_DTYPES,
+    "tpu": ALL_DTYPES,
     "xla": ALL_DTYPES,
     "ref": ALL_DTYPES,
 }
 # What of the arithmetic is rounded to bfloat16 (q and the softmax) where pages are not float32.
-ROUNDING = {"native": 4e-3, "triton": 4e-3, "xla": 2e-5, "ref": 2e-5}
+ROUNDING = {"native": 4e-3, "triton": 4e-3, "tpu": 4e-3, "xla": 2e-5, "ref": 2e-5}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ CASES = {
     "window of a page": Case(window=16, chunks=((70, 1),)),
     "soft cap": Case(soft_cap=2.0),
     "sinks": Case(sinks=True),
+    "all at once": Case(padding=2, window=9, soft_cap=2.0, sinks=True, chunks=((5, 1), (9, 13))),
     "norms": Case(norms=True, scale_per_head=True),
     "partial rotary": Case(rotary_dim=32),
     "head_dim 80": Case(head_dim=80, rotary_dim=80, chunks=((3, 1), (1, 3))),
@@ -82,25 +84,16 @@ CASES = {
 
 # Every case in float32, and in other dtypes those where the dtype makes a difference.
 FULL = {"float32": tuple(CASES)} | dict.fromkeys(
-    ALL_DTYPES[1:], ("mixed", "norms", "head_dim 80", "several blocks of keys")
+    ALL_DTYPES[1:], ("norms", "head_dim 80", "several blocks of keys")
 )
 # Interpreted kernels take seconds to compile, and share norms and rope with the XLA form.
 INTERPRETED = {
-    "float32": (
-        "mixed",
-        "padding",
-        "window",
-        "soft cap",
-        "sinks",
-        "head_dim 80",
-        "head_dim 256",
-        "several blocks of keys",
-    ),
+    "float32": ("all at once", "head_dim 256", "several blocks of keys"),
     "bfloat16": ("several blocks of keys",),
     "fp8_e4m3": ("norms",),
     "fp8_e5m2": ("norms",),
-    "int8": ("several blocks of keys",),
-    "int4": ("mixed", "head_dim 80"),
+    "int8": ("mixed",),
+    "int4": ("head_dim 80",),
 }
 RUNS = [
     (implementation, name, dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, platform
+from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.paged_attention import (
     CACHE_DTYPES,
     AttentionSpec,
@@ -42,38 +42,42 @@ def decode_step(dtype="float32", head_dim=64, **spec):
     }, AttentionSpec(HEADS, KV_HEADS, head_dim, head_dim, head_dim**-0.5, **spec)
 
 
-def run(implementation, arguments, spec, **more):
+def compiled(implementation, spec, **more):
     attend = partial(paged_attention, spec=spec, implementation=implementation, **more)
-    options = QUICKLY if implementation in DEVICES else None
-    return np.asarray(jax.jit(attend, compiler_options=options)(**arguments)[0])
+    return jax.jit(attend, compiler_options=QUICKLY if implementation in DEVICES else None)
 
 
-def test_segments_of_a_long_context(monkeypatch):
+def run(implementation, arguments, spec, **more):
+    return np.asarray(compiled(implementation, spec, **more)(**arguments)[0])
+
+
+def test_segments_of_a_long_context():
     """Segments that run side by side give what one after the other do, also where a sequence has
     nothing in some of them, and a sink counts once."""
     arguments, spec = decode_step()
     sinks = jnp.array([0.5, 1.0, -1.0, 2.0])
     right = run("xla", arguments, spec, sinks=sinks)
-    monkeypatch.setattr(triton, "SEGMENT", 64)
-    assert triton.segments(2, KEYS) == (4, 64)
-    out = run("triton", arguments, spec, sinks=sinks)
+    assert triton.segments(2, KEYS, 64) == (4, 64)
+    with tuning.trying({"segment": 64}):
+        out = run("triton", arguments, spec, sinks=sinks)
     np.testing.assert_allclose(out, right, atol=2e-6)
 
 
 def test_number_of_segments():
-    assert triton.segments(1, 8192) == (16, 512)
-    assert triton.segments(1, 300) == (1, 300)
-    assert triton.segments(4096, 8192) == (1, 8192)
-    count, length = triton.segments(8, 1 << 20)
+    assert triton.segments(1, 8192, 512) == (16, 512)
+    assert triton.segments(1, 300, 512) == (1, 300)
+    assert triton.segments(4096, 8192, 512) == (1, 8192)
+    count, length = triton.segments(8, 1 << 20, 512)
     assert count <= triton.MAX_SEGMENTS
     assert count * length >= 1 << 20
 
 
-@pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.parametrize("implementation", ["triton", "tpu"])
 def test_nothing_else_in_the_batch_counts(implementation):
     """Neither another sequence, nor what is left in pages before a window or after the end."""
     arguments, spec = decode_step(sliding_window=40)
-    first = run(implementation, arguments, spec)
+    attend = compiled(implementation, spec)
+    first = np.asarray(attend(**arguments)[0])
     table, seen = np.asarray(arguments["block_table"]), []
     for pages in ("k_pages", "v_pages"):
         values = np.array(arguments[pages].values)
@@ -84,13 +88,13 @@ def test_nothing_else_in_the_batch_counts(implementation):
         arguments[pages] = arguments[pages]._replace(values=jnp.asarray(values))
         seen.append(np.isnan(values).mean())
     assert min(seen) > 0.8
-    second = run(implementation, arguments, spec)
+    second = np.asarray(attend(**arguments)[0])
     np.testing.assert_array_equal(second[1], first[1])
     np.testing.assert_allclose(first, run("xla", decode_step()[0], spec), atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
-@pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.parametrize("implementation", ["triton", "tpu"])
 def test_lowers_for_its_device(implementation, dtype):
     arguments, spec = decode_step(dtype, head_dim=128, sliding_window=40, soft_cap=30.0)
     kind, platform_name, call = DEVICES[implementation]
@@ -101,7 +105,7 @@ def test_lowers_for_its_device(implementation, dtype):
     assert lowered.as_text().count(call) >= 2
 
 
-@pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.parametrize("implementation", ["triton", "tpu"])
 def test_not_on_another_device(implementation):
     arguments, spec = decode_step()
     other = {"triton": "tpu", "tpu": "gpu"}[implementation]

@@ -1,0 +1,40 @@
+"""Queries as the kernels for accelerators take them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.kv_update.places import heads_of
+from pallas_kernels.paged_attention.spec import AttentionSpec
+
+
+def scaled_queries(
+    q: jax.Array,
+    dtype: str,
+    spec: AttentionSpec,
+    rope: tuple[jax.Array, jax.Array] | None,
+    weight: jax.Array | None,
+    eps: float,
+    k_scale: jax.Array | None,
+) -> jax.Array:
+    """Queries that meet the numbers, or codes, in pages of `dtype`: normed, turned, and times the
+    scale of the scores and `k_scale`, which is [1] or [num_kv_heads].
+
+    Returns:
+      [T, num_kv_heads, group, head_dim], float32 for float32 pages, otherwise bfloat16.
+    """
+    heads = heads_of(q, spec.head_dim, dtype, rope, weight, eps)
+    heads = heads.reshape(len(q), spec.num_kv_heads, -1, spec.head_dim) * spec.scale
+    if k_scale is not None:
+        heads = heads * k_scale[:, None, None]
+    return heads if dtype == "float32" else heads.astype(jnp.bfloat16)
+
+
+def descaled(out: jax.Array, spec: AttentionSpec, v_scale: jax.Array | None) -> jax.Array:
+    """Sums of numbers or codes, float32 [T, num_heads * head_dim], times `v_scale`, which is [1] or
+    [num_kv_heads]."""
+    if v_scale is None:
+        return out
+    heads = out.reshape(len(out), spec.num_kv_heads, -1) * v_scale[:, None]
+    return heads.reshape(out.shape)

@@ -1,0 +1,119 @@
+"""Attention over a paged cache on TPUs: flash attention over pages that are copied by hand.
+
+One core does a tile of queries after the other, with all heads, over blocks of pages: while one
+block is computed with, the next one is on its way. Nothing would be gained from splitting a
+sequence. `triton.py` has the arithmetic, which is the same here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import platform
+from pallas_kernels.kv_update import tpu as kv_update
+from pallas_kernels.kv_update.places import owners
+from pallas_kernels.paged_attention.pages import Pages
+from pallas_kernels.paged_attention.queries import descaled, scaled_queries
+from pallas_kernels.paged_attention.spec import AttentionSpec
+from pallas_kernels.paged_attention.tiles import tiles, tokens_per_tile
+
+LANES = 128
+ROWS = 128  # of queries that meet a block of keys, where there are so many
+KEYS = 256  # of a block
+MAX_BUFFER = 8 << 20  # bytes of VMEM that blocks of keys and values may take
+
+
+class Blocks(NamedTuple):
+    """Sizes that the kernel runs with: rows of queries, and pages of a block of keys."""
+
+    rows: int
+    pages: int
+
+
+def blocks(spec: AttentionSpec, page_size: int, itemsize: int) -> Blocks:
+    """What fits VMEM, in whole lanes of keys.
+
+    Raises:
+      NotImplementedError: pages are of a size that no block can be made of.
+    """
+    if page_size % 8:
+        raise NotImplementedError(f"pages of {page_size} tokens, not a multiple of 8")
+    unit = math.lcm(page_size, LANES)
+    # Two blocks of keys and two of values, in rows of whole lanes.
+    per_key = 4 * spec.num_kv_heads * -(-spec.head_dim // LANES) * LANES * itemsize
+    if per_key * unit > MAX_BUFFER:
+        raise NotImplementedError(
+            f"{spec.num_kv_heads} kv heads of {spec.head_dim}, with pages of {page_size}: a block "
+            f"takes {per_key * unit} bytes of VMEM"
+        )
+    most = MAX_BUFFER // per_key
+    return Blocks(ROWS, max(1, min(KEYS, most) // unit) * unit // page_size)
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_pages: Pages,
+    v_pages: Pages,
+    *,
+    spec: AttentionSpec,
+    block_table: jax.Array,
+    query_start_loc: jax.Array,
+    seq_lens: jax.Array,
+    rope: tuple[jax.Array, jax.Array] | None,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    norm_eps: float,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> tuple[jax.Array, Pages, Pages]:
+    """See `pallas_kernels.paged_attention.api.paged_attention`."""
+    interpret = platform.interprets("tpu")
+    dtype, tokens = k_pages.dtype, len(q)
+    sizes = blocks(spec, k_pages.page_size, k_pages.values.dtype.itemsize)
+    k_pages, v_pages = kv_update.kv_update(
+        k,
+        v,
+        k_pages,
+        v_pages,
+        block_table=block_table,
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        rope=rope,
+        k_norm=k_norm,
+        norm_eps=norm_eps,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    queries = scaled_queries(q, dtype, spec, rope, q_norm, norm_eps, k_scale)
+    group = spec.num_heads // spec.num_kv_heads
+    per_tile = tokens_per_tile(tokens, len(seq_lens), group, sizes.rows)
+    table, first_tile = tiles(tokens, per_tile, query_start_loc, seq_lens)
+    blocks_of = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % sizes.pages)))
+    from pallas_kernels.paged_attention import tpu_kernel
+
+    # [N, per_tile, Hkv, group, parts, width] -> [N, Hkv, parts, per_tile * group, width]
+    parts = 2 if dtype == "int4" else 1
+    token = jnp.clip(table.first[:, None] + jnp.arange(per_tile), 0, tokens - 1)
+    rows = queries.reshape(*queries.shape[:3], parts, -1)[token].transpose(0, 2, 4, 1, 3, 5)
+    rows = rows.reshape(*rows.shape[:3], per_tile * group, -1)
+    out = tpu_kernel.attend(
+        rows, table, blocks_of, k_pages, v_pages,
+        sinks=None if sinks is None else sinks.reshape(spec.num_kv_heads, group),
+        spec=spec, per_tile=per_tile, block_pages=sizes.pages, interpret=interpret,
+    )  # fmt: skip
+    out = out.reshape(*out.shape[:3], per_tile, group, -1)
+    index = jnp.arange(tokens)
+    owner = owners(query_start_loc[1:], index)
+    after = index - query_start_loc[owner]
+    tile = jnp.clip(first_tile[owner] + after // per_tile, 0, len(out) - 1)
+    # [T, Hkv, parts, group, width] -> [T, Hkv, group, parts, width]
+    out = out[tile, :, :, after % per_tile].swapaxes(2, 3).reshape(tokens, -1)
+    real = index < query_start_loc[-1]
+    return jnp.where(real[:, None], descaled(out, spec, v_scale), 0.0), k_pages, v_pages
