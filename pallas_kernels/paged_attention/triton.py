@@ -135,7 +135,7 @@ def paged_attention(
 def _sizes(spec: AttentionSpec, dtype: str, tokens: int, slots: int) -> Blocks:
     """Those measured best, as far as they go together, otherwise the defaults."""
     default = blocks(spec.head_dim, dtype)
-    kind = f"{dtype} d{spec.head_dim}"
+    kind = tuning.attention_kind(dtype, spec.head_dim)
     found = tuning.blocks(
         "paged_attention", "triton", kind, max(tokens, 1), spec.num_kv_heads, max(slots, 1)
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, platform, tuning
+from pallas_kernels import platform, tuning
 from pallas_kernels.paged_attention import (
     CACHE_DTYPES,
     AttentionSpec,
@@ -15,9 +15,9 @@ from pallas_kernels.paged_attention import (
     paged_attention,
     triton,
 )
+from tests.pallas_kernels import attention_programs, crosscompile
 from tests.pallas_kernels.cached import QUICKLY
 
-DEVICES = {"triton": ("gpu", "cuda", "triton"), "tpu": ("tpu", "tpu", "tpu_custom_call")}
 HEADS, KV_HEADS, PAGE, KEYS = 4, 2, 16, 208
 
 
@@ -44,7 +44,7 @@ def decode_step(dtype="float32", head_dim=64, **spec):
 
 def compiled(implementation, spec, **more):
     attend = partial(paged_attention, spec=spec, implementation=implementation, **more)
-    return jax.jit(attend, compiler_options=QUICKLY if implementation in DEVICES else None)
+    return jax.jit(attend, compiler_options=QUICKLY if implementation != "xla" else None)
 
 
 def run(implementation, arguments, spec, **more):
@@ -94,15 +94,24 @@ def test_nothing_else_in_the_batch_counts(implementation):
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
-@pytest.mark.parametrize("implementation", ["triton", "tpu"])
-def test_lowers_for_its_device(implementation, dtype):
-    arguments, spec = decode_step(dtype, head_dim=128, sliding_window=40, soft_cap=30.0)
-    kind, platform_name, call = DEVICES[implementation]
-    attend = jax.jit(partial(paged_attention, spec=spec, sinks=jnp.zeros(HEADS)))
-    with platform.assume(kind):
-        lowered = attend.trace(**arguments).lower(lowering_platforms=(platform_name,))
-    assert dispatch.chosen()["paged_attention"][0] == implementation
-    assert lowered.as_text().count(call) >= 2
+@pytest.mark.parametrize(
+    ("target", "platform_name", "call"),
+    [("h100", "cuda", "xla.gpu.triton"), ("v6e", "tpu", "tpu_custom_call")],
+)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.11 on
+def test_lowers_for_its_device(target, platform_name, call, dtype):
+    program = attention_programs.program(attention_programs.OTHER_HEADS[0], dtype)
+    with crosscompile.assumed(target):
+        traced = jax.jit(program.function).trace(*program.arguments)
+        text = traced.lower(lowering_platforms=(platform_name,)).as_text()
+    assert text.count(call) >= 2  # the update of the cache, and attention
+
+
+@pytest.mark.crosscompile
+@pytest.mark.parametrize("target", ["h100", "v5e", "v6e", "tpu7x"])
+def test_compiles_for_its_device(target):
+    found = crosscompile.compile_all(target, attention_programs.__name__)
+    assert found == {program.name: None for program in attention_programs.programs()}
 
 
 @pytest.mark.parametrize("implementation", ["triton", "tpu"])
