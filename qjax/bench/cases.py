@@ -101,40 +101,67 @@ class Measured:
     peak: str = "bfloat16"
 
 
-def measure(
+@dataclass(frozen=True)
+class Ready:
+    """A case, compiled: with how many copies of its operands, and which implementation."""
+
+    case: Case
+    operands: Operands
+    program: clock.Program
+    copies: int
+    implementation: str
+    refused: dict[str, str]
+
+
+def prepare(
     case: Case,
     timing: Timing,
     implementation: str | None = None,
     bandwidth: float = 1e12,
     peak: float = 1e15,
     most_bytes: int = 1 << 33,
-) -> Measured:
-    """Times a case with one implementation, or with the one that is chosen without naming any.
+) -> Ready | Measured:
+    """Compiles a case, with one implementation or the one that is chosen without naming any.
 
     Args:
       bandwidth, peak: what the device may reach, for how often a call is repeated.
       most_bytes: that copies of operands may take together.
+
+    Returns:
+      The case, ready for `timed`, or refused.
     """
     with dispatch.use(implementation), dispatch.watch() as seen:
         try:
             operands = _OPS[case.op](case)
-            copies = min(timing.copies(operands.copied), most_bytes // max(operands.copied, 1))
-            copies = max(copies, 1)
-            seconds = clock.seconds(
-                operands.call,
-                operands.x,
-                [operands.fixed() for _ in range(copies)],
-                [operands.state() for _ in range(copies)],
-                max(operands.nbytes / bandwidth, operands.flops / peak) + 3e-6,
-                timing,
+            fits = most_bytes // max(operands.copied, 1)
+            copies = max(1, min(timing.copies(operands.copied), fits))
+            estimate = max(operands.nbytes / bandwidth, operands.flops / peak) + 3e-6
+            fixed, state = jax.eval_shape(operands.fixed), jax.eval_shape(operands.state)
+            program = clock.program(
+                operands.call, operands.x, [fixed] * copies, [state] * copies, estimate, timing
             )
         except NotImplementedError as error:
             return Measured(case, implementation or "", {implementation or "all": str(error)})
     op = "paged_attention" if case.op == "prefill_attention" else case.op
     # The product itself comes last; what XLA does with a plain dot is nobody's choice.
     choices = [choice for name, choice in seen.items() if name.split()[0] == op]
-    chosen, refused = choices[-1] if choices else ("xla", {})
-    return Measured(case, chosen, refused, seconds, operands.nbytes, operands.flops, operands.peak)
+    return Ready(case, operands, program, copies, *(choices[-1] if choices else ("xla", {})))
+
+
+def timed(ready: Ready | Measured, timing: Timing) -> Measured:
+    """Takes the time of a case that was prepared."""
+    if isinstance(ready, Measured):
+        return ready
+    operands, many = ready.operands, range(ready.copies)
+    fixed, states = [operands.fixed() for _ in many], [operands.state() for _ in many]
+    seconds = clock.seconds(ready.program, operands.x, fixed, states, timing)
+    rest = operands.nbytes, operands.flops, operands.peak
+    return Measured(ready.case, ready.implementation, ready.refused, seconds, *rest)
+
+
+def measure(case: Case, timing: Timing, implementation: str | None = None) -> Measured:
+    """`prepare` and `timed`."""
+    return timed(prepare(case, timing, implementation), timing)
 
 
 def values(case: Case, implementation: str) -> np.ndarray:

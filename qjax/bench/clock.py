@@ -54,41 +54,61 @@ QUICK = Timing(repeats=3, sample_seconds=0.002, limit_seconds=0.3, spread_bytes=
 Call = Callable[[jax.Array, Any, Any], tuple[Any, Any]]
 
 
-def seconds(
+@dataclass(frozen=True)
+class Program:
+    """Calls in a loop, compiled: `rounds` times through all copies; `y`, shapes of the outputs."""
+
+    run: jax.stages.Compiled
+    rounds: int
+    y: Any
+
+
+def program(
     call: Call,
-    x: jax.Array,
+    x: Any,
     fixed: Sequence[Any],
     states: Sequence[Any],
     estimate: float,
     timing: Timing,
-) -> float:
-    """Median time of one call.
+) -> Program:
+    """Compiles what `seconds` runs.
 
     Args:
       call: what is measured; traceable.
       x: its input.
-      fixed, states: copies of its other operands, a pytree each, equally many; `states` are
-        donated.
-      estimate: seconds that it may take, for the number of rounds.
+      fixed, states: copies of its other operands, a pytree each, equally many. All may be shapes.
+      estimate: seconds that a call may take, for the number of rounds.
     """
     rounds = math.ceil(timing.sample_seconds / (estimate * len(fixed)))
     rounds = min(MAX_ROUNDS, max(1, rounds))
     y = jax.eval_shape(call, x, fixed[0], states[0])[0]
-    ys = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), y) for _ in fixed]
+    carry = x, [y for _ in fixed], list(states)
+    zero = jax.ShapeDtypeStruct((), jnp.float32)
+    run = jax.jit(_rounds(call, rounds), donate_argnums=0).lower(carry, list(fixed), zero)
+    return Program(run.compile(), rounds, y)
+
+
+def seconds(
+    program: Program, x: jax.Array, fixed: Sequence[Any], states: Sequence[Any], timing: Timing
+) -> float:
+    """Median time of one call.
+
+    Args:
+      x, fixed, states: as for `program`, arrays now; `states` are donated.
+    """
+    ys = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), program.y) for _ in fixed]
     carry = jnp.array(x), ys, list(states)  # a copy, since it is donated
     # Known only when it runs, or a compiler would know that x does not change.
-    zero = jnp.float32(0)
-    program = jax.jit(_rounds(call, rounds), donate_argnums=0)
-    compiled = program.lower(carry, list(fixed), zero).compile()
-    carry = jax.block_until_ready(compiled(carry, list(fixed), zero))
+    zero, fixed = jnp.float32(0), list(fixed)
+    carry = jax.block_until_ready(program.run(carry, fixed, zero))
     begin, samples = timing.now(), []
     while not samples or (
         len(samples) < timing.repeats and timing.now() - begin < timing.limit_seconds
     ):
         start = timing.now()
-        carry = jax.block_until_ready(compiled(carry, list(fixed), zero))
+        carry = jax.block_until_ready(program.run(carry, fixed, zero))
         samples.append(timing.now() - start)
-    return statistics.median(samples) / rounds / len(fixed)
+    return statistics.median(samples) / program.rounds / len(fixed)
 
 
 def _rounds(call: Call, rounds: int) -> Callable[..., Any]:

@@ -51,8 +51,9 @@ def _product(size: int, dtype: Any, guess: float, timing: Timing) -> float:
         y = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=total)
         return y, state
 
-    seconds = clock.seconds(call, square(), [square(), square()], [None] * 2, guess, timing)
-    return 2 * size**3 / seconds
+    operands = square(), [square(), square()], [None] * 2
+    program = clock.program(call, *operands, guess, timing)
+    return 2 * size**3 / clock.seconds(program, *operands, timing)
 
 
 def _reading(shape: tuple[int, int], timing: Timing) -> float:
@@ -62,9 +63,10 @@ def _reading(shape: tuple[int, int], timing: Timing) -> float:
         return w.sum(1) + x, state
 
     arrays = [jnp.ones(shape, jnp.float32) for _ in range(2)]
+    operands = jnp.zeros(shape[:1]), arrays, [None] * 2
     nbytes = arrays[0].nbytes
-    seconds = clock.seconds(call, jnp.zeros(shape[:1]), arrays, [None] * 2, nbytes / 3e12, timing)
-    return nbytes / seconds
+    program = clock.program(call, *operands, nbytes / 3e12, timing)
+    return nbytes / clock.seconds(program, *operands, timing)
 
 
 def description() -> dict[str, Any]:

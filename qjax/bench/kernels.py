@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels import dispatch
 from qjax.bench import clock, correctness, decode, device, grid
-from qjax.bench.cases import Case, Measured, measure
+from qjax.bench.cases import Case, Measured, Ready, prepare, timed
 from qjax.bench.clock import Timing
 from qjax.bench.grid import Grid
 from qjax.bench.result import Result
@@ -21,6 +23,7 @@ from qjax.errors import QjaxError
 from qjax.models.config import model_config
 
 PEER_SECONDS = 600
+TOGETHER = 16  # cases that are compiled side by side
 
 
 class WrongValues(QjaxError):
@@ -97,40 +100,57 @@ def run(
         result.save()
     for op in sizes.ops:
         for name in implementations:
-            for case in grid.cases(op, sizes):
-                if budget_seconds and time.monotonic() - begin > budget_seconds:
-                    say("out of time: run again to go on")
-                    return result
-                _one(case, name, result, limits, timing, say)
+            left = [case for case in grid.cases(op, sizes) if not result.find(**_key(case, name))]
+            for at in range(0, len(left), TOGETHER):
+                for case, ready in _prepared(left[at : at + TOGETHER], name, limits, timing):
+                    if budget_seconds and time.monotonic() - begin > budget_seconds:
+                        say("out of time: run again to go on")
+                        return result
+                    row = _measured(case, name, ready, result, limits, timing)
+                    result.add(row)
+                    say(_line(row))
             if op == grid.DECODE:
                 _decode(sizes, name, result, limits, timing, quick, say)
     return result
 
 
-def _one(
+def _key(case: Case, name: str | None) -> dict[str, Any]:
+    key = {field: getattr(case, field) for field in ("op", "kind", "n", "k", "rows")}
+    return key | {"asked": "" if case.op == "bfloat16" else name or ""}
+
+
+def _prepared(
+    some: Sequence[Case], name: str | None, limits: device.Limits, timing: Timing
+) -> Iterator[tuple[Case, Future[Ready | Measured]]]:
+    """Cases, compiled side by side; nothing is being compiled any more when the first is given."""
+
+    def compiled(case: Case) -> Ready | Measured:
+        named = None if case.op == "bfloat16" else name
+        return prepare(case, timing, named, limits.bandwidth, limits.peaks["bfloat16"])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(compiled, case) for case in some]
+    yield from zip(some, futures, strict=True)
+
+
+def _measured(
     case: Case,
     name: str | None,
+    ready: Future[Ready | Measured],
     result: Result,
     limits: device.Limits,
     timing: Timing,
-    say: Callable[[str], None],
-) -> None:
-    asked = "" if case.op == "bfloat16" else name or ""
-    key = {f: getattr(case, f) for f in ("op", "kind", "n", "k", "rows")} | {"asked": asked}
-    if result.find(**key) is not None:
-        return
-    peak = limits.peaks["bfloat16"]
+) -> dict[str, Any]:
+    key = _key(case, name)
     try:
-        found = measure(case, timing, name if asked else None, limits.bandwidth, peak)
+        found = timed(ready.result(), timing)
     except Exception as error:  # a compiler's, or memory: the other cases are still wanted
-        row = key | {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
-    else:
-        row = key | _figures(found, limits)
-        baseline = result.find(**key | {"op": "bfloat16", "kind": "BF16", "asked": ""})
-        if case.op == "matmul" and baseline and found.seconds:
-            row["bfloat16_ratio"] = _short(baseline["microseconds"] / row["microseconds"])
-    result.add(row)
-    say(_line(row))
+        return key | {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+    row = key | _figures(found, limits)
+    baseline = result.find(**key | {"op": "bfloat16", "kind": "BF16", "asked": ""})
+    if case.op == "matmul" and baseline and found.seconds:
+        row["bfloat16_ratio"] = _short(baseline["microseconds"] / row["microseconds"])
+    return row
 
 
 def _figures(found: Measured, limits: device.Limits) -> dict[str, Any]:
@@ -175,7 +195,7 @@ def _decode(
                     seconds, nbytes = decode.seconds(
                         config, held[1], batch, sizes.decode_context, cache_dtype, timing
                     )
-            except Exception as error:  # see `_one`
+            except Exception as error:  # see `_measured`
                 row = key | {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
             else:
                 row = key | {

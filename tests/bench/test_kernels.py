@@ -72,7 +72,9 @@ def test_clock_counts_calls():
     timing = clock.Timing(repeats=3, sample_seconds=1.0, limit_seconds=1e9, now=Clock())
     copies = [jnp.float32(1), jnp.float32(2)]
     states = [jnp.zeros(3), jnp.zeros(3)]
-    seconds = clock.seconds(call, jnp.ones((2, 2)), copies, states, 0.125, timing)
+    operands = jnp.ones((2, 2)), copies, states
+    program = clock.program(call, *operands, 0.125, timing)
+    seconds = clock.seconds(program, *operands, timing)
     # Four rounds through two copies last a second; they run once to warm up, and three times.
     assert seconds == 1 / 8
     assert ran == {1: 16, 2: 16}
@@ -206,14 +208,12 @@ def test_budget_ends_a_run(tmp_path):
 
 
 def test_a_case_that_fails_does_not_end_the_others(monkeypatch, capsys):
-    measure = kernels.measure
-
     def failing(case, *args):
         if case.rows == 8:
             raise RuntimeError("out of registers")
-        return measure(case, *args)
+        return cases.prepare(case, *args)
 
-    monkeypatch.setattr(kernels, "measure", failing)
+    monkeypatch.setattr(kernels, "prepare", failing)
     sizes = ("--shapes", "1x64", "--rows", "2", "--rows", "8", "--rows", "3")
     code, out, err = run(capsys, "--quick", "--ops", "quantize", "--kinds", "int8 token", *sizes)
     assert code == 1
