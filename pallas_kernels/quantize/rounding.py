@@ -46,39 +46,48 @@ INTERPRETED = Arithmetic(divide, _round)  # a kernel that XLA compiles
 KERNEL = Arithmetic(_divide_plainly, _round)
 
 
+class Extremes(NamedTuple):
+    """Of values that share a scale: the lowest, at most 0, and the highest, at least 0; or low is
+    None and high the largest absolute value."""
+
+    low: jax.Array | None
+    high: jax.Array
+
+    def joined(self, other: Extremes) -> Extremes:
+        low = (
+            self.low if other.low is None or self.low is None else jnp.minimum(self.low, other.low)
+        )
+        return Extremes(low, jnp.maximum(self.high, other.high))
+
+
+def extremes(x: jax.Array, act: ActSpec, axes: tuple[int, ...]) -> Extremes:
+    """Those that `act` asks for, of all that lies along `axes` of x, which stay as axes of 1."""
+    if act.symmetric:
+        return Extremes(None, jnp.abs(x).max(axes, keepdims=True))
+    low, high = x.min(axes, keepdims=True), x.max(axes, keepdims=True)
+    return Extremes(jnp.minimum(low, 0), jnp.maximum(high, 0))
+
+
 def scales(
-    x: jax.Array,
-    act: ActSpec,
-    axes: tuple[int, ...],
-    global_scale: jax.Array | None,
-    by: Arithmetic = XLA,
+    found: Extremes, act: ActSpec, global_scale: jax.Array | None, by: Arithmetic = XLA
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Scale and zero point of all that lies along `axes` of x, float32, which stay as axes of 1.
+    """Scale and zero point, float32, for values with these extremes.
 
     Args:
       act: dynamic.
       global_scale: float32, broadcastable, for scales that are multiples of it; else None.
     """
-    if not act.symmetric:
-        low = jnp.minimum(x.min(axes, keepdims=True), 0)
-        high = jnp.maximum(x.max(axes, keepdims=True), 0)
-        return asymmetric(low, high, act, by)
-    return symmetric(jnp.abs(x).max(axes, keepdims=True), act, global_scale, by), None
-
-
-def asymmetric(
-    low: jax.Array, high: jax.Array, act: ActSpec, by: Arithmetic = XLA
-) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point for values from low <= 0 to high >= 0."""
+    if found.low is None:
+        return _symmetric(found.high, act, global_scale, by), None
     bottom, top = bounds(act.dtype)
-    scale = by.divide(high - low, top - bottom)
+    scale = by.divide(found.high - found.low, top - bottom)
     scale = jnp.where(scale == 0, jnp.finfo(jnp.float32).eps, scale)
-    zero = by.round(bottom - by.divide(low, scale))
+    zero = by.round(bottom - by.divide(found.low, scale))
     return scale, jnp.clip(zero, bottom, top)
 
 
-def symmetric(
-    largest: jax.Array, act: ActSpec, global_scale: jax.Array | None, by: Arithmetic = XLA
+def _symmetric(
+    largest: jax.Array, act: ActSpec, global_scale: jax.Array | None, by: Arithmetic
 ) -> jax.Array:
     """The scale for values up to `largest`, as `ActSpec.scale` says."""
     if act.upper_bound is not None:

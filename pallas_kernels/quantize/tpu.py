@@ -6,6 +6,7 @@ row of 128 lanes that holds several groups is reduced once for each, the others 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +17,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import platform
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.quantize.rounding import INTERPRETED, KERNEL, Arithmetic, nearest, scales
+from pallas_kernels.quantize.rounding import (
+    INTERPRETED,
+    KERNEL,
+    Arithmetic,
+    Extremes,
+    extremes,
+    nearest,
+    scales,
+)
 from pallas_kernels.quantize.spec import Quantized, code_dtype, require_own_scales
 
 LANES = 128
 ROWS = 32  # of a register of 8-bit numbers
+PIECE = 512  # columns of a long row that are worked on at once
 MOST_BYTES = 2 << 20  # of x in a program
 
 
@@ -63,8 +73,22 @@ def quantize(
             codes_ref[:, columns] = _narrow(codes, dtypes[0])
             return found
 
+        def join(columns: Any, found: Extremes) -> Extremes:
+            return found.joined(extremes(x_ref[:, columns].astype(jnp.float32), act, (1,)))
+
         if groups == 1:
-            for ref, (own,) in zip(beside_refs, filter(None, convert(slice(None))), strict=True):
+            none = jnp.zeros((some, 1))
+            found = Extremes(None if act.symmetric else none, none)
+            scale, zero = scales(_over(k, join, found), act, scalar, by)
+
+            def write(columns: Any, nothing: tuple) -> tuple:
+                tile = x_ref[:, columns].astype(jnp.float32)
+                codes = nearest(tile, scale, zero, act.dtype, by)
+                codes_ref[:, columns] = _narrow(codes, dtypes[0])
+                return nothing
+
+            _over(k, write, ())
+            for ref, own in zip(beside_refs, (scale, zero), strict=False):
                 ref[...] = own
             return
         lane = lax.broadcasted_iota(jnp.int32, (some, LANES), 1)
@@ -102,6 +126,18 @@ def quantize(
     return Quantized(codes, *(each[:, :groups] for each in found))
 
 
+def _over(k: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """What a loop over the columns of a row leaves, piece by piece."""
+    whole = k // PIECE
+    if whole:
+
+        def piece(i: jax.Array, carry: Any) -> Any:
+            return step(pl.ds(pl.multiple_of(i * PIECE, PIECE), PIECE), carry)
+
+        carry = lax.fori_loop(0, whole, piece, carry)
+    return step(slice(whole * PIECE, k), carry) if k % PIECE else carry
+
+
 def _scales(
     tile: jax.Array, act: ActSpec, size: int, scalar: Any, by: Arithmetic
 ) -> tuple[list[jax.Array], list[jax.Array] | None]:
@@ -111,7 +147,7 @@ def _scales(
         tile if size >= columns else jnp.where(_group(tile.shape, size) == i, tile, 0.0)
         for i in range(max(1, columns // size))
     ]
-    found = [scales(part, act, (1,), scalar, by) for part in parts]
+    found = [scales(extremes(part, act, (1,)), act, scalar, by) for part in parts]
     zeros = [zero for _, zero in found if zero is not None]
     return [scale for scale, _ in found], zeros or None
 

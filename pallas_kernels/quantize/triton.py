@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import platform
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.quantize.rounding import INTERPRETED, KERNEL, nearest, scales
+from pallas_kernels.quantize.rounding import INTERPRETED, KERNEL, extremes, nearest, scales
 from pallas_kernels.quantize.spec import Quantized, code_dtype, require_own_scales
 
 MOST_COLUMNS = 1 << 15  # of a group: 64 numbers a thread
@@ -75,7 +75,8 @@ def quantize(
         tile = plt.load(x_ref.at[place], mask=inside, other=0).astype(jnp.float32)
         tile = tile.reshape(cut.rows, cut.columns // cut.group, cut.group)
         by = INTERPRETED if interpret else KERNEL
-        scale, zero = scales(tile, act, (2,), whole_refs[0][0, 0] if whole else None, by)
+        scalar = whole_refs[0][0, 0] if whole else None
+        scale, zero = scales(extremes(tile, act, (2,)), act, scalar, by)
         codes = nearest(tile, scale, zero, act.dtype, by).reshape(cut.rows, cut.columns)
         plt.store(out_refs[0].at[place], codes.astype(out[0].dtype), mask=inside)
         many = cut.columns // cut.group

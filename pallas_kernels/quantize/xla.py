@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.quantize.rounding import nearest, scales
+from pallas_kernels.quantize.rounding import extremes, nearest, scales
 from pallas_kernels.quantize.spec import Quantized, code_dtype
 
 
@@ -54,7 +54,7 @@ def _codes(
         if act.strategy == "tensor" and num_rows is not None:
             seen = jnp.where(jnp.arange(count)[:, None, None] < num_rows, groups, 0)
         axes = (0, 1, 2) if act.strategy == "tensor" else (2,)
-        scale, zero = scales(seen, act, axes, single(inputs.global_scale))
+        scale, zero = scales(extremes(seen, act, axes), act, single(inputs.global_scale))
     else:
         scale, zero = single(inputs.scale), single(inputs.zero_point)
         assert scale is not None

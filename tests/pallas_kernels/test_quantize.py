@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import dispatch, platform
 from pallas_kernels.inputs import ActSpec, Inputs
 from pallas_kernels.quantize import quantize, tpu, triton
+from tests.pallas_kernels import activation_programs, crosscompile
 
 # name -> (type of the tool that rounds, its largest number, exponent of that, bits of mantissa)
 FLOATS = {
@@ -205,6 +206,13 @@ def test_kernels_lower(device, platforms, call):
                 traced = jax.jit(lambda x, act=act: quantize(x, act, inputs_of(act))).trace(x)
                 text = traced.lower(lowering_platforms=(platforms,)).as_text()
                 assert call in text, name
+
+
+@pytest.mark.crosscompile
+@pytest.mark.parametrize("target", ["h100", "v5e", "v6e", "tpu7x"])
+def test_compiles(target):
+    found = crosscompile.compile_all(target, activation_programs.__name__)
+    assert found == {program.name: None for program in activation_programs.programs()}
 
 
 @pytest.mark.parametrize("implementation", ["xla", "ref"], indirect=True)
