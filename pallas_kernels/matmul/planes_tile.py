@@ -40,20 +40,24 @@ def runs(planes: Planes) -> tuple[int, ...]:
     return tuple(width // planes.widths[-1] for width in planes.widths)
 
 
-def codes(tiles: Sequence[Sequence[jax.Array]], planes: Planes, segment: int) -> jax.Array:
+def codes(
+    tiles: Sequence[Sequence[jax.Array]], planes: Planes, segment: int, packed: bool = False
+) -> jax.Array:
     """Codes of one segment, unsigned, of the dtype of the bytes.
 
     Args:
       tiles: for each plane its runs, all of one shape.
+      packed: these are int32 and hold four bytes each, and so do the codes: not of 8 bits.
     """
     result, shift = None, 0
+    every = 0x01010101 if packed else 1
     for parts, width, count in zip(tiles, planes.widths, runs(planes), strict=True):
         field, run = divmod(segment, count)
         part = parts[run]
         if field:
             part = part >> field * width
         if width < 8:
-            part = part & ((1 << width) - 1)
+            part = part & (every * ((1 << width) - 1))
         part = part << shift if shift else part
         result = part if result is None else result | part
         shift += width
@@ -158,11 +162,33 @@ def scales(scale: jax.Array, dtype: str) -> jax.Array:
     """Scales as a kernel loaded them, as float32.
 
     Args:
-      scale: of type `dtype`, or its bytes (uint8) where that is a float of 8 bits.
+      scale: of type `dtype`, or its bits (uint8, uint16) where that is a float of 8 or 16 bits.
       dtype: name of the dtype of the stored scales.
     """
     if dtype == "float8_e8m0fnu":
         return e8m0(scale)
     if dtype == "float8_e4m3fn":
         return small_float(scale, 4, 3, jnp.float32)
+    if dtype == "float16" and scale.dtype == jnp.uint16:
+        return small_float(scale, 5, 10, jnp.float32)
     return scale.astype(jnp.float32)
+
+
+def rounded(weight: jax.Array, dtype: str | None) -> jax.Array:
+    """float32 rounded to bfloat16 or float16, in steps that no compiler leaves out."""
+    if dtype is None:
+        return weight
+    bits = lax.bitcast_convert_type(weight, jnp.int32)
+    if dtype == "bfloat16":
+        bits = bits + 0x7FFF + (lax.shift_right_logical(bits, 16) & 1)
+        return lax.bitcast_convert_type(bits & -0x10000, jnp.float32)
+    # The last 13 bits of the fraction go, and more of a number that is subnormal in float16.
+    exponent = lax.shift_right_logical(bits, 23) & 255
+    cut = jnp.clip(126 - exponent, 13, 25)
+    fraction = (bits & 0x7FFFFF) | 0x800000
+    odd = lax.shift_right_logical(fraction, cut) & 1
+    fraction = lax.shift_right_logical(fraction + lax.shift_left(1, cut - 1) - 1 + odd, cut)
+    power = lax.bitcast_convert_type((exponent + cut - 23) << 23, jnp.float32)
+    size = jnp.where(exponent < 101, 0.0, fraction.astype(jnp.float32) * power)
+    size = jnp.where(size > 65504, jnp.inf, size)
+    return jnp.where(weight < 0, -size, size)

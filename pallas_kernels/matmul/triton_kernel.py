@@ -138,7 +138,7 @@ class _Weight:
         plan, planes = self.plan, self.plan.planes
         dot = jnp.dtype(plan.dot)
         if plan.scaling == "weight":
-            return _rounded(self._scaled(codes, column), plan.rounded).astype(dot)
+            return planes_tile.rounded(self._scaled(codes, column), plan.rounded).astype(dot)
         if dot == jnp.int8:
             if planes.value == "signed":
                 return lax.bitcast_convert_type(codes, jnp.int8)
@@ -267,23 +267,3 @@ def _scaled(
     if plan.planes.zero == "add":
         return total * scale + weight.zero(column) * sums[None, :]
     return total * scale
-
-
-def _rounded(weight: jax.Array, dtype: str | None) -> jax.Array:
-    """float32 rounded to bfloat16 or float16, in steps that no compiler leaves out."""
-    if dtype is None:
-        return weight
-    bits = lax.bitcast_convert_type(weight, jnp.int32)
-    if dtype == "bfloat16":
-        bits = bits + 0x7FFF + (lax.shift_right_logical(bits, 16) & 1)
-        return lax.bitcast_convert_type(bits & -0x10000, jnp.float32)
-    # The last 13 bits of the fraction go, and more of a number that is subnormal in float16.
-    exponent = lax.shift_right_logical(bits, 23) & 255
-    cut = jnp.clip(126 - exponent, 13, 25)
-    fraction = (bits & 0x7FFFFF) | 0x800000
-    odd = lax.shift_right_logical(fraction, cut) & 1
-    fraction = lax.shift_right_logical(fraction + lax.shift_left(1, cut - 1) - 1 + odd, cut)
-    power = lax.bitcast_convert_type((exponent + cut - 23) << 23, jnp.float32)
-    size = jnp.where(exponent < 101, 0.0, fraction.astype(jnp.float32) * power)
-    size = jnp.where(size > 65504, jnp.inf, size)
-    return jnp.where(weight < 0, -size, size)
