@@ -11,13 +11,14 @@ import numpy as np
 
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.matmul import coded, dense, native, planes, ref, tiles, triton, xla
+from pallas_kernels.matmul import coded, dense, native, planes, ref, tiles, tpu, triton, xla
 from pallas_kernels.matmul.around import ACTIVATIONS, epilogue
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.matmul),
     ("triton", triton.matmul),
+    ("tpu", tpu.matmul),
     ("xla", xla.matmul),
     ("ref", ref.matmul),
 )
@@ -78,7 +79,7 @@ def matmul(
       num_rows: int32 [1]. Rows from num_rows[0] on are padding: their outputs are unspecified.
       act, inputs: what else happens to the (normed) x, where an implementation can take it in: ask
         `takes_inputs`. Weights may have different `inputs`, one each.
-      implementation: "native", "triton", "xla" or "ref"; None for the first that takes the call.
+      implementation: one of `IMPLEMENTATIONS`, by name; None for the first that takes the call.
 
     Returns:
       One float32 [T, N_i] a weight, or one [T, N] with `activation`.

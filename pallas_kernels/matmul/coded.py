@@ -17,7 +17,7 @@ from jax import lax
 
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.inputs import FLOATS, ActSpec, Inputs
-from pallas_kernels.matmul import planes, triton
+from pallas_kernels.matmul import planes, tpu, triton
 from pallas_kernels.matmul.around import epilogue, rms_norm
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 from pallas_kernels.quantize import quantize, refused, rounded
@@ -198,4 +198,8 @@ def _eight_bits(qvalue: jax.Array, layout: planes.Planes) -> Any:
 
 
 # XLA's own are the libraries of the maker of the device, for the few kinds that these take.
-PRODUCTS: dispatch.Implementations = (("xla", product), ("triton", triton.product))
+PRODUCTS: dispatch.Implementations = (
+    ("xla", product),
+    ("triton", triton.product),
+    ("tpu", tpu.product),
+)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul_grouped import native, ref, triton, xla
+from pallas_kernels.matmul_grouped import native, ref, tpu, triton, xla
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.matmul_grouped),
     ("triton", triton.matmul_grouped),
+    ("tpu", tpu.matmul_grouped),
     ("xla", xla.matmul_grouped),
     ("ref", ref.matmul_grouped),
 )
@@ -35,7 +36,7 @@ def matmul_grouped(
       weight: spec of one expert's weight, and arrays with a leading axis E.
       bias: float32 [E, N].
       activation_dtype: what x may be rounded to, see `pallas_kernels.matmul`.
-      implementation: "native", "triton", "xla" or "ref"; None for the first that takes the call.
+      implementation: one of `IMPLEMENTATIONS`, by name; None for the first that takes the call.
 
     Returns:
       float32 [T, N].

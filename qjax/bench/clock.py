@@ -23,7 +23,6 @@ from pallas_kernels import platform
 
 MAX_ROUNDS = 1000
 MAX_COPIES = 8
-TOGETHER = 16  # programs that are compiled side by side, before any is measured
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -76,7 +75,6 @@ def description() -> dict[str, Any]:
     return {
         "device": platform.device().name,
         "kind": platform.device_kind(),
-        "processors": os.cpu_count(),
         "platform_version": device.client.platform_version.splitlines()[0],
         "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -16,13 +16,14 @@ from typing import Any
 from pallas_kernels import dispatch
 from qjax.bench import clock, correctness, decode, device, grid
 from qjax.bench.cases import Case, Measured, Ready, prepare, timed
-from qjax.bench.clock import TOGETHER, Timing
+from qjax.bench.clock import Timing
 from qjax.bench.grid import Grid
 from qjax.bench.result import Result
 from qjax.errors import QjaxError
 from qjax.models.config import model_config
 
 PEER_SECONDS = 600
+TOGETHER = 16  # cases that are compiled side by side
 
 
 class WrongValues(QjaxError):

@@ -20,18 +20,18 @@ EVERY_TYPE = pytest.mark.parametrize(
     [
         (name, qtype)
         for qtype in unpack.BLOCKS
-        for name in ("native", "triton", "xla", "ref")
+        for name in ("native", "triton", "tpu", "xla", "ref")
         if (name != "native" or qtype in native.TYPE_IDS)
-        and (name != "triton" or qtype in planes_gguf.TYPES)
+        and (name not in ("triton", "tpu") or qtype in planes_gguf.TYPES)
     ],
     indirect=["implementation"],
 )
 # Each implementation of products.
 PRODUCTS = pytest.mark.parametrize(
-    "implementation", ["native", "triton", "xla", "ref"], indirect=True
+    "implementation", ["native", "triton", "tpu", "xla", "ref"], indirect=True
 )
 # Those that are interpreted here, so that each compilation takes long: they are given fewer cases.
-INTERPRETED = ("triton",)
+INTERPRETED = ("triton", "tpu")
 # Those that add up a row in one order, whatever is beside it; the oracle promises none.
 COMPILED = pytest.mark.parametrize("implementation", ["native", "xla"], indirect=True)
 

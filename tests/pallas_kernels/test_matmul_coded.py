@@ -97,22 +97,34 @@ def test_against_float64(case, layout):
     assert (operands(product, x, laid_out, inputs) != {"float32"}) == by_codes
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 5, 9, 10, 11, 12, 13)], ids=named)
-def test_kernels_against_float64(case):
+@pytest.mark.parametrize(
+    ("implementation", "layout", "case"),
+    [
+        (implementation, layout, CASES[i])
+        for implementation, layout, chosen in (
+            ("triton", planes.PLANES, (0, 1, 5, 9, 10, 11, 12, 13)),
+            ("tpu", planes.TRANSPOSED, (0, 1, 5, 9, 11)),
+        )
+        for i in chosen
+    ],
+    ids=lambda each: named(each) if isinstance(each, tuple) else each,
+)
+def test_kernels_against_float64(implementation, layout, case):
     """In a kernel that is interpreted here: sums of integers, or float32 ones of exact products."""
     name, kind, _ = case
     act, rng = ACTS[name], np.random.default_rng(0)
     arrays, decoded = draw(kind)
-    spec, laid_out = planes.prepare(kind.spec, arrays, planes.PLANES)
+    spec, laid_out = planes.prepare(kind.spec, arrays, layout)
     x = rng.normal(size=(5, kind.shape[1])).astype(np.float32)
     inputs = inputs_of(act, kind.shape[1], rng)
     op = f"matmul {act.dtype} {kind.qtype}"
 
     def product(x, arrays, inputs):
-        return matmul(x, [(spec, arrays)], act=act, inputs=[inputs], implementation="triton")[0]
+        weight = (spec, arrays)
+        return matmul(x, [weight], act=act, inputs=[inputs], implementation=implementation)[0]
 
     y = jax.jit(product)(x, laid_out, inputs)
-    assert dispatch.chosen()[op][0] == "triton"
+    assert dispatch.chosen()[op][0] == implementation
     assert error(y, values(x, act, inputs) @ decoded.T) < TOLERANCES["float32"]
 
 

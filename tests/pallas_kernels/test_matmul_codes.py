@@ -82,7 +82,7 @@ KINDS = {
     ],
 }
 # What kernels leave to others.
-LEFT = {"native": ("uint7", "fp6", "sparse24"), "triton": ("sparse24",)}
+LEFT = {"native": ("uint7", "fp6", "sparse24"), "triton": ("sparse24",), "tpu": ("sparse24",)}
 
 
 def ready(kind, seed=0):
@@ -101,7 +101,7 @@ def inputs(rows, k):
     [
         (implementation, name)
         for name in KINDS
-        for implementation in ("native", "triton", "xla", "ref")
+        for implementation in ("native", "triton", "tpu", "xla", "ref")
         if name not in LEFT.get(implementation, ())
     ],
     indirect=["implementation"],

@@ -33,6 +33,7 @@ def coded(values):
     [
         *((make, name) for make in (plain, coded) for name in ("native", "xla", "ref")),
         (coded, "triton"),
+        (coded, "tpu"),
     ],
     indirect=["implementation"],
 )
