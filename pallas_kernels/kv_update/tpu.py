@@ -1,20 +1,19 @@
 """Cache update on TPUs: pages that get new tokens go through VMEM once each, and are blended there.
 
-A row of a page is a part of a tile of memory, which cannot be written alone. Scales and zero points
-are left to XLA.
+A row of a page is a part of a tile of memory, which cannot be written alone. XLA lays arrays out
+without padding: where head_dim, or for scales page_size, is no multiple of 128, it copies them
+whole before and after. Pages of 128 tokens suit a TPU best.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.kv_update.places import heads_of, owners, places
-from pallas_kernels.kv_update.xla import scatter
+from pallas_kernels.kv_update.places import heads_of, owners
 from pallas_kernels.paged_attention.pages import Pages, encode
 
 
@@ -86,15 +85,9 @@ def kv_update(
     new = encode(keys, dtype, k_scale), encode(v.reshape(keys.shape), dtype, v_scale)
     at = windows(tokens, page_size, block_table, query_start_loc, seq_lens)
     token = jnp.clip(at.first[:, None] + jnp.arange(page_size), 0, tokens - 1)
-    rows = [x.values[token].swapaxes(1, 2) for x in new]  # [W, H, page_size, ...]
+    rows = jax.tree.map(lambda x: x[token].swapaxes(1, 2), new)  # [W, H, page_size, ...]
     from pallas_kernels.kv_update import tpu_kernel
 
-    old = (k_pages, v_pages)
-    values = tpu_kernel.blend(at.page, at.low, at.high, rows, [x.values for x in old], interpret)
-    # XLA keeps scales in a layout without padding, which no kernel of Pallas can ask for.
-    put = partial(scatter, places(tokens, k_pages, block_table, query_start_loc, seq_lens))
-    k_pages, v_pages = (
-        Pages(value, *jax.tree.map(put, tuple(pages[1:]), tuple(fresh[1:])))
-        for value, pages, fresh in zip(values, old, new, strict=True)
-    )
-    return k_pages, v_pages
+    flat, tree = jax.tree.flatten((k_pages, v_pages))
+    flat = tpu_kernel.blend(at.page, at.low, at.high, jax.tree.leaves(rows), flat, interpret)
+    return jax.tree.unflatten(tree, flat)

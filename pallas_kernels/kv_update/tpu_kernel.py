@@ -25,8 +25,8 @@ def blend(
     Args:
       page, low, high: int32 [W]. A page comes up in one window only, or again right after it with
         nothing new.
-      new: some arrays [W, H, page_size, D].
-      pages: as many [P, H, page_size, D].
+      new: some arrays [W, H, page_size, ...].
+      pages: as many [P, H, page_size, ...].
     """
 
     def block(x: jax.Array, of_page: bool) -> pl.BlockSpec:

@@ -26,19 +26,18 @@ class _Refs(NamedTuple):
     table: Any
     q: Any
     sinks: Any
-    k_values: Any
-    v_values: Any
-    side: Any
+    k: Pages
+    v: Pages
 
 
 class _Scratch(NamedTuple):
-    """Two blocks of keys, of values, and of scales and zero points; what goes on while one tile is
-    worked on; and the buffer that the next block of it is in."""
+    """Two blocks of keys and of values; scales and zero points of the one at hand; what goes on
+    while one tile is worked on; and the buffer that the next block of it is in."""
 
-    k: Any
-    v: Any
-    side: Any
+    k: Pages
+    v: Pages
     arrived: Any
+    side: Any
     top: Any
     total: Any
     offset: Any
@@ -75,51 +74,58 @@ def attend(
     if sinks is not None:
         sinks = jnp.pad(jnp.tile(sinks, (1, per_tile)), ((0, 0), (0, padded - rows)))
         sinks = jnp.broadcast_to(sinks[..., None], (heads, padded, LANES))
-    # Scales and zero points of a whole sequence in a row, which pages do not keep in whole lanes.
-    of_keys = [x for pages in (k_pages, v_pages) for x in pages[1:] if x is not None]
-    side = None
-    if of_keys:
-        rows_of = (x.astype(jnp.float32)[block_table].swapaxes(1, 2) for x in of_keys)
-        side = jnp.stack([x.reshape(*x.shape[:2], -1) for x in rows_of], axis=1)  # [S, C, H, keys]
-    scalars, tree_of_scalars = jax.tree.flatten((tiles, block_table.reshape(-1)))
+    page_size, keys = k_pages.page_size, block_pages * k_pages.page_size
+
+    def of_keys(x: jax.Array) -> jax.Array:
+        """Scales or zero points: pages as they are, of whole lanes, or each sequence in a row."""
+        if page_size % LANES == 0:
+            return x
+        rows = x.reshape(len(x), -1)[block_table].reshape(*block_table.shape, heads, page_size)
+        return rows.swapaxes(1, 2).reshape(len(block_table), heads, -1)
+
+    def buffers(pages: Pages) -> Pages:
+        of_values = pltpu.VMEM((2, block_pages, *pages.values.shape[1:]), pages.values.dtype)
+        side = (None if x is None else pltpu.VMEM((2, heads, keys), x.dtype) for x in pages[1:])
+        return Pages(of_values, *side)
+
+    k_pages, v_pages = (
+        Pages(x.values, *jax.tree.map(of_keys, tuple(x[1:]))) for x in (k_pages, v_pages)
+    )
+    operands = _Refs(tiles, block_table.reshape(-1), q, sinks, k_pages, v_pages)
+    scalars = len(jax.tree.leaves(operands[:2]))
+    whole = pl.BlockSpec((None, *q.shape[1:]), lambda i, *_: (i, 0, 0, 0, 0))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    operands = {"q": q, "sinks": sinks, "k": k_pages.values, "v": v_pages.values, "side": side}
-    specs = {
-        "q": pl.BlockSpec((None, *q.shape[1:]), lambda i, *_: (i, 0, 0, 0, 0)),
-        "sinks": pl.BlockSpec((heads, padded, LANES), lambda i, *_: (0, 0, 0)),
-    }
-    names = [name for name, x in operands.items() if x is not None]
-    page_size = k_pages.page_size
-    block = (2, block_pages, *k_pages.values.shape[1:])
-    keys = block_pages * page_size
+    specs = [whole]
+    if sinks is not None:
+        specs.append(pl.BlockSpec((heads, padded, LANES), lambda i, *_: (0, 0, 0)))
+    specs += [anywhere] * len(jax.tree.leaves((k_pages, v_pages)))
     running = pltpu.VMEM((heads, padded, LANES), jnp.float32)
     scratch = _Scratch(
-        k=pltpu.VMEM(block, k_pages.values.dtype),
-        v=pltpu.VMEM(block, v_pages.values.dtype),
-        side=pltpu.VMEM((2, max(1, len(of_keys)), heads, keys), jnp.float32),
+        k=buffers(k_pages),
+        v=buffers(v_pages),
         arrived=pltpu.SemaphoreType.DMA((2,)),
+        side=pltpu.VMEM((4, heads, keys), jnp.float32),
         top=running,
         total=running,
         offset=running,
         turn=pltpu.SMEM((1,), jnp.int32),
     )
+    flat, tree = jax.tree.flatten(operands)
+    shapes, tree_of_scratch = jax.tree.flatten(scratch)
 
     def kernel(*refs):
-        split = len(scalars), len(scalars) + len(names)
-        tables = jax.tree.unflatten(tree_of_scalars, refs[: split[0]])
-        named = dict.fromkeys(operands) | dict(zip(names, refs[split[0] : split[1]], strict=True))
-        out, *rest = refs[split[1] :]
+        own, out, rest = refs[: len(flat)], refs[len(flat)], refs[len(flat) + 1 :]
         work = partial(_kernel, spec=spec, per_tile=per_tile, blocks_of=block_table.shape[1])
-        work(_Refs(*tables, *named.values()), out, _Scratch(*rest))
+        work(jax.tree.unflatten(tree, own), out, jax.tree.unflatten(tree_of_scratch, rest))
 
     out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=scalars,
             grid=(count,),
-            in_specs=[specs.get(name, anywhere) for name in names],
-            out_specs=specs["q"],
-            scratch_shapes=list(scratch),
+            in_specs=specs,
+            out_specs=whole,
+            scratch_shapes=shapes,
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
         interpret=interpret,
@@ -127,13 +133,13 @@ def attend(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM
         ),
         name="paged_attention",
-    )(*scalars, *(operands[name] for name in names))
+    )(*flat)
     return out[..., :rows, :]
 
 
 def _kernel(refs: _Refs, out_ref, scratch: _Scratch, *, spec: AttentionSpec, per_tile, blocks_of):
     tile, num_tiles = pl.program_id(0), pl.num_programs(0)
-    block_pages, page_size = scratch.k.shape[1], scratch.k.shape[3]
+    block_pages, page_size = scratch.k.values.shape[1], scratch.k.values.shape[3]
     keys = block_pages * page_size
 
     def seen(tile):
@@ -151,14 +157,20 @@ def _kernel(refs: _Refs, out_ref, scratch: _Scratch, *, spec: AttentionSpec, per
         """Starts copies of one block into a buffer, or waits for them."""
         low, high = seen(tile)
         sequence = refs.tiles.sequence[tile]
-        arrived = scratch.arrived.at[buffer]
         begin = block * block_pages
+        both = (refs.k, scratch.k), (refs.v, scratch.v)
+
+        def copy(source, target):
+            act(pltpu.make_async_copy(source, target, scratch.arrived.at[buffer]))
 
         def copy_page(index, _):
-            page = refs.table[sequence * blocks_of + index]
-            for pages, target in ((refs.k_values, scratch.k), (refs.v_values, scratch.v)):
-                into = target.at[buffer, index - begin]
-                act(pltpu.make_async_copy(pages.at[page], into, arrived))
+            page, at = refs.table[sequence * blocks_of + index], index - begin
+            lanes = pl.ds(pl.multiple_of(at * page_size, page_size), page_size)
+            for pages, buffers in both:
+                copy(pages.values.at[page], buffers.values.at[buffer, at])
+                if page_size % LANES == 0:
+                    for x, into in _side(pages, buffers):
+                        copy(x.at[page], into.at[buffer, :, lanes])
             return 0
 
         lax.fori_loop(
@@ -167,9 +179,11 @@ def _kernel(refs: _Refs, out_ref, scratch: _Scratch, *, spec: AttentionSpec, per
             copy_page,
             0,
         )
-        if refs.side is not None:
-            row = refs.side.at[sequence, :, :, pl.ds(block * keys, keys)]
-            act(pltpu.make_async_copy(row, scratch.side.at[buffer], arrived))
+        if page_size % LANES:
+            lanes = pl.ds(pl.multiple_of(block * keys, keys), keys)
+            for pages, buffers in both:
+                for x, into in _side(pages, buffers):
+                    copy(x.at[sequence, :, lanes], into.at[buffer])
 
     @pl.when(tile == 0)
     def _():
@@ -205,7 +219,7 @@ def _kernel(refs: _Refs, out_ref, scratch: _Scratch, *, spec: AttentionSpec, per
         total = scratch.total[:, :, :1]
         for part in range(out_ref.shape[1]):
             x = out_ref[:, part]
-            if _has_zeros(refs):
+            if refs.k.zero is not None:
                 x += scratch.offset[:, :, :1]
             out_ref[:, part] = x / total
 
@@ -215,8 +229,9 @@ def _blocks(x: jax.Array, size: int) -> jax.Array:
     return lax.div(x, jnp.int32(size))
 
 
-def _has_zeros(refs: _Refs) -> bool:
-    return refs.side is not None and refs.side.shape[1] == 4
+def _side(*pages: Pages) -> list[tuple[Any, ...]]:
+    """Scales and zero points, where there are any, of some pages side by side."""
+    return [both for both in zip(*(x[1:] for x in pages), strict=True) if both[0] is not None]
 
 
 def _begin(refs: _Refs, out_ref, scratch: _Scratch):
@@ -230,7 +245,7 @@ def _begin(refs: _Refs, out_ref, scratch: _Scratch):
 
 def _update(refs, out_ref, scratch, tile, seen, first_key, buffer, *, spec, per_tile):
     """Adds what one block of keys brings to all heads."""
-    block_pages, heads, page_size, width = scratch.k.shape[1:]
+    block_pages, heads, page_size, width = scratch.k.values.shape[1:]
     keys, rows = block_pages * page_size, out_ref.shape[2]
     parts, group = out_ref.shape[1], spec.num_heads // spec.num_kv_heads
     exact = refs.q.dtype == jnp.float32
@@ -251,7 +266,7 @@ def _update(refs, out_ref, scratch, tile, seen, first_key, buffer, *, spec, per_
         visible &= key > own - spec.sliding_window
 
     def load(pages, head):
-        x = pages[buffer, :, head]
+        x = pages.values[buffer, :, head]
         if parts == 2:
             x = x.astype(jnp.int32).reshape(keys, width)
             halves = [x & 15, x >> 4]
@@ -259,18 +274,23 @@ def _update(refs, out_ref, scratch, tile, seen, first_key, buffer, *, spec, per_
             halves = [x.astype(jnp.float32).reshape(keys, width)]
         return [half.astype(jnp.float32) for half in halves]
 
+    # Rows of numbers narrower than 32 bits lie two or four to a row, which no head can pick.
+    for index, (k, v) in enumerate(_side(scratch.k, scratch.v)):
+        scratch.side[2 * index] = k[buffer].astype(jnp.float32)
+        scratch.side[2 * index + 1] = v[buffer].astype(jnp.float32)
+
     def side(index, head):
-        """Scales or zero points of the block, [1, keys]."""
-        return jnp.where(known, scratch.side[buffer, index, pl.ds(head, 1), :], 0.0)
+        """Of the block, [1, keys]: scales of keys, of values, zero points of keys, of values."""
+        return jnp.where(known, scratch.side[index, pl.ds(head, 1), :], 0.0)
 
     def one(head, _):
         q = [refs.q[head, part] for part in range(parts)]
         k = [x.astype(q[0].dtype) for x in load(scratch.k, head)]
         score = sum(dot(x, y, (((1,), (1,)), ((), ()))) for x, y in zip(q, k, strict=True))
-        if _has_zeros(refs):
+        if refs.k.zero is not None:
             q_sum = sum(x.astype(jnp.float32).sum(1, keepdims=True) for x in q)
-            score += q_sum * side(1, head)
-        if refs.side is not None:
+            score += q_sum * side(2, head)
+        if refs.k.scale is not None:
             score *= side(0, head)
         if spec.soft_cap is not None:
             score = spec.soft_cap * jnp.tanh(score / spec.soft_cap)
@@ -284,10 +304,10 @@ def _update(refs, out_ref, scratch, tile, seen, first_key, buffer, *, spec, per_
         scratch.top[head] = jnp.broadcast_to(new_top, whole)
         total = fade * scratch.total[head][:, :1] + weight.sum(1, keepdims=True)
         scratch.total[head] = jnp.broadcast_to(total, whole)
-        if refs.side is not None:
-            weight *= side(refs.side.shape[1] // 2, head)
+        if refs.k.scale is not None:
+            weight *= side(1, head)
         weight = weight.astype(q[0].dtype)
-        if _has_zeros(refs):
+        if refs.k.zero is not None:
             offset = (weight.astype(jnp.float32) * side(3, head)).sum(1, keepdims=True)
             offset += fade * scratch.offset[head][:, :1]
             scratch.offset[head] = jnp.broadcast_to(offset, whole)

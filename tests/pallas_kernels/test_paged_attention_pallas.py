@@ -93,6 +93,23 @@ def test_nothing_else_in_the_batch_counts(implementation):
     np.testing.assert_allclose(first, run("xla", decode_step()[0], spec), atol=2e-6)
 
 
+def test_pages_of_whole_lanes():
+    """A TPU reads scales and zero points from pages of 128 tokens themselves."""
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((150, n * 64)) for n in (HEADS, KV_HEADS, KV_HEADS))
+    pages = empty((3, KV_HEADS, 128, 64), "int4")
+    arguments = {name: jnp.float32(x) for name, x in zip("qkv", (q, k, v), strict=True)} | {
+        "k_pages": pages,
+        "v_pages": pages,
+        "block_table": jnp.array([[2, 0]], jnp.int32),
+        "query_start_loc": jnp.array([0, 150], jnp.int32),
+        "seq_lens": jnp.array([150], jnp.int32),
+    }
+    spec = AttentionSpec(HEADS, KV_HEADS, 64, 64, 0.125)
+    out, right = (run(name, arguments, spec) for name in ("tpu", "xla"))
+    assert np.linalg.norm(out - right) <= 4e-3 * np.linalg.norm(right)
+
+
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize(
     ("target", "platform_name", "call"),
