@@ -27,10 +27,11 @@ class Tiles(NamedTuple):
 
 
 def tokens_per_tile(tokens: int, sequences: int, group: int, rows: int) -> int:
-    """A power of two: what a sequence has on the average, as long as `group` heads of each token
-    are at most `rows`."""
-    wanted = min(-(-tokens // sequences), max(1, rows // group))
-    return 1 << (wanted - 1).bit_length() if (wanted - 1).bit_length() else 1
+    """A power of two: about what a sequence has on the average, as long as `group` heads of each
+    token are at most `rows` together."""
+    average = max(1, -(-tokens // sequences))
+    most = max(1, rows // group)
+    return min(1 << (average - 1).bit_length(), 1 << (most.bit_length() - 1))
 
 
 def tiles(

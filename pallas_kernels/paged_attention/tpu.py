@@ -8,12 +8,13 @@ sequence. `triton.py` has the arithmetic, which is the same here.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform
+from pallas_kernels import platform, tuning
 from pallas_kernels.kv_update import tpu as kv_update
 from pallas_kernels.kv_update.places import owners
 from pallas_kernels.paged_attention.pages import Pages
@@ -28,14 +29,14 @@ MAX_BUFFER = 8 << 20  # bytes of VMEM that blocks of keys and values may take
 
 
 class Blocks(NamedTuple):
-    """Sizes that the kernel runs with: rows of queries, and pages of a block of keys."""
+    """Sizes that the kernel runs with: rows of queries, at most, and keys that meet at a time."""
 
     rows: int
-    pages: int
+    keys: int
 
 
 def blocks(spec: AttentionSpec, page_size: int, itemsize: int) -> Blocks:
-    """What fits VMEM, in whole lanes of keys.
+    """What fits VMEM, in whole pages and whole lanes of keys.
 
     Raises:
       NotImplementedError: pages are of a size that no block can be made of.
@@ -43,15 +44,42 @@ def blocks(spec: AttentionSpec, page_size: int, itemsize: int) -> Blocks:
     if page_size % 8:
         raise NotImplementedError(f"pages of {page_size} tokens, not a multiple of 8")
     unit = math.lcm(page_size, LANES)
-    # Two blocks of keys and two of values, in rows of whole lanes.
-    per_key = 4 * spec.num_kv_heads * -(-spec.head_dim // LANES) * LANES * itemsize
-    if per_key * unit > MAX_BUFFER:
+    most = MAX_BUFFER // _bytes_of_key(spec, itemsize) // unit * unit
+    if not most:
         raise NotImplementedError(
-            f"{spec.num_kv_heads} kv heads of {spec.head_dim}, with pages of {page_size}: a block "
-            f"takes {per_key * unit} bytes of VMEM"
+            f"{spec.num_kv_heads} kv heads of {spec.head_dim}, with pages of {page_size} tokens: "
+            f"blocks of {unit} keys take more than {MAX_BUFFER} bytes of VMEM"
         )
-    most = MAX_BUFFER // per_key
-    return Blocks(ROWS, max(1, min(KEYS, most) // unit) * unit // page_size)
+    return Blocks(ROWS, min(most, max(unit, KEYS // unit * unit)))
+
+
+def candidates(kind: str, rows: int, n: int, k: int) -> Iterator[dict[str, int]]:
+    """Block sizes worth measuring for `rows` tokens, n kv heads and k slots of a sequence."""
+    del kind, n
+    for tile in (ROWS,) if rows == 1 else (64, 128, 256):
+        for keys in (128, 256, 512, 1024):
+            if keys <= max(k, 128):
+                yield Blocks(tile, keys)._asdict()
+
+
+def _bytes_of_key(spec: AttentionSpec, itemsize: int) -> int:
+    """Two blocks of keys and two of values are there, in rows of whole lanes."""
+    return 4 * spec.num_kv_heads * -(-spec.head_dim // LANES) * LANES * itemsize
+
+
+def _sizes(spec: AttentionSpec, pages: Pages, tokens: int, slots: int) -> Blocks:
+    """Those measured best, where they can be had, otherwise the defaults."""
+    itemsize = pages.values.dtype.itemsize
+    default = blocks(spec, pages.page_size, itemsize)
+    kind = tuning.attention_kind(pages.dtype, spec.head_dim)
+    found = tuning.blocks(
+        "paged_attention", "tpu", kind, max(tokens, 1), spec.num_kv_heads, max(slots, 1)
+    )
+    known = {name: size for name, size in (found or {}).items() if name in Blocks._fields}
+    sizes = default._replace(**known)
+    fits = sizes.keys * _bytes_of_key(spec, itemsize) <= MAX_BUFFER
+    whole = sizes.keys % math.lcm(pages.page_size, LANES) == 0
+    return sizes if fits and whole else default
 
 
 def paged_attention(
@@ -76,7 +104,8 @@ def paged_attention(
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
     interpret = platform.interprets("tpu")
     dtype, tokens = k_pages.dtype, len(q)
-    sizes = blocks(spec, k_pages.page_size, k_pages.values.dtype.itemsize)
+    sizes = _sizes(spec, k_pages, tokens, block_table.shape[1] * k_pages.page_size)
+    block_pages = sizes.keys // k_pages.page_size
     k_pages, v_pages = kv_update.kv_update(
         k,
         v,
@@ -95,7 +124,7 @@ def paged_attention(
     group = spec.num_heads // spec.num_kv_heads
     per_tile = tokens_per_tile(tokens, len(seq_lens), group, sizes.rows)
     table, first_tile = tiles(tokens, per_tile, query_start_loc, seq_lens)
-    blocks_of = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % sizes.pages)))
+    blocks_of = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % block_pages)))
     from pallas_kernels.paged_attention import tpu_kernel
 
     # [N, per_tile, Hkv, group, parts, width] -> [N, Hkv, parts, per_tile * group, width]
@@ -106,7 +135,7 @@ def paged_attention(
     out = tpu_kernel.attend(
         rows, table, blocks_of, k_pages, v_pages,
         sinks=None if sinks is None else sinks.reshape(spec.num_kv_heads, group),
-        spec=spec, per_tile=per_tile, block_pages=sizes.pages, interpret=interpret,
+        spec=spec, per_tile=per_tile, block_pages=block_pages, interpret=interpret,
     )  # fmt: skip
     out = out.reshape(*out.shape[:3], per_tile, group, -1)
     index = jnp.arange(tokens)

@@ -117,7 +117,7 @@ def paged_attention(
     queries = scaled_queries(q, dtype, spec, rope, q_norm, norm_eps, k_scale)
     tokens, group = len(q), spec.num_heads // spec.num_kv_heads
     slots = block_table.shape[1] * k_pages.page_size
-    sizes = _sizes(spec, dtype, tokens, slots)
+    sizes = _sizes(spec, k_pages, tokens, slots)
     per_tile = tokens_per_tile(tokens, len(seq_lens), group, sizes.rows)
     table, _ = tiles(tokens, per_tile, query_start_loc, seq_lens)
     from pallas_kernels.paged_attention import triton_kernel  # jax has it on some systems only
@@ -132,10 +132,10 @@ def paged_attention(
     return jnp.where(real[:, None], out, 0.0), k_pages, v_pages
 
 
-def _sizes(spec: AttentionSpec, dtype: str, tokens: int, slots: int) -> Blocks:
+def _sizes(spec: AttentionSpec, pages: Pages, tokens: int, slots: int) -> Blocks:
     """Those measured best, as far as they go together, otherwise the defaults."""
-    default = blocks(spec.head_dim, dtype)
-    kind = tuning.attention_kind(dtype, spec.head_dim)
+    default = blocks(spec.head_dim, pages.dtype)
+    kind = tuning.attention_kind(pages.dtype, spec.head_dim)
     found = tuning.blocks(
         "paged_attention", "triton", kind, max(tokens, 1), spec.num_kv_heads, max(slots, 1)
     )

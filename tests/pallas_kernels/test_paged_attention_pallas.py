@@ -11,27 +11,27 @@ from pallas_kernels import platform, tuning
 from pallas_kernels.paged_attention import (
     CACHE_DTYPES,
     AttentionSpec,
+    Pages,
     empty,
     paged_attention,
+    tpu,
     triton,
 )
+from pallas_kernels.paged_attention.tiles import tiles, tokens_per_tile
 from tests.pallas_kernels import attention_programs, crosscompile
 from tests.pallas_kernels.cached import QUICKLY
 
-HEADS, KV_HEADS, PAGE, KEYS = 4, 2, 16, 208
+HEADS, KV_HEADS, DIM, PAGE, KEYS = 4, 2, 64, 16, 208
 
 
-def decode_step(dtype="float32", head_dim=64, **spec):
+def decode_step(**spec):
     """One new token for each of two sequences of different lengths, over pages full of numbers."""
     random = np.random.default_rng(0)
     blocks = KEYS // PAGE
     table = random.permutation(2 * blocks).reshape(2, blocks).astype(np.int32)
-    q, k, v = (random.standard_normal((2, n * head_dim)) for n in (HEADS, KV_HEADS, KV_HEADS))
-    shape = (2 * blocks, KV_HEADS, PAGE, head_dim)
-    pages = [empty(shape, dtype) for _ in range(2)]
-    if dtype == "float32":
-        draws = random.standard_normal((2, *shape))
-        pages = [p._replace(values=jnp.float32(x)) for p, x in zip(pages, draws, strict=True)]
+    q, k, v = (random.standard_normal((2, n * DIM)) for n in (HEADS, KV_HEADS, KV_HEADS))
+    shape = (2 * blocks, KV_HEADS, PAGE, DIM)
+    pages = [Pages(jnp.float32(x)) for x in random.standard_normal((2, *shape))]
     return {
         **{name: jnp.float32(x) for name, x in zip("qkv", (q, k, v), strict=True)},
         "k_pages": pages[0],
@@ -39,7 +39,7 @@ def decode_step(dtype="float32", head_dim=64, **spec):
         "block_table": jnp.asarray(table),
         "query_start_loc": jnp.arange(3, dtype=jnp.int32),
         "seq_lens": jnp.array([KEYS, 70], jnp.int32),
-    }, AttentionSpec(HEADS, KV_HEADS, head_dim, head_dim, head_dim**-0.5, **spec)
+    }, AttentionSpec(HEADS, KV_HEADS, DIM, DIM, DIM**-0.5, **spec)
 
 
 def compiled(implementation, spec, **more):
@@ -137,3 +137,44 @@ def test_not_on_another_device(implementation):
     other = {"triton": "tpu", "tpu": "gpu"}[implementation]
     with platform.assume(other), pytest.raises(NotImplementedError, match=f"this is a {other}"):
         run(implementation, arguments, spec)
+
+
+@pytest.mark.parametrize(("module", "keys"), [(triton, 16), (tpu, 384)])
+def test_measured_block_sizes(module, keys):
+    """Those that do not fit the pages at hand are passed over."""
+    arguments, spec = decode_step()
+    sizes = partial(module._sizes, spec, arguments["k_pages"], 2, KEYS)
+    default = sizes()
+    with tuning.trying({"keys": keys, "of another kernel": 1}):
+        assert sizes().keys == keys
+    with tuning.trying({"keys": 24}):
+        assert sizes() == default
+    for candidate in module.candidates("float32 d64", 2, KV_HEADS, KEYS):
+        with tuning.trying(candidate):
+            assert sizes().keys == candidate["keys"]
+
+
+def test_tiles_are_of_one_sequence():
+    """7 tokens of three sequences, the second of which has none, in tiles of two."""
+    starts, lengths = jnp.array([0, 3, 3, 7]), jnp.array([10, 5, 4])
+    found, first = tiles(9, 2, starts, lengths)
+    assert [int(n) for n in first] == [0, 2, 2]
+    rows = [tuple(int(field[i]) for field in found) for i in range(4)]
+    assert rows == [(0, 0, 2, 7), (0, 2, 1, 9), (2, 3, 2, 0), (2, 5, 2, 2)]
+    assert not found.count[4:].any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "group", "right"),
+    [(32, 32, 4, 1), (33, 32, 4, 2), (512, 1, 4, 16), (512, 1, 3, 16), (5, 2, 71, 1)],
+)
+def test_tokens_per_tile(tokens, sequences, group, right):
+    assert tokens_per_tile(tokens, sequences, group, 64) == right
+
+
+def test_pages_that_no_tpu_takes():
+    _, spec = decode_step()
+    with pytest.raises(NotImplementedError, match="pages of 12 tokens, not a multiple of 8"):
+        tpu.blocks(spec, 12, 4)
+    with pytest.raises(NotImplementedError, match="blocks of 4096 keys"):
+        tpu.blocks(spec, 4096, 4)
