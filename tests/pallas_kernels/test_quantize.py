@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, platform
+from pallas_kernels import dispatch
 from pallas_kernels.inputs import ActSpec, Inputs
 from pallas_kernels.quantize import quantize, tpu, triton
 from tests.pallas_kernels import activation_programs, crosscompile
@@ -194,14 +194,14 @@ def test_several_programs(implementation, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "platforms", "call"),
-    [("gpu", "cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu", "tpu_custom_call")],
+    ("target", "platforms", "call"),
+    [("h100", "cuda", "__gpu$xla.gpu.triton"), ("v6e", "tpu", "tpu_custom_call")],
 )
-def test_kernels_lower(device, platforms, call):
+def test_kernels_lower(target, platforms, call):
     """For the device itself, where they are preferred to XLA's loops."""
     for k, cases in (256, TOKEN | GROUP), (28672, {"nvfp4": CASES["nvfp4"]}):
         x = jax.ShapeDtypeStruct((100, k), jnp.bfloat16)
-        with platform.assume(device):
+        with crosscompile.assumed(target):
             for name, act in cases.items():
                 traced = jax.jit(lambda x, act=act: quantize(x, act, inputs_of(act))).trace(x)
                 text = traced.lower(lowering_platforms=(platforms,)).as_text()
