@@ -63,10 +63,10 @@ def matmul(
     for (spec, arrays), own in zip(weights, inputs or [Inputs()] * len(weights), strict=True):
         scaled = x if own.pre_scale is None else x * own.pre_scale.astype(jnp.float32)
         try:
-            _require_codes(spec, act, own, activation_dtype)
+            require_codes(spec, act, own, activation_dtype, PRODUCTS)
             key = tuple(map(id, own))
             if key not in made:
-                made[key] = _coded(scaled, act, own, num_rows, activation_dtype)
+                made[key] = codes_of(scaled, act, own, num_rows, activation_dtype)
             codes, scale = made[key]
             y = dispatch.call(
                 f"matmul {act.dtype} {spec.qtype}",
@@ -100,17 +100,27 @@ def matmul(
     )
 
 
-def _require_codes(spec: WeightSpec, act: ActSpec, own: Inputs, activation_dtype: str) -> None:
-    """Raises NotImplementedError where the product of codes is another one than is asked for."""
+def require_codes(
+    spec: WeightSpec,
+    act: ActSpec,
+    own: Inputs,
+    activation_dtype: str,
+    products: dispatch.Implementations,
+) -> None:
+    """Raises NotImplementedError where a product of codes is another one than is asked for, or none
+    of these products was.
+    """
     if spec.rounded is not None and activation_dtype == "float32":
         raise NotImplementedError(f"weights rounded to {spec.rounded} once they are scaled")
-    if not any(dispatch.is_wanted(name) for name, _ in PRODUCTS):
+    if not any(dispatch.is_wanted(name) for name, _ in products):
         raise NotImplementedError("another implementation was named")
     if own.perm is not None and act.strategy == "group":
         raise NotImplementedError("columns of several groups in another order")
+    if act.group_size and spec.shape[1] % act.group_size:
+        raise NotImplementedError(f"{spec.shape[1]} columns in groups of {act.group_size}")
 
 
-def _coded(
+def codes_of(
     x: jax.Array, act: ActSpec, own: Inputs, num_rows: jax.Array | None, activation_dtype: str
 ) -> tuple[jax.Array, jax.Array]:
     """Codes [T, K] and their scales, float32 [T, groups].

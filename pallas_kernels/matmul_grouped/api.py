@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, tuning
+from pallas_kernels.inputs import ActSpec
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul_grouped import native, ref, tpu, triton, xla
+from pallas_kernels.matmul_grouped import coded, native, ref, tpu, triton, xla
+from pallas_kernels.matmul_grouped.bias import add_bias
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.matmul_grouped),
@@ -25,6 +29,7 @@ def matmul_grouped(
     *,
     bias: jax.Array | None = None,
     activation_dtype: str = "float32",
+    act: ActSpec | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """y[t] = x[t] @ w[e].T + bias[e], where e is the expert of row t.
@@ -36,6 +41,7 @@ def matmul_grouped(
       weight: spec of one expert's weight, and arrays with a leading axis E.
       bias: float32 [E, N].
       activation_dtype: what x may be rounded to, see `pallas_kernels.matmul`.
+      act: what x is rounded to first, for weights of which `takes_inputs` says so.
       implementation: one of `IMPLEMENTATIONS`, by name; None for the first that takes the call.
 
     Returns:
@@ -56,6 +62,18 @@ def matmul_grouped(
             raise ValueError(f"{name} {array.shape} of {experts} experts")
     if bias is not None and bias.shape != (experts, spec.shape[0]):
         raise ValueError(f"bias is {bias.shape}, expected {(experts, spec.shape[0])}")
+    if act is not None:
+        plain = partial(
+            matmul_grouped,
+            group_sizes=group_sizes,
+            weight=weight,
+            activation_dtype=activation_dtype,
+        )
+        with dispatch.use(implementation or dispatch.named()):
+            y = coded.product(
+                x, group_sizes, weight, act=act, activation_dtype=activation_dtype, plain=plain
+            )
+        return add_bias(y, group_sizes, bias)
     return dispatch.call(
         f"matmul_grouped {spec.qtype}",
         IMPLEMENTATIONS,

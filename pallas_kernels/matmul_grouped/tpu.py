@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 from pallas_kernels.matmul.tpu import product
 from pallas_kernels.matmul.tpu_plan import candidates
+from pallas_kernels.matmul_grouped.bias import add_bias
 
 __all__ = ["candidates", "matmul_grouped"]
 
@@ -25,9 +26,4 @@ def matmul_grouped(
     """See `pallas_kernels.matmul_grouped.api.matmul_grouped`."""
     if activation_dtype == "bfloat16":
         x = x.astype(jnp.bfloat16)
-    y = product(x, *weight, group_sizes=group_sizes)
-    if bias is None:
-        return y
-    ends = jnp.cumsum(group_sizes)
-    owner = (jnp.arange(len(x))[:, None] >= ends[None, :-1]).sum(1)
-    return y + bias[owner]
+    return add_bias(product(x, *weight, group_sizes=group_sizes), group_sizes, bias)

@@ -11,6 +11,7 @@ from pallas_kernels import platform
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 from pallas_kernels.matmul.triton import padded, scaled_inputs, weight_operands
 from pallas_kernels.matmul.triton_plan import candidates, plan_of
+from pallas_kernels.matmul_grouped.bias import add_bias
 
 __all__ = ["candidates", "matmul_grouped", "product"]
 
@@ -26,12 +27,7 @@ def matmul_grouped(
     """See `pallas_kernels.matmul_grouped.api.matmul_grouped`."""
     if activation_dtype == "bfloat16":
         x = x.astype(jnp.bfloat16)
-    y = product(x, group_sizes, *weight)
-    if bias is None:
-        return y
-    ends = jnp.cumsum(group_sizes)
-    owner = (jnp.arange(len(x))[:, None] >= ends[None, :-1]).sum(1)
-    return y + bias[owner]
+    return add_bias(product(x, group_sizes, *weight), group_sizes, bias)
 
 
 def product(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.matmul.around import ACTIVATIONS, rms_norm
-from pallas_kernels.matmul_grouped import matmul_grouped
+from pallas_kernels.matmul_grouped import matmul_grouped, takes_inputs
 from qjax.errors import UnsupportedError
 from qjax.kv_cache import Batch
 from qjax.ops import activations
@@ -58,11 +58,13 @@ def experts(
     sizes = (owner[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
 
     def product(x: jax.Array, w: QArray, bias: jax.Array | None) -> jax.Array:
+        within = _kernel_rounds(w)
         return matmul_grouped(
-            _inputs(x, w, jnp.minimum(owner, count - 1)),
+            x if within else _inputs(x, w, jnp.minimum(owner, count - 1)),
             sizes,
             (w.spec, w.arrays),
             bias=bias,
+            act=w.act if within else None,
             activation_dtype=ACTIVATION_DTYPES[batch.numerics],
         )
 
@@ -77,6 +79,14 @@ def experts(
     # Back in the order of tokens, so that a sum does not depend on what else is in the batch.
     y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, top_k, -1)
     return (y * weights[..., None]).sum(1)
+
+
+def _kernel_rounds(w: QArray) -> bool:
+    """Whether the kernel does all that is to happen to the inputs of this weight."""
+    apart = {"lora_a", "output_perm"} & w.aux.keys() or any(w.hadamard)
+    if w.act is None or apart or activations.has_own_inputs(w):
+        return False
+    return takes_inputs(w.spec, w.act)
 
 
 def _inputs(x: jax.Array, w: QArray, owner: jax.Array) -> jax.Array:
