@@ -7,7 +7,9 @@ cache, where a method rounds them; `reference.npz` those of the method as it is.
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,11 @@ import numpy as np
 import pytest
 
 import qjax
+from pallas_kernels import platform
+from qjax import ops
 from qjax.forward import forward
 from qjax.params import Params
+from qjax.qarray import QArray
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 OUTSIDE = Path(os.environ.get("QJAX_FIXTURES", GOLDEN))
@@ -112,6 +117,42 @@ def test_rounded_activations(name):
     _, mean, top = compare(qjax.load(path), path / "reference.npz")
     assert mean < 0.1
     assert top > 0.8
+
+
+def laid_out(params: Params, device: str) -> Params:
+    """The model with its weights as an accelerator holds them; XLA multiplies with them here."""
+
+    def lay_out(w: Any) -> Any:
+        if not isinstance(w, QArray):
+            return w
+        canonical = ops.unprepare(w)
+        with platform.assume(device):
+            return jax.tree.map(jnp.asarray, ops.prepare(canonical))
+
+    tree = jax.tree.map(lay_out, params.tree, is_leaf=lambda node: isinstance(node, QArray))
+    return replace(params, tree=tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("gguf-Q2_K", "gpu"),
+        ("gguf-h128-Q4_K_M-fallback", "tpu"),
+        ("ct-qwen3moe-w4a16-g32", "tpu"),
+        ("ct-int8-w8a8-dyn-asym", "gpu"),
+    ],
+)
+def test_layouts_of_accelerators(name, device):
+    """The same numbers; quantized activations meet them as codes."""
+    path = folder(name)
+    params = laid_out(qjax.load(path), device)
+    if name == "ct-int8-w8a8-dyn-asym":
+        _, mean, top = compare(params, path / "reference.npz")
+        assert mean < 0.1
+        assert top > 0.8
+    else:
+        error, _, _ = compare(params, weight_only(path))
+        assert error < 1e-4
 
 
 def continued() -> list[str]:
