@@ -162,7 +162,6 @@ SIZES = [0, 3, 40, 1, 0, 17]
     [
         (shaped("fp4_e2m1", (1, 16), "float8_e4m3fn", has_global_scale=True), "bfloat16"),
         (shaped("uint4", (1, 64), "float16", "uint8"), "float32"),
-        (shaped("lookup4", (1, 64)), "float32"),
         (shaped("int8", (1, K)), "int8"),
     ],
     ids=str,
