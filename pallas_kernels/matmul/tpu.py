@@ -10,12 +10,14 @@ A row is summed up in one order, whatever rows are beside it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import platform
-from pallas_kernels.matmul.around import epilogue, rms_norm
+from pallas_kernels.matmul.around import by_products
 from pallas_kernels.matmul.planes import TRANSPOSED, describe
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 from pallas_kernels.matmul.tpu_plan import Plan, candidates, least_rows, plan_of, takes_groups
@@ -24,30 +26,10 @@ __all__ = ["candidates", "matmul", "product"]
 
 
 def matmul(
-    x: jax.Array,
-    weights: tuple[tuple[WeightSpec, WeightArrays], ...],
-    *,
-    norm: jax.Array | None,
-    norm_eps: float,
-    biases: tuple[jax.Array | None, ...],
-    activation: str | None,
-    residual: jax.Array | None,
-    post_norm: jax.Array | None,
-    activation_dtype: str,
-    num_rows: jax.Array | None,
+    x: jax.Array, weights: tuple[tuple[WeightSpec, WeightArrays], ...], **around: Any
 ) -> tuple[jax.Array, ...]:
     """See `pallas_kernels.matmul.api.matmul`."""
-    x = rms_norm(x, norm, norm_eps)
-    if activation_dtype == "bfloat16":
-        x = x.astype(jnp.bfloat16)
-    return epilogue(
-        [product(x, spec, arrays, num_rows=num_rows) for spec, arrays in weights],
-        biases=biases,
-        activation=activation,
-        post_norm=post_norm,
-        norm_eps=norm_eps,
-        residual=residual,
-    )
+    return by_products(product, x, weights, **around)
 
 
 def product(

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from pallas_kernels.codes import CODES
-from pallas_kernels.matmul import WeightArrays, WeightSpec
+from pallas_kernels.matmul import WeightArrays, WeightSpec, planes
 
 _FLOATS = {
     "fp4_e2m1": ml_dtypes.float4_e2m1fn,
@@ -80,6 +82,27 @@ def draw(kind, seed=0):
     else:
         decoded = (values - spread(zero)) * s
     return WeightArrays(stream, scale, zero, whole, codebook), decoded
+
+
+def laid_out(kind, layout, seed=0):
+    """spec, arrays in one of `planes.LAYOUTS`, and float64 values of a random weight."""
+    arrays, decoded = draw(kind, seed)
+    spec, arrays = planes.prepare(kind.spec, arrays, layout)
+    return spec, jax.tree.map(jnp.asarray, arrays), decoded
+
+
+def coded_inputs(rows, k, dtype, groups):
+    """Codes [rows, k], scales [rows, groups], and what they stand for in float64."""
+    rng = np.random.default_rng(rows)
+    if dtype == "int8":
+        codes = rng.integers(-128, 128, (rows, k)).astype(np.int8)
+    elif dtype == "bfloat16":
+        codes = rng.integers(-255, 256, (rows, k)).astype(ml_dtypes.bfloat16)
+    else:
+        codes = (10 * rng.standard_normal((rows, k))).astype(dtype)
+    scale = rng.uniform(0.5, 2, (rows, groups)).astype(np.float32)
+    wide = codes.astype(np.float64) * np.repeat(scale.astype(np.float64), k // groups, axis=1)
+    return jnp.asarray(codes), jnp.asarray(scale), wide
 
 
 def _stream(codes, bits):

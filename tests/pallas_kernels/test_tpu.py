@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
@@ -13,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.matmul import planes, tpu, tpu_plan
 from tests.pallas_kernels import crosscompile, tpu_programs
-from tests.pallas_kernels.coded import Coded, draw
+from tests.pallas_kernels.coded import Coded, coded_inputs, laid_out
 from tests.pallas_kernels.products import TOLERANCES, error
 
 N, K = 72, 512
@@ -25,25 +24,7 @@ def interpreted():
         yield
 
 
-def ready(kind, seed=0):
-    """spec, arrays and float64 values of a random weight in planes."""
-    arrays, decoded = draw(kind, seed)
-    spec, arrays = planes.prepare(kind.spec, arrays, planes.TRANSPOSED)
-    return spec, jax.tree.map(jnp.asarray, arrays), decoded
-
-
-def coded_inputs(rows, dtype, groups):
-    """Codes, scales [rows, groups], and what they stand for in float64."""
-    rng = np.random.default_rng(rows)
-    if dtype == "int8":
-        codes = rng.integers(-128, 128, (rows, K)).astype(np.int8)
-    elif dtype == "bfloat16":
-        codes = rng.integers(-255, 256, (rows, K)).astype(ml_dtypes.bfloat16)
-    else:
-        codes = (10 * rng.standard_normal((rows, K))).astype(dtype)
-    scale = rng.uniform(0.5, 2, (rows, groups)).astype(np.float32)
-    wide = codes.astype(np.float64) * np.repeat(scale.astype(np.float64), K // groups, axis=1)
-    return jnp.asarray(codes), jnp.asarray(scale), wide
+ready = partial(laid_out, layout=planes.TRANSPOSED)
 
 
 def shaped(*args, **kwargs):
@@ -71,7 +52,7 @@ def shaped(*args, **kwargs):
 def test_inputs_of_codes(dtype, groups, kind, dot):
     """Nothing is rounded but sums."""
     spec, arrays, decoded = ready(kind)
-    x, scale, wide = coded_inputs(5, dtype, groups)
+    x, scale, wide = coded_inputs(5, K, dtype, groups)
 
     def product(x, scale, arrays):
         return tpu.product(x, spec, arrays, x_scale=scale)
@@ -96,7 +77,7 @@ def operands(function, *args):
 
 def test_floats_of_8_bits_meet_as_such_where_units_take_them():
     spec, arrays, decoded = ready(shaped("fp8_e4m3", (1, K)))
-    x, scale, wide = coded_inputs(5, "float8_e4m3fn", 1)
+    x, scale, wide = coded_inputs(5, K, "float8_e4m3fn", 1)
     with platform.assume("tpu", "TPU7x"):
         assert tpu_plan.plan_of(spec, 5, x.dtype).dot == "float8_e4m3fn"
     assert tpu_plan.plan_of(spec, 5, x.dtype).dot == "bfloat16"
@@ -168,12 +149,12 @@ SIZES = [0, 3, 40, 1, 0, 17]
 )
 def test_experts(kind, dtype):
     """Groups of rows that begin anywhere, are empty, or take several tiles; rows left over."""
-    drawn = [ready(kind, seed) for seed in range(len(SIZES))]
+    drawn = [ready(kind, seed=seed) for seed in range(len(SIZES))]
     spec = drawn[0][0]
     arrays = jax.tree.map(lambda *each: jnp.stack(each), *(arrays for _, arrays, _ in drawn))
     rows = sum(SIZES) + 2
     if dtype == "int8":
-        x, scale, wide = coded_inputs(rows, dtype, 4)
+        x, scale, wide = coded_inputs(rows, K, dtype, 4)
     else:
         scale, wide = None, np.random.default_rng(0).standard_normal((rows, K))
         x = jnp.asarray(wide, dtype)

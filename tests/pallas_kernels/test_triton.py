@@ -1,10 +1,10 @@
 """What only the kernel for GPUs has: inputs of codes, block sizes, experts, and how it lowers."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -13,7 +13,7 @@ from pallas_kernels.matmul import planes, triton
 from pallas_kernels.matmul.triton_plan import plan_of
 from pallas_kernels.matmul_grouped import triton as grouped
 from tests.pallas_kernels import crosscompile, triton_programs
-from tests.pallas_kernels.coded import Coded, draw
+from tests.pallas_kernels.coded import Coded, coded_inputs, laid_out
 from tests.pallas_kernels.products import TOLERANCES, error
 
 N, K = 72, 512
@@ -25,25 +25,7 @@ def interpreted():
         yield
 
 
-def ready(kind, seed=0):
-    """spec, arrays and float64 values of a random weight in planes."""
-    arrays, decoded = draw(kind, seed)
-    spec, arrays = planes.prepare(kind.spec, arrays, planes.PLANES)
-    return spec, jax.tree.map(jnp.asarray, arrays), decoded
-
-
-def coded_inputs(rows, dtype, groups):
-    """Codes, scales [rows, groups], and what they stand for in float64."""
-    rng = np.random.default_rng(rows)
-    if dtype == "int8":
-        codes = rng.integers(-128, 128, (rows, K)).astype(np.int8)
-    elif dtype == "bfloat16":
-        codes = rng.integers(-255, 256, (rows, K)).astype(ml_dtypes.bfloat16)
-    else:
-        codes = (10 * rng.standard_normal((rows, K))).astype(dtype)
-    scale = rng.uniform(0.5, 2, (rows, groups)).astype(np.float32)
-    wide = codes.astype(np.float64) * np.repeat(scale.astype(np.float64), K // groups, axis=1)
-    return jnp.asarray(codes), jnp.asarray(scale), wide
+ready = partial(laid_out, layout=planes.PLANES)
 
 
 def shaped(*args, **kwargs):
@@ -78,7 +60,7 @@ def shaped(*args, **kwargs):
 def test_inputs_of_codes(dtype, groups, kind):
     """Nothing is rounded but sums."""
     spec, arrays, decoded = ready(kind)
-    x, scale, wide = coded_inputs(5, dtype, groups)
+    x, scale, wide = coded_inputs(5, K, dtype, groups)
     y = jax.jit(lambda x, scale, arrays: triton.product(x, spec, arrays, x_scale=scale))(
         x, scale, arrays
     )
@@ -155,7 +137,7 @@ SIZES = [0, 3, 40, 1, 0, 17]
 )
 def test_experts(kind, dtype):
     """Groups of rows that begin anywhere, are empty, or take several tiles; rows left over."""
-    drawn = [ready(kind, seed) for seed in range(len(SIZES))]
+    drawn = [ready(kind, seed=seed) for seed in range(len(SIZES))]
     spec = drawn[0][0]
     arrays = jax.tree.map(lambda *each: jnp.stack(each), *(arrays for _, arrays, _ in drawn))
     rows = sum(SIZES) + 2
@@ -164,7 +146,7 @@ def test_experts(kind, dtype):
         x = jnp.asarray(wide, dtype)
         wide = np.asarray(x, np.float64)
     else:
-        x, scale, wide = coded_inputs(rows, dtype, 4)
+        x, scale, wide = coded_inputs(rows, K, dtype, 4)
     y = jax.jit(
         lambda x, scale, sizes, arrays: grouped.product(x, sizes, spec, arrays, x_scale=scale)
     )(x, scale, jnp.array(SIZES, jnp.int32), arrays)
