@@ -30,6 +30,10 @@ def kv_update(
 ) -> tuple[Pages, Pages]:
     """See `pallas_kernels.kv_update.api.kv_update`."""
     interpret = platform.interprets("gpu")
+    for array in jax.tree.leaves((k_pages, v_pages)):
+        if array.size > 1 << 31 and array.size * array.dtype.itemsize <= 1 << 32:
+            # Pallas counts elements in 32 bits up to 4 GiB, and Triton takes them to be signed.
+            raise NotImplementedError(f"{array.size} bytes in one array, neither 2 GiB nor over 4")
     tokens, heads = len(k), k_pages.values.shape[1]
     head_dim = k.shape[1] // heads
     at = places(tokens, k_pages, block_table, query_start_loc, seq_lens)

@@ -90,6 +90,17 @@ def test_arguments_that_contradict_each_other():
         kv_update(k, v[:, :DIM], *pages, **rest)
 
 
+def test_arrays_that_triton_cannot_address():
+    pages = empty((3 << 18, 8, 16, 32), "int8", jax.ShapeDtypeStruct)
+    _, rest = arguments("float32")
+    k, v = jnp.zeros((2, TOKENS, 8 * 32))
+    update = partial(
+        kv_update, k, v, implementation="triton", **rest | {"rope": None, "k_norm": None}
+    )
+    with pytest.raises(NotImplementedError, match="3221225472 bytes in one array"):
+        jax.eval_shape(update, pages, pages)
+
+
 @pytest.mark.parametrize(
     ("target", "platform_name", "implementation"),
     [("h100", "cuda", "triton"), ("v6e", "tpu", "tpu")],
