@@ -1,142 +1,131 @@
 // Attention over a paged cache, for prefill and decode alike.
 //
-// Inside a page the elements of one head lie so that neither product needs a transpose, in pairs
-// where a bfloat16 product takes two at a time (pair = 2, else 1):
-//   K  [head_dim / pair][page_size][pair]   lanes are keys
-//   V  [page_size / pair][head_dim][pair]   lanes are channels
-// Softmax runs online over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022).
+// Softmax runs online over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022). Where few
+// queries see many keys, the keys are cut into segments that threads take side by side; where they
+// are cut depends on the sequence alone, and their sums meet in order, so that a sequence gets the
+// same numbers whatever else is in its batch.
+//
+// Codes of a cache meet queries and weights as they are, and scales and zero points go elsewhere:
+//   score_j = s_j (q . code_j + zero_j sum(q)),   out = sum_j (p_j s_j) (code_j + zero_j)
 #pragma once
 #include <limits>
+#include <memory>
 #include <vector>
 
-#include "matmul.h"
+#include "attention_pages.h"
 
 namespace qjax {
 
-struct ElementF32 {
-  static constexpr int pair = 1;
-  using Storage = float;
-  using Scalar = float;  // `pair` neighbouring values of the broadcast operand
-  static QJAX_INLINE Storage round(float x) { return x; }
-  static QJAX_INLINE v16f load(const Storage* p) { return qjax::load(p); }
-  static QJAX_INLINE void fma(v16f& acc, v16f v, Scalar x) { acc += v * x; }
-};
+constexpr int kTileQ = 32;           // query rows (tokens x heads of a group) of one work item
+constexpr int64_t kSegment = 512;    // keys of a segment
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-struct ElementBF16 {
-  static constexpr int pair = 2;
-  using Storage = uint16_t;
-  using Scalar = int32_t;
-  static QJAX_INLINE Storage round(float x) { return to_bf16(x); }
-#if defined(__AVX512BF16__)
-  static QJAX_INLINE __m512bh load(const Storage* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static QJAX_INLINE void fma(v16f& acc, __m512bh v, Scalar x) {
-    acc = (v16f)_mm512_dpbf16_ps((__m512)acc, v, (__m512bh)_mm512_set1_epi32(x));
-  }
-#else
-  struct Pair {
-    v16f even, odd;
-  };
-  static QJAX_INLINE Pair load(const Storage* p) {
-    v16i words;
-    std::memcpy(&words, p, 64);
-    return {as_float(words << 16), as_float(words & int32_t(0xffff0000))};
-  }
-  static QJAX_INLINE void fma(v16f& acc, const Pair& v, Scalar x) {
-    acc += v.even * from_bf16(uint16_t(x)) + v.odd * from_bf16(uint16_t(uint32_t(x) >> 16));
-  }
-#endif
-};
-
-constexpr int kTileQ = 32;       // query rows (tokens x heads of a group) of one work item
-constexpr int kBlockKeys = 128;  // keys between two updates of the running maximum
-constexpr int kChunk = 8;        // query rows that share one load
-
-// scores[m][16] of MR query rows against 16 keys.
-template <class E, int MR>
-QJAX_INLINE void score_keys(const typename E::Storage* k, int64_t page_size, int pairs,
-                            const typename E::Scalar* q, float* scores, int64_t stride) {
-  v16f acc[MR];
-  QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] = v16f{};
-  for (int d = 0; d < pairs; ++d) {
-    const auto keys = E::load(k + d * page_size * E::pair);
-    QJAX_UNROLL for (int m = 0; m < MR; ++m) E::fma(acc[m], keys, q[m * pairs + d]);
-  }
-  QJAX_UNROLL for (int m = 0; m < MR; ++m) store(scores + m * stride, acc[m]);
+// Runs of `size` numbers, each times the normalized Hadamard matrix (Sylvester's construction).
+inline void hadamard(float* x, int64_t n, int64_t size) {
+  for (int64_t half = 1; half < size; half *= 2)
+    for (int64_t first = 0; first < n; first += 2 * half)
+      for (int64_t i = first; i < first + half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+  const float factor = 1.0f / std::sqrt(float(size));
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
-// out[m][16 channels] += p[m] . v over the keys of one page.
-template <class E, int MR>
-QJAX_INLINE void add_values(const typename E::Storage* v, int64_t head_dim, int64_t pairs,
-                            const typename E::Scalar* p, int64_t p_stride, float* out) {
-  v16f acc[MR];
-  QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] = load(out + m * head_dim);
-  for (int64_t i = 0; i < pairs; ++i) {
-    const auto values = E::load(v + i * head_dim * E::pair);
-    QJAX_UNROLL for (int m = 0; m < MR; ++m) E::fma(acc[m], values, p[m * p_stride + i]);
-  }
-  QJAX_UNROLL for (int m = 0; m < MR; ++m) store(out + m * head_dim, acc[m]);
-}
-
-// Calls f(constant MR) for the rows of [0, rows) in chunks of at most kChunk.
-template <int MR = kChunk, class F>
-QJAX_INLINE void row_chunks(int rows, F&& f) {
-  int row = 0;
-  for (; row + MR <= rows; row += MR) f(std::integral_constant<int, MR>{}, row);
-  if constexpr (MR > 1) {
-    if (row < rows)
-      row_chunks<MR - 1>(rows - row, [&](auto mr, int r) QJAX_INLINED { f(mr, row + r); });
-  }
-}
-
-template <class E>
+// E: the arithmetic; P: what pages hold.
+template <class E, class P>
 struct AttentionRun {
-  using Storage = typename E::Storage;
   using Scalar = typename E::Scalar;
-  const Attention& a;
-  const int group, pairs;
-  Storage* queries;  // [T][heads][head_dim], normed, rotated, scaled
-  struct Item {
-    int64_t seq, first, count;  // tokens of one sequence
-    int head;                   // KV head
+  using Start = typename E::Start;
+  struct Query {  // what belongs to a rounded row
+    float factor, total;
+    Start start;
   };
+  struct Item {
+    int64_t seq, first, count;    // tokens of one sequence
+    int head;                     // KV head
+    int64_t begin, end;           // pages
+    int64_t segments, rest;       // of the tokens' keys: how many, and how many come after this one
+  };
+
+  const Attention& a;
+  const int group, groups;  // query heads to a KV head; scalars of a row
+  Scalar* queries;          // [T][heads][groups], normed, rotated, scaled
+  Query* about;             // [T][heads]
+  float* partial = nullptr;  // of each item that is one of several segments: sums, tops, norms
   std::vector<Item> items;
+  std::unique_ptr<std::atomic<int64_t>[]> left;  // segments to do, at the last item of each
 
   explicit AttentionRun(const Attention& a)
-      : a(a), group(a.heads / a.kv_heads), pairs(a.head_dim / E::pair) {
-    const int64_t tokens = a.query_start[a.num_seqs];
-    queries = reinterpret_cast<Storage*>(
-        scratch<0>(size_t(tokens) * a.heads * a.head_dim * sizeof(Storage)));
+      : a(a), group(a.heads / a.kv_heads), groups(a.head_dim / E::pack) {
+    const int64_t rows = a.query_start[a.num_seqs] * a.heads;
+    queries = reinterpret_cast<Scalar*>(
+        scratch<0>(size_t(rows) * (groups * sizeof(Scalar) + sizeof(Query))));
+    about = reinterpret_cast<Query*>(queries + rows * groups);
     const int64_t step = std::max(1, kTileQ / group);
+    bool segmented = false;
     for (int64_t s = 0; s < a.num_seqs; ++s)
-      for (int64_t t = a.query_start[s]; t < a.query_start[s + 1]; t += step)
+      for (int64_t t = a.query_start[s]; t < a.query_start[s + 1]; t += step) {
+        const int64_t count = std::min<int64_t>(step, a.query_start[s + 1] - t);
+        const int64_t first = position(s, t), last = position(s, t + count - 1);
+        const int64_t low = a.window ? std::max<int64_t>(0, first - a.window + 1) : 0;
+        const int64_t begin = low / a.page_size, end = last / a.page_size + 1;
+        const int64_t length = std::max<int64_t>(1, kSegment / a.page_size);
+        // A long prompt has tokens enough for all threads.
+        const bool whole = a.query_start[s + 1] - a.query_start[s] > step;
+        const int64_t origin = begin / length;
+        const int64_t segments = whole ? 1 : (end - 1) / length - origin + 1;
+        segmented |= segments > 1;
         for (int h = 0; h < a.kv_heads; ++h)
-          items.push_back({s, t, std::min<int64_t>(step, a.query_start[s + 1] - t), h});
+          for (int64_t i = segments - 1; i >= 0; --i) {
+            const int64_t from = i ? (origin + i) * length : begin;
+            const int64_t to = i == segments - 1 ? end : (origin + i + 1) * length;
+            items.push_back({s, t, count, h, from, to, segments, segments - 1 - i});
+          }
+      }
     std::reverse(items.begin(), items.end());  // late tokens see more keys: start with them
+    if (!segmented) return;
+    partial = reinterpret_cast<float*>(scratch<1>(items.size() * partial_size() * sizeof(float)));
+    left = std::make_unique<std::atomic<int64_t>[]>(items.size());
+    for (size_t i = 0; i < items.size(); ++i) left[i] = items[i].segments;
   }
 
+  int max_rows() const { return std::max(kTileQ, group); }
+  int64_t partial_size() const { return max_rows() * (a.head_dim + 2); }
+
   int64_t position(int64_t seq, int64_t token) const {
-    return a.seq_lens[seq] - (a.query_start[seq + 1] - token);
+    const int64_t found = a.seq_lens[seq] - (a.query_start[seq + 1] - token);
+    return std::max<int64_t>(0, std::min(found, a.max_blocks * a.page_size - 1));
   }
   int64_t page_of(int64_t seq, int64_t index) const {
     const int64_t page = a.block_table[seq * a.max_blocks + index];
     return std::min<int64_t>(std::max<int64_t>(page, 0), a.num_pages - 1);
   }
-  Storage* page(void* pages, int64_t page, int head) const {
-    return static_cast<Storage*>(pages) + (page * a.kv_heads + head) * a.page_size * a.head_dim;
+  HeadOfPage<P> head_of(const CachePages& pages, int64_t page, int head) const {
+    const int64_t at = (page * a.kv_heads + head) * a.page_size;
+    auto* values = static_cast<typename P::Storage*>(pages.values);
+    values += at * a.head_dim / (P::shifted ? 2 : 1);
+    return {values, pages.scale + at, pages.zero + at, a.page_size, a.head_dim};
+  }
+  static float scale_of(const float* scale, int64_t count, int head) {
+    return scale ? scale[count > 1 ? head : 0] : 1;
   }
 
-  // RMSNorm and rotary embedding (half-split) of one head.
+  // RMSNorm and rotary embedding (half-split) of one head, and the turn of an int4 cache.
   void rotate(const float* x, const float* norm, int64_t token, float* y) const {
     if (norm) rms_norm(x, norm, a.eps, a.head_dim, y);
     else std::memcpy(y, x, a.head_dim * 4);
-    if (!a.cos) return;
-    const int half = a.rotary_dim / 2;
-    const float *cos = a.cos + token * half, *sin = a.sin + token * half;
-    for (int i = 0; i < half; ++i) {
-      const float x1 = y[i], x2 = y[half + i];
-      y[i] = x1 * cos[i] - x2 * sin[i];
-      y[half + i] = x2 * cos[i] + x1 * sin[i];
+    if (a.cos) {
+      const int half = a.rotary_dim / 2;
+      const float *cos = a.cos + token * half, *sin = a.sin + token * half;
+      for (int i = 0; i < half; ++i) {
+        const float x1 = y[i], x2 = y[half + i];
+        y[i] = x1 * cos[i] - x2 * sin[i];
+        y[half + i] = x2 * cos[i] + x1 * sin[i];
+      }
     }
+    if constexpr (P::shifted) hadamard(y, a.head_dim, a.head_dim & -a.head_dim);
   }
 
   void write(int64_t seq, int64_t token) {
@@ -144,82 +133,181 @@ struct AttentionRun {
     const int64_t d = a.head_dim, pos = position(seq, token);
     for (int h = 0; h < a.heads; ++h) {
       rotate(a.q + (token * a.heads + h) * d, a.q_norm, token, y);
-      Storage* q = queries + (token * a.heads + h) * d;
-      for (int i = 0; i < d; ++i) q[i] = E::round(y[i] * a.scale);
+      const float scale = a.scale * P::factor * scale_of(a.k_scale, a.k_scales, h / group);
+      for (int64_t c = 0; c < d; c += 16) store(y + c, load(y + c) * scale);
+      Scalar* q = queries + (token * a.heads + h) * groups;
+      Query& query = about[token * a.heads + h];
+      E::round(y, d, q, query.factor);
+      query.start = E::start(q, d, P::offset);
+      query.total = P::shifted ? E::total(q, d, nullptr) * query.factor : 0;
     }
     const int64_t p = page_of(seq, pos / a.page_size), slot = pos % a.page_size;
+    auto put = [&](const CachePages& pages, bool keys, int h, float scale) {
+      if (scale != 1)
+        for (int64_t c = 0; c < d; c += 16) store(y + c, load(y + c) / scale);
+      head_of(pages, p, h).put(keys, slot, y);
+    };
     for (int h = 0; h < a.kv_heads; ++h) {
       rotate(a.k + (token * a.kv_heads + h) * d, a.k_norm, token, y);
-      Storage* k = page(a.k_pages, p, h);
-      for (int i = 0; i < d; ++i)
-        k[(i / E::pair * a.page_size + slot) * E::pair + i % E::pair] = E::round(y[i]);
-      const float* x = a.v + (token * a.kv_heads + h) * d;
-      Storage* v = page(a.v_pages, p, h) + slot / E::pair * d * E::pair + slot % E::pair;
-      for (int i = 0; i < d; ++i) v[i * E::pair] = E::round(x[i]);
+      put(a.k_pages, true, h, scale_of(a.k_scale, a.k_scales, h));
+      std::memcpy(y, a.v + (token * a.kv_heads + h) * d, d * 4);
+      put(a.v_pages, false, h, scale_of(a.v_scale, a.v_scales, h));
     }
   }
 
-  void attend(const Item& item) {
+  // Rows of one item: row = token * group + head in group.
+  struct Tile {
+    float *out, *top, *norm;  // [rows][head_dim], [rows], [rows]
+    Scalar *q, *p;            // [rows][groups], [rows][kBlockKeys / pack]
+    float *scores;            // [rows][kBlockKeys]
+    float *q_factor, *q_total, *p_factor;  // [rows]
+    Start *q_start, *p_start;
+    float *k_scale, *k_zero, *v_scale, *v_zero;  // [kBlockKeys]
+    typename E::Storage* operands;  // [kBlockKeys * head_dim]
+    uint8_t* codes;                 // as many
+  };
+
+  Tile tile() const {
+    const int64_t rows = max_rows(), d = a.head_dim;
+    uint8_t* memory = scratch<5>(rows * (d * 12 + kBlockKeys * 12 + 64) + kBlockKeys * (d * 5 + 16) +
+                                 20 * 64);
+    auto take = [&](auto*& to, int64_t count) {
+      to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(memory);
+      memory += (count * sizeof(*to) + 63) / 64 * 64;
+    };
+    Tile t;
+    take(t.out, rows * d);
+    take(t.top, rows);
+    take(t.norm, rows);
+    take(t.q, rows * groups);
+    take(t.p, rows * kBlockKeys / E::pack);
+    take(t.scores, rows * kBlockKeys);
+    take(t.q_factor, rows);
+    take(t.q_total, rows);
+    take(t.p_factor, rows);
+    take(t.q_start, rows);
+    take(t.p_start, rows);
+    take(t.k_scale, kBlockKeys);
+    take(t.k_zero, kBlockKeys);
+    take(t.v_scale, kBlockKeys);
+    take(t.v_zero, kBlockKeys);
+    take(t.operands, kBlockKeys * d);
+    take(t.codes, kBlockKeys * d);
+    return t;
+  }
+
+  // Pages [pg, pg + count) of one head as operands, and their scales and zero points.
+  BlockPages<E> block(const CachePages& pages, bool keys, const Item& item, int64_t pg,
+                      int64_t count, const Tile& t) const {
+    BlockPages<E> found;
+    found.count = count;
+    found.page_size = a.page_size;
+    found.head_dim = a.head_dim;
+    const int64_t size = a.page_size * a.head_dim;
+    for (int64_t i = 0; i < count; ++i) {
+      const HeadOfPage<P> head = head_of(pages, page_of(item.seq, pg + i), item.head);
+      found.page[i] = operand<E, P>(head.values, keys, a.page_size, a.head_dim,
+                                    t.operands + i * size, t.codes + i * size);
+      for (int64_t c = 0; c < a.page_size; c += 16) {
+        const int64_t to = i * a.page_size + c;
+        if constexpr (P::scaled)
+          store((keys ? t.k_scale : t.v_scale) + to, bf16_16((const uint8_t*)(head.scale + c)));
+        if constexpr (P::shifted)
+          store((keys ? t.k_zero : t.v_zero) + to, signed_bytes16((const uint8_t*)head.zero + c));
+      }
+    }
+    return found;
+  }
+
+  void attend(int64_t index) {
+    const Item& item = items[index];
     const int64_t d = a.head_dim;
     const int rows = int(item.count) * group;
-    // Query rows of this KV head, gathered: row = token * group + head in group.
-    uint8_t* memory = scratch<5>((kTileQ + group) * (d * 8 + kBlockKeys * 8 + 64) + 4096);
-    Scalar* q = reinterpret_cast<Scalar*>(memory);
-    float* out = reinterpret_cast<float*>(q + (kTileQ + group) * pairs);
-    float* scores = out + (kTileQ + group) * d;
-    Scalar* p = reinterpret_cast<Scalar*>(scores + (kTileQ + group) * kBlockKeys);
-    float* top = reinterpret_cast<float*>(p + (kTileQ + group) * kBlockKeys / E::pair);
-    float* norm = top + kTileQ + group;
+    Tile t = tile();
+    if (item.segments > 1) {
+      t.out = partial + index * partial_size();
+      t.top = t.out + max_rows() * d;
+      t.norm = t.top + max_rows();
+    }
     for (int r = 0; r < rows; ++r) {
       const int64_t token = item.first + r / group, head = item.head * group + r % group;
-      std::memcpy(q + r * pairs, queries + (token * a.heads + head) * d, d * sizeof(Storage));
-      top[r] = -std::numeric_limits<float>::infinity();
-      norm[r] = 0;
+      const int64_t at = token * a.heads + head;
+      std::memcpy(t.q + r * groups, queries + at * groups, groups * sizeof(Scalar));
+      t.q_factor[r] = about[at].factor;
+      t.q_total[r] = about[at].total;
+      t.q_start[r] = about[at].start;
+      t.top[r] = kMasked;
+      t.norm[r] = 0;
     }
-    std::fill(out, out + rows * d, 0.0f);
+    std::fill(t.out, t.out + rows * d, 0.0f);
 
-    const int64_t first_pos = position(item.seq, item.first), last_pos = first_pos + item.count - 1;
-    const int64_t low = a.window ? std::max<int64_t>(0, first_pos - a.window + 1) : 0;
+    constexpr int64_t stride = kBlockKeys / E::pack;
+    const int64_t first_pos = position(item.seq, item.first);
     const int64_t pages_per_block = std::max<int64_t>(1, kBlockKeys / a.page_size);
-    for (int64_t pg = low / a.page_size; pg <= last_pos / a.page_size; pg += pages_per_block) {
-      const int64_t pages = std::min(pages_per_block, last_pos / a.page_size - pg + 1);
-      const int64_t keys = pages * a.page_size, key0 = pg * a.page_size;
-      for (int64_t i = 0; i < pages; ++i) {
-        const Storage* k = page(a.k_pages, page_of(item.seq, pg + i), item.head);
-        for (int64_t c = 0; c < a.page_size; c += 16)
-          row_chunks(rows, [&](auto mr, int r) QJAX_INLINED {
-            score_keys<E, mr>(k + c * E::pair, a.page_size, pairs, q + r * pairs,
-                              scores + r * kBlockKeys + i * a.page_size + c, kBlockKeys);
-          });
-      }
+    for (int64_t pg = item.begin; pg < item.end; pg += pages_per_block) {
+      const int64_t count = std::min(pages_per_block, item.end - pg), keys = count * a.page_size;
+      const auto k = block(a.k_pages, true, item, pg, count, t);
+      score_all<E>(k, {t.q, groups, t.q_start, t.q_factor}, rows, t.scores);
+      const auto v = block(a.v_pages, false, item, pg, count, t);
       for (int r = 0; r < rows; ++r)
-        softmax(scores + r * kBlockKeys, keys, key0, first_pos + r / group, top[r], norm[r],
-                out + r * d, p + r * kBlockKeys / E::pair);
-      for (int64_t i = 0; i < pages; ++i) {
-        const Storage* v = page(a.v_pages, page_of(item.seq, pg + i), item.head);
-        for (int64_t c = 0; c < d; c += 16)
-          row_chunks(rows, [&](auto mr, int r) QJAX_INLINED {
-            add_values<E, mr>(v + c * E::pair, d, a.page_size / E::pair,
-                              p + r * kBlockKeys / E::pair + i * a.page_size / E::pair,
-                              kBlockKeys / E::pair, out + r * d + c);
-          });
+        softmax(t, r, keys, pg * a.page_size, first_pos + r / group);
+      add_all<E>(v, {t.p, stride, t.p_start, t.p_factor}, rows, t.out);
+    }
+    if (item.segments == 1) return finish(item, t.out, t.top, t.norm);
+    // Segments of the same rows are neighbours; whoever is done last puts them together.
+    const int64_t last = index + item.rest;
+    if (left[last].fetch_sub(1, std::memory_order_acq_rel) == 1)
+      combine(item, last - item.segments + 1);
+  }
+
+  // Softmax over all segments, whose sums are of exponentials less their own maximum.
+  void combine(const Item& item, int64_t first) {
+    const int64_t d = a.head_dim;
+    const int rows = int(item.count) * group;
+    const Tile t = tile();
+    for (int r = 0; r < rows; ++r) {
+      auto out = [&](int64_t i) { return partial + (first + i) * partial_size(); };
+      auto top = [&](int64_t i) { return out(i)[max_rows() * d + r]; };
+      auto norm = [&](int64_t i) { return out(i)[max_rows() * (d + 1) + r]; };
+      t.top[r] = kMasked;
+      t.norm[r] = 0;
+      for (int64_t i = 0; i < item.segments; ++i) t.top[r] = std::max(t.top[r], top(i));
+      std::fill(t.out + r * d, t.out + (r + 1) * d, 0.0f);
+      for (int64_t i = 0; i < item.segments; ++i) {
+        if (top(i) == kMasked) continue;
+        const float factor = std::exp(top(i) - t.top[r]);
+        t.norm[r] += factor * norm(i);
+        for (int64_t c = r * d; c < (r + 1) * d; c += 16)
+          store(t.out + c, load(t.out + c) + load(out(i) + c) * factor);
       }
     }
-    for (int r = 0; r < rows; ++r) {
+    finish(item, t.out, t.top, t.norm);
+  }
+
+  void finish(const Item& item, const float* out, const float* top, const float* norm) const {
+    const int64_t d = a.head_dim;
+    for (int r = 0; r < int(item.count) * group; ++r) {
       const int64_t token = item.first + r / group, head = item.head * group + r % group;
       float* y = a.out + (token * a.heads + head) * d;
       float total = norm[r];
       // A sink far above all scores leaves next to nothing: no need to be exact, nor to overflow.
       if (a.sinks) total += std::exp(std::min(a.sinks[head] - top[r], 80.0f));
-      const float factor = 1.0f / total;
+      const float factor = P::factor * scale_of(a.v_scale, a.v_scales, item.head) / total;
       for (int64_t c = 0; c < d; c += 16) store(y + c, load(out + r * d + c) * factor);
     }
   }
 
-  // Turns a row of scores into weights, and brings what was summed before to the new maximum.
-  void softmax(float* scores, int64_t keys, int64_t key0, int64_t pos, float& top, float& norm,
-               float* out, Scalar* p) const {
-    constexpr float kMasked = -std::numeric_limits<float>::infinity();
+  // Turns row r of scores into weights, and brings what was summed before to the new maximum.
+  void softmax(const Tile& t, int r, int64_t keys, int64_t key0, int64_t pos) const {
+    float* scores = t.scores + r * kBlockKeys;
+    float &top = t.top[r], &norm = t.norm[r], *out = t.out + r * a.head_dim;
+    Scalar* p = t.p + r * (kBlockKeys / E::pack);
+    if constexpr (P::scaled)
+      for (int64_t c = 0; c < keys; c += 16) {
+        v16f s = load(scores + c);
+        if constexpr (P::shifted) s += load(t.k_zero + c) * t.q_total[r];
+        store(scores + c, s * load(t.k_scale + c));
+      }
     if (a.soft_cap > 0)
       for (int64_t c = 0; c < keys; c += 16) {  // cap tanh(s / cap) = cap (1 - 2 / (e^(2s/cap) + 1))
         v16f e = vexp(load(scores + c) * (2.0f / a.soft_cap));
@@ -232,7 +320,9 @@ struct AttentionRun {
     for (int64_t c = 16; c < keys; c += 16) best = vmax(best, load(scores + c));
     const float block_top = max(best);
     if (block_top == kMasked) {
-      std::memset(p, 0, keys / E::pair * sizeof(Scalar));
+      std::memset(p, 0, keys / E::pack * sizeof(Scalar));
+      t.p_factor[r] = 0;
+      t.p_start[r] = {};
       return;
     }
     if (block_top > top) {
@@ -244,21 +334,17 @@ struct AttentionRun {
       top = block_top;
     }
     v16f total = {};
-    Storage* weights = reinterpret_cast<Storage*>(p);
     for (int64_t c = 0; c < keys; c += 16) {
       const v16f s = load(scores + c);
       v16f e = vexp(s - top);
       e = s == kMasked ? v16f{} : e;
       total += e;
-#if defined(__AVX512BF16__)
-      if constexpr (E::pair == 2) {
-        _mm256_storeu_si256((__m256i*)(weights + c), (__m256i)_mm512_cvtneps_pbh((__m512)e));
-        continue;
-      }
-#endif
-      for (int i = 0; i < 16; ++i) weights[c + i] = E::round(e[i]);
+      if constexpr (P::scaled) e = s == kMasked ? v16f{} : e * load(t.v_scale + c);
+      store(scores + c, e);
     }
     norm += sum(total);
+    E::round(scores, keys, p, t.p_factor[r]);
+    t.p_start[r] = P::shifted ? E::start(E::total(p, keys, t.v_zero)) : E::start(p, keys, P::offset);
   }
 
   void run_all() {
@@ -271,14 +357,32 @@ struct AttentionRun {
       for (int64_t t = 0; t < tokens; ++t) write(owner[t], t);
     else
       parallel_for(tokens, [&](int64_t t) { write(owner[t], t); });
-    parallel_for(int64_t(items.size()), [&](int64_t i) { attend(items[i]); });
+    parallel_for(int64_t(items.size()), [&](int64_t i) { attend(i); });
   }
 };
 
+template <class Fast, class P>
+void attention_over(const Attention& a) {
+  if (a.exact) AttentionRun<ElementF32, P>(a).run_all();
+  else AttentionRun<Fast, P>(a).run_all();
+}
+
 inline void attention(const Attention& a) {
+#if defined(__AVX512VNNI__)
+  using Codes = ElementInt;
+#else
+  using Codes = ElementF32;
+#endif
+  using Floats8 = std::conditional_t<kPackFloat8 == 2, ElementBF16, ElementF32>;
   if (a.query_start[a.num_seqs] <= 0) return;
-  if (a.cache_bf16) AttentionRun<ElementBF16>(a).run_all();
-  else AttentionRun<ElementF32>(a).run_all();
+  switch (a.page_type) {
+    case kPagesF32: return attention_over<ElementF32, PagesF32>(a);
+    case kPagesBF16: return attention_over<ElementBF16, PagesBF16>(a);
+    case kPagesE4M3: return attention_over<Floats8, PagesE4M3>(a);
+    case kPagesE5M2: return attention_over<Floats8, PagesE5M2>(a);
+    case kPagesInt8: return attention_over<Codes, PagesInt8>(a);
+    case kPagesInt4: return attention_over<Codes, PagesInt4>(a);
+  }
 }
 
 }  // namespace qjax

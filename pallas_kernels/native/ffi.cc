@@ -205,57 +205,130 @@ ffi::Error embedding_call(Ints ids, ffi::RemainingArgs args, ffi::Result<Floats>
   return ffi::Error::Success();
 }
 
-enum AttentionFlags { kHasRope = 1, kHasQNorm = 2, kHasKNorm = 4, kHasSinks = 8 };
+enum AttentionFlags {
+  kHasRope = 1, kHasQNorm = 2, kHasKNorm = 4, kHasSinks = 8, kHasKScale = 16, kHasVScale = 32,
+};
 
-// The pages are donated: results 1 and 2 alias them. Optional arguments: cos and sin, q_norm,
-// k_norm, as `flags` says.
-ffi::Error attention_call(Floats q, Floats k, Floats v, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
-                          Ints block_table, Ints query_start, Ints seq_lens, ffi::RemainingArgs args,
-                          ffi::Result<Floats> out, ffi::Result<ffi::AnyBuffer> k_out,
-                          ffi::Result<ffi::AnyBuffer> v_out, int32_t heads, int32_t rotary_dim,
-                          int32_t flags, float scale, float soft_cap, float eps, int64_t window) {
+// What pages of a type are made of.
+struct PageArrays {
+  ffi::DataType values;
+  PageType type;
+  bool scale, zero;
+};
+constexpr PageArrays kPageArrays[] = {
+    {ffi::F32, kPagesF32, false, false},       {ffi::BF16, kPagesBF16, false, false},
+    {ffi::F8E4M3FN, kPagesE4M3, false, false}, {ffi::F8E5M2, kPagesE5M2, false, false},
+    {ffi::S8, kPagesInt8, true, false},        {ffi::U8, kPagesInt4, true, true},
+};
+
+// Reads the arguments of attention one after the other.
+struct AttentionArguments {
+  ffi::RemainingArgs& args;
+  ffi::RemainingRets& rets;
+  size_t next = 0;
+  std::string problem = {};
+
+  // An array of pages, which results alias, with `inner` bytes to a page and head.
+  template <class T>
+  void pages(T*& to, ffi::DataType type, const Attention& a, int64_t inner) {
+    auto from = args.get<ffi::AnyBuffer>(next);
+    auto result = rets.get<ffi::AnyBuffer>(next++);
+    const size_t bytes = a.num_pages * a.kv_heads * inner;
+    if (!from.has_value() || !result.has_value() || from->element_type() != type ||
+        (*result)->element_type() != type || from->size_bytes() != bytes ||
+        (*result)->size_bytes() != bytes)
+      return fail("an array of pages has the wrong type or size");
+    to = static_cast<T*>((*result)->untyped_data());
+    // XLA copies where it could not alias; the copy then is what the kernel must write to.
+    if (to != from->untyped_data()) std::memcpy(to, from->untyped_data(), bytes);
+  }
+  // float32 of a size that is `count`, or 1 where that will do.
+  const float* floats(int64_t count, int64_t* found = nullptr) {
+    auto buffer = args.get<Floats>(next++);
+    const int64_t size = buffer.has_value() ? int64_t(buffer->element_count()) : -1;
+    if (size != count && !(found && size == 1))
+      return fail("a float32 argument has the wrong type or size"), nullptr;
+    if (found) *found = size;
+    return buffer->typed_data();
+  }
+
+ private:
+  void fail(const std::string& what) {
+    if (problem.empty()) problem = what;
+  }
+};
+
+// Arguments after the batch: the values of pages of k and of v, then their scales and then their
+// zero points where the type has such; cos and sin, q_norm, k_norm, sinks, and scales of the whole
+// cache as `flags` says. The pages are donated: results after the first alias them.
+ffi::Error attention_call(Floats q, Floats k, Floats v, Ints block_table, Ints query_start,
+                          Ints seq_lens, ffi::RemainingArgs args, ffi::Result<Floats> out,
+                          ffi::RemainingRets rets, int32_t heads, int32_t rotary_dim, int32_t flags,
+                          bool exact, float scale, float soft_cap, float eps, int64_t window) {
   Attention a = {};
-  const auto pages = k_pages.dimensions();
-  if (pages.size() != 4) return invalid("pages must have four dimensions");
-  // XLA copies where it could not alias; the copy then is what the kernel must write to.
-  a.k_pages = k_out->untyped_data();
-  a.v_pages = v_out->untyped_data();
-  if (a.k_pages != k_pages.untyped_data())
-    std::memcpy(a.k_pages, k_pages.untyped_data(), k_pages.size_bytes());
-  if (a.v_pages != v_pages.untyped_data())
-    std::memcpy(a.v_pages, v_pages.untyped_data(), v_pages.size_bytes());
-  a.q = q.typed_data();
-  a.k = k.typed_data();
-  a.v = v.typed_data();
-  a.cache_bf16 = k_pages.element_type() == ffi::BF16;
+  auto values = args.get<ffi::AnyBuffer>(0);
+  if (!values.has_value() || values->dimensions().size() != 4 || heads < 1)
+    return invalid("pages must have four dimensions");
+  const auto dims = values->dimensions();
+  const PageArrays* kind = nullptr;
+  for (const PageArrays& one : kPageArrays)
+    if (one.values == values->element_type()) kind = &one;
+  if (!kind) return invalid("pages of an unknown type");
+  a.page_type = kind->type;
+  a.exact = exact;
+  a.num_pages = dims[0];
+  a.kv_heads = int(dims[1]);
+  a.page_size = dims[2];
+  a.head_dim = int(kind->type == kPagesInt4 ? 2 * dims[3] : dims[3]);
+  a.heads = heads;
+  a.rotary_dim = rotary_dim;
+  const int64_t tokens = q.dimensions()[0], d = a.head_dim;
+  if (a.num_pages < 1 || a.kv_heads < 1 || heads % a.kv_heads || d < 16 || d % 16 ||
+      a.page_size < 16 || a.page_size % 16 || a.page_size > kBlockKeys || rotary_dim < 0 ||
+      rotary_dim > d)
+    return invalid("pages of a shape that attention does not take");
+  if (int64_t(q.element_count()) != tokens * heads * d || out->element_count() != q.element_count() ||
+      int64_t(k.element_count()) != tokens * a.kv_heads * d || v.element_count() != k.element_count())
+    return invalid("q, k and v do not match the pages");
+  a.num_seqs = seq_lens.element_count();
+  if (block_table.dimensions().size() != 2 || block_table.dimensions()[0] != a.num_seqs ||
+      block_table.dimensions()[1] < 1 || int64_t(query_start.element_count()) != a.num_seqs + 1)
+    return invalid("sequences are not described");
+  a.max_blocks = block_table.dimensions()[1];
   a.block_table = block_table.typed_data();
   a.query_start = query_start.typed_data();
   a.seq_lens = seq_lens.typed_data();
-  a.num_seqs = seq_lens.dimensions()[0];
-  a.max_blocks = block_table.dimensions()[1];
-  a.num_pages = pages[0];
-  a.kv_heads = int(pages[1]);
-  a.page_size = pages[2];
-  a.head_dim = int(pages[3]);
-  a.heads = heads;
-  a.rotary_dim = rotary_dim;
+  bool ordered = a.query_start[0] >= 0 && a.query_start[a.num_seqs] <= tokens;
+  for (int64_t s = 0; s < a.num_seqs; ++s) ordered &= a.query_start[s] <= a.query_start[s + 1];
+  if (!ordered) return invalid("query_start_loc must rise, to the number of tokens at most");
+  a.q = q.typed_data();
+  a.k = k.typed_data();
+  a.v = v.typed_data();
   a.scale = scale;
   a.soft_cap = soft_cap;
   a.eps = eps;
   a.window = window;
   a.out = out->typed_data();
-  size_t next = 0;
-  auto floats = [&]() -> const float* {
-    auto buffer = args.get<Floats>(next++);
-    return buffer.has_value() ? buffer->typed_data() : nullptr;
-  };
+  AttentionArguments read{args, rets};
+  const int64_t width = dims[3] * int64_t(values->size_bytes() / values->element_count());
+  for (CachePages* pages : {&a.k_pages, &a.v_pages})
+    read.pages(pages->values, kind->values, a, a.page_size * width);
+  if (kind->scale)
+    for (CachePages* pages : {&a.k_pages, &a.v_pages})
+      read.pages(pages->scale, ffi::BF16, a, a.page_size * 2);
+  if (kind->zero)
+    for (CachePages* pages : {&a.k_pages, &a.v_pages})
+      read.pages(pages->zero, ffi::S8, a, a.page_size);
   if (flags & kHasRope) {
-    a.cos = floats();
-    a.sin = floats();
+    a.cos = read.floats(tokens * (rotary_dim / 2));
+    a.sin = read.floats(tokens * (rotary_dim / 2));
   }
-  if (flags & kHasQNorm) a.q_norm = floats();
-  if (flags & kHasKNorm) a.k_norm = floats();
-  if (flags & kHasSinks) a.sinks = floats();
+  if (flags & kHasQNorm) a.q_norm = read.floats(d);
+  if (flags & kHasKNorm) a.k_norm = read.floats(d);
+  if (flags & kHasSinks) a.sinks = read.floats(heads);
+  if (flags & kHasKScale) a.k_scale = read.floats(a.kv_heads, &a.k_scales);
+  if (flags & kHasVScale) a.v_scale = read.floats(a.kv_heads, &a.v_scales);
+  if (!read.problem.empty()) return invalid(read.problem);
   attention(a);
   return ffi::Error::Success();
 }
@@ -304,18 +377,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_attention, attention_call,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .RemainingArgs()
                                   .Ret<Floats>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets()
                                   .Attr<int32_t>("heads")
                                   .Attr<int32_t>("rotary_dim")
                                   .Attr<int32_t>("flags")
+                                  .Attr<bool>("exact")
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap")
                                   .Attr<float>("eps")

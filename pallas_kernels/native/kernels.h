@@ -35,20 +35,30 @@ struct Matmul {
   Inputs inputs[kMaxWeights];         // what happens to normed rows first, for each weight
 };
 
+// The arrays of `Pages` of paged_attention/pages.py: of keys, or of values.
+struct CachePages {
+  void* values = nullptr;     // [pages, kv_heads, page_size, head_dim], int4 two to a byte
+  uint16_t* scale = nullptr;  // bfloat16 [pages, kv_heads, page_size] or null
+  int8_t* zero = nullptr;     // [pages, kv_heads, page_size] or null
+};
+
 // Attention over a paged cache; see paged_attention/api.py.
 struct Attention {
   const float *q, *k, *v;  // [T, heads * head_dim]
-  void *k_pages, *v_pages;  // [pages, kv_heads, page_size, head_dim]
-  bool cache_bf16;
+  CachePages k_pages, v_pages;
+  int page_type;  // PageType of attention_pages.h
+  bool exact;     // arithmetic in float32
   const int32_t *block_table, *query_start, *seq_lens;
   int64_t num_seqs, max_blocks, num_pages, page_size;
   int heads, kv_heads, head_dim, rotary_dim;
   float scale, soft_cap, eps;  // soft_cap 0: none
   int64_t window;              // 0: none
   const float *cos, *sin;      // [T, rotary_dim / 2] or null
-  const float *q_norm, *k_norm;  // [head_dim] or null
-  const float* sinks;            // [heads] or null
-  float* out;                  // [T, heads * head_dim]
+  const float *q_norm, *k_norm;    // [head_dim] or null
+  const float* sinks;              // [heads] or null
+  const float *k_scale, *v_scale;  // [1] or [kv_heads], or null
+  int64_t k_scales, v_scales;      // how many
+  float* out;                      // [T, heads * head_dim]
 };
 
 struct Embedding {

@@ -1,7 +1,11 @@
 """Native CPU kernel of attention over a paged cache: norm, rope, cache update and softmax in one.
 
 The cache is updated in place (the call aliases its pages), so it must be donated by the caller.
-Inside a page the kernel keeps its own order of elements (native/attention.h).
+Inside a page the kernel keeps its own order of elements (native/attention_pages.h).
+
+Unless `AttentionSpec.exact`, queries and weights meet pages of bfloat16 and, where the processor
+multiplies bfloat16, of float8 in bfloat16; they meet codes in 16 bits with a scale a row where it
+has VNNI. All else is float32.
 """
 
 from __future__ import annotations
@@ -39,33 +43,31 @@ def paged_attention(
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
     native.require()
     page_size = k_pages.page_size
-    if k_pages.dtype not in ("float32", "bfloat16"):
-        raise NotImplementedError(f"pages of {k_pages.dtype}, not float32 or bfloat16")
     if page_size % 16 or page_size > MAX_PAGE_SIZE:
         raise NotImplementedError(f"page size {page_size}: multiples of 16 to {MAX_PAGE_SIZE}")
     if spec.head_dim % 16:
         raise NotImplementedError(f"head_dim {spec.head_dim} is not a multiple of 16")
-    optional = [*(rope or ()), *(w for w in (q_norm, k_norm, sinks) if w is not None)]
-    flags = (rope is not None) | (q_norm is not None) << 1 | (k_norm is not None) << 2
-    flags |= (sinks is not None) << 3
+    arrays = [a for pair in zip(k_pages, v_pages, strict=True) for a in pair if a is not None]
+    given = (rope, q_norm, k_norm, sinks, k_scale, v_scale)  # in the order of AttentionFlags
+    flags = sum((array is not None) << bit for bit, array in enumerate(given))
     call = jax.ffi.ffi_call(
         "qjax_attention",
         [
             jax.ShapeDtypeStruct(q.shape, jnp.float32),
-            jax.ShapeDtypeStruct(k_pages.values.shape, k_pages.values.dtype),
-            jax.ShapeDtypeStruct(v_pages.values.shape, v_pages.values.dtype),
+            *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
         ],
-        input_output_aliases={3: 1, 4: 2},
+        input_output_aliases={6 + i: 1 + i for i in range(len(arrays))},
         vmap_method="sequential",
     )
-    out, keys, values = call(
-        q, k, v, k_pages.values, v_pages.values, block_table, query_start_loc, seq_lens, *optional,
+    out, *arrays = call(
+        q, k, v, block_table, query_start_loc, seq_lens, *arrays, *jax.tree.leaves(given),
         heads=np.int32(spec.num_heads),
         rotary_dim=np.int32(spec.rotary_dim),
         flags=np.int32(flags),
+        exact=spec.exact,
         scale=np.float32(spec.scale),
         soft_cap=np.float32(spec.soft_cap or 0.0),
         eps=np.float32(norm_eps),
         window=np.int64(spec.sliding_window or 0),
     )  # fmt: skip
-    return out, Pages(keys), Pages(values)
+    return out, Pages(*arrays[::2]), Pages(*arrays[1::2])

@@ -15,6 +15,9 @@ class AttentionSpec:
       scale: factor on the scores.
       sliding_window: a query sees the last `sliding_window` positions, itself included; None: all.
       soft_cap: scores become cap * tanh(score / cap) before masking; None: they stay.
+      exact: queries and the weights of the softmax are not rounded, whatever the pages hold.
+        Otherwise an implementation may round them to bfloat16, or finer, for pages that are not
+        float32.
     """
 
     num_heads: int
@@ -24,3 +27,4 @@ class AttentionSpec:
     scale: float
     sliding_window: int | None = None
     soft_cap: float | None = None
+    exact: bool = False

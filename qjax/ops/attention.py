@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 
 from pallas_kernels import paged_attention as kernels
@@ -48,7 +50,7 @@ def paged_attention(
         k,
         v,
         *layer_cache,
-        spec=spec,
+        spec=replace(spec, exact=batch.numerics == "exact"),
         block_table=batch.block_table,
         query_start_loc=batch.query_start_loc,
         seq_lens=batch.seq_lens,

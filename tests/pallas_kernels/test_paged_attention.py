@@ -19,7 +19,7 @@ PAGE = 16
 ALL_DTYPES = ("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 # What the pages of each implementation may be.
 DTYPES = {
-    "native": ("float32", "bfloat16"),
+    "native": ALL_DTYPES,
     "triton": ALL_DTYPES,
     "tpu": ALL_DTYPES,
     "xla": ALL_DTYPES,
