@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from qjax.engine.block_manager import BlockManager
 from qjax.engine.engine import BLOCK_SIZE, Engine, check_request, model_len, peak_memory
 from qjax.engine.request import GenerationResult, Request
+from qjax.engine.runner import numerics_for
 from qjax.engine.sampling_params import SamplingParams
 from qjax.errors import RequestError
-from qjax.kv_cache import bytes_per_token
+from qjax.kv_cache import bytes_per_token, cache_dtypes
 from qjax.params import Params
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def generate(
     numerics: str = "fast",
     stream: bool = False,
     max_model_len: int | None = None,
+    kv_cache_dtype: str = "auto",
+    kv_cache_dtype_skip_layers: Sequence[int | str] = (),
     **sampling: Any,
 ) -> Any:
     """Generates text.
@@ -106,6 +109,12 @@ def generate(
         "exact" computes in float32 throughout. Weights stay as they are in both.
       stream: give an iterator of pieces of text, whose `result` is set at its end; one prompt only.
       max_model_len: most tokens of prompt and output; None for the model's own limit.
+      kv_cache_dtype: what keys and values are held in: "bfloat16", "float32", "int8" (a scale for
+        each token and head, the one to try first), "fp8_e4m3" or "fp8" (with the scales that came
+        with the model, else 1), "fp8_e5m2" or "int4". "auto" is fp8_e4m3 where scales for it came
+        with the model, otherwise bfloat16, and float32 in exact numerics.
+      kv_cache_dtype_skip_layers: layers whose cache is not quantized: their numbers, negative ones
+        from the end, or "sliding_window".
 
     Returns:
       A GenerationResult, or a list of them for n > 1; for a list of prompts, a list of these.
@@ -127,6 +136,8 @@ def generate(
         sampling_params,
         numerics=numerics,
         max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
     )
     groups = [
         [engine.add(ids, sampling_params, sample) for sample in range(sampling_params.n)]
@@ -228,6 +239,8 @@ def engine_for(
     *,
     numerics: str = "fast",
     max_model_len: int | None = None,
+    kv_cache_dtype: str = "auto",
+    kv_cache_dtype_skip_layers: Sequence[int | str] = (),
 ) -> Engine:
     """An engine just large enough for these prompts, in one of a few sizes."""
     limit = model_len(params, max_model_len)
@@ -239,12 +252,17 @@ def engine_for(
     blocks_for = BlockManager(0, BLOCK_SIZE).blocks_for
     need = sorted((blocks_for(length) for length in lengths), reverse=True)
     wanted = sum(need[:MAX_NUM_SEQS])
-    affordable = CACHE_BYTES // (BLOCK_SIZE * bytes_per_token(params.config, "bfloat16"))
+    max_num_seqs = min(len(lengths), MAX_NUM_SEQS)
+    unrounded = numerics_for(numerics, max_num_seqs).cache_dtype
+    dtypes = cache_dtypes(params.config, kv_cache_dtype, unrounded, kv_cache_dtype_skip_layers)
+    affordable = CACHE_BYTES // (BLOCK_SIZE * bytes_per_token(params.config, dtypes))
     num_blocks = max(need[0], min(wanted, affordable))
     return Engine(
         params,
         num_blocks=1 << max(4, (num_blocks - 1).bit_length()),
-        max_num_seqs=min(len(lengths), MAX_NUM_SEQS),
+        max_num_seqs=max_num_seqs,
         max_model_len=limit,
         numerics=numerics,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
     )

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from qjax.kv_cache import Batch, cache_dtype, init_cache
+from qjax.kv_cache import Batch, cache_dtypes, init_cache
 from qjax.models import functional
 from qjax.params import Params
 
 _PAGE_SIZE = 32
 
 
-def forward(params: Params, tokens: jax.Array, numerics: str = "exact") -> jax.Array:
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    numerics: str = "exact",
+    *,
+    kv_cache_dtype: str = "auto",
+    kv_cache_dtype_skip_layers: Sequence[int | str] = (),
+) -> jax.Array:
     """Logits after every token. Pure; works under `jax.jit` and `jax.vmap`.
 
     Args:
@@ -20,13 +29,20 @@ def forward(params: Params, tokens: jax.Array, numerics: str = "exact") -> jax.A
       tokens: int [B, T] or [T].
       numerics: "exact" (activations stay float32), or how they may be rounded: "bfloat16",
         "int16" or "int8".
+      kv_cache_dtype, kv_cache_dtype_skip_layers: see `qjax.generate`; "auto" is float32 here.
 
     Returns:
       float32 [B, T, V] or [T, V].
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.ndim == 1:
-        return forward(params, tokens[None], numerics)[0]
+        return forward(
+            params,
+            tokens[None],
+            numerics,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
+        )[0]
     rows, length = tokens.shape
     pages = -(-length // _PAGE_SIZE)
     batch = Batch(
@@ -36,9 +52,8 @@ def forward(params: Params, tokens: jax.Array, numerics: str = "exact") -> jax.A
         block_table=jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages),
         numerics=numerics,
     )
-    cache = init_cache(
-        params.config, rows * pages, _PAGE_SIZE, cache_dtype(params.config, "float32")
-    )
+    dtypes = cache_dtypes(params.config, kv_cache_dtype, "float32", kv_cache_dtype_skip_layers)
+    cache = init_cache(params.config, rows * pages, _PAGE_SIZE, dtypes)
     hidden, _ = functional.run(params.config, params.tree, tokens.reshape(-1), batch, cache)
     logits = functional.logits(params.config, params.tree, hidden, batch)
     return logits.reshape(rows, length, -1)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.pages import Pages, empty
+from pallas_kernels.paged_attention.pages import CACHE_DTYPES, Pages, empty
+from qjax.errors import RequestError
 
 if TYPE_CHECKING:
     from qjax.models.config import ModelConfig
@@ -20,6 +21,8 @@ NUMERICS = ("exact", "bfloat16", "int16", "int8")
 
 LayerCache = tuple[Pages, Pages]  # keys and values of one layer
 KVCache = tuple[LayerCache, ...]
+
+KV_CACHE_DTYPES = ("auto", "fp8", *CACHE_DTYPES)
 
 
 @partial(
@@ -73,10 +76,49 @@ def init_cache(
     )
 
 
-def cache_dtype(config: ModelConfig, otherwise: str) -> str:
-    """What the cache of a model holds where nobody asks for anything: 8-bit floats where scales for
-    them came with it."""
-    return "fp8_e4m3" if config.kv_scales else otherwise
+def cache_dtypes(
+    config: ModelConfig,
+    asked: str,
+    unrounded: str,
+    skip_layers: Sequence[int | str] = (),
+) -> tuple[str, ...]:
+    """What the cache of each layer holds, one of `CACHE_DTYPES`.
+
+    Args:
+      asked: one of `KV_CACHE_DTYPES`. "auto" is 8-bit floats where scales for them came with the
+        model, and `unrounded` elsewhere; "fp8" is "fp8_e4m3". Scales that came with the model
+        serve 8-bit floats only.
+      unrounded: what a cache holds that is not quantized.
+      skip_layers: layers that keep `unrounded`: their numbers, negative ones from the end, or
+        "sliding_window" for all that have one.
+
+    Raises:
+      RequestError: there is no such dtype or layer, or a head has an odd number of dimensions and
+        4-bit codes go in pairs.
+    """
+    if asked not in KV_CACHE_DTYPES:
+        known = ", ".join(KV_CACHE_DTYPES)
+        raise RequestError(f"kv_cache_dtype must be one of {known}, got {asked!r}.")
+    if asked == "auto":
+        asked = "fp8_e4m3" if config.kv_scales else unrounded
+    asked = "fp8_e4m3" if asked == "fp8" else asked
+    if asked == "int4" and config.head_dim % 2:
+        raise RequestError(
+            f"kv_cache_dtype int4 takes heads of an even size, this model's is {config.head_dim}."
+        )
+    count = config.num_layers
+    skipped: set[int] = set()
+    for layer in (skip_layers,) if isinstance(skip_layers, str) else skip_layers:
+        if layer == "sliding_window":
+            skipped |= {i for i in range(count) if config.window_for(i) is not None}
+        elif isinstance(layer, int) and not isinstance(layer, bool) and -count <= layer < count:
+            skipped.add(layer % count)
+        else:
+            raise RequestError(
+                f"kv_cache_dtype_skip_layers must hold numbers in [{-count}, {count - 1}] or "
+                f"'sliding_window', got {layer!r}."
+            )
+    return tuple(unrounded if i in skipped else asked for i in range(count))
 
 
 def bytes_per_token(config: ModelConfig, dtypes: str | Sequence[str]) -> int:

@@ -19,6 +19,8 @@ def chat(
     seed: options.Seed = None,
     numerics: options.NumericsOption = options.Numerics.fast,
     max_model_len: options.MaxModelLen = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
+    kv_cache_dtype_skip_layers: options.KVCacheSkipLayers = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops a reply, Ctrl-D leaves."""
     import qjax
@@ -59,6 +61,8 @@ def chat(
                 numerics=numerics.value,
                 stream=True,
                 max_model_len=max_model_len,
+                kv_cache_dtype=kv_cache_dtype,
+                kv_cache_dtype_skip_layers=options.skip_layers(kv_cache_dtype_skip_layers),
             )
         except qjax.RequestError as error:
             typer.echo(f"qjax: {error}", err=True)

@@ -35,6 +35,8 @@ def generate(
     ] = False,
     numerics: options.NumericsOption = options.Numerics.fast,
     max_model_len: options.MaxModelLen = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
+    kv_cache_dtype_skip_layers: options.KVCacheSkipLayers = None,
     quantization: Annotated[
         str | None,
         typer.Option("--quantization", help='Quantize full-precision weights, such as to "fp8".'),
@@ -79,7 +81,14 @@ def generate(
     elif system:
         raise qjax.RequestError(f"--system needs a chat template, and {model} has none.")
     stream = qjax.generate(
-        params, asked, sampling, numerics=numerics.value, stream=True, max_model_len=max_model_len
+        params,
+        asked,
+        sampling,
+        numerics=numerics.value,
+        stream=True,
+        max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype_skip_layers=options.skip_layers(kv_cache_dtype_skip_layers),
     )
     try:
         for piece in stream:

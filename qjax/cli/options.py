@@ -30,6 +30,20 @@ MaxTokens = Annotated[
 MaxModelLen = Annotated[
     int | None, typer.Option("--max-model-len", help="Most tokens of prompt and output.")
 ]
+KVCacheDtype = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="auto, bfloat16, float32, int8, fp8 (fp8_e4m3), fp8_e5m2 or int4: the cache's type.",
+    ),
+]
+KVCacheSkipLayers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kv-cache-dtype-skip-layers",
+        help="A layer whose cache is not quantized, or sliding_window; may be repeated.",
+    ),
+]
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0 is greedy.", rich_help_panel=SAMPLING)
 ]
@@ -52,3 +66,8 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="Text that ends the output; may be repeated."),
 ]
+
+
+def skip_layers(texts: list[str] | None) -> list[int | str]:
+    """Layers as `qjax.generate` takes them: numbers where they are some."""
+    return [int(text) if text.lstrip("-").isdecimal() else text for text in texts or ()]

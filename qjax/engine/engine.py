@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -42,7 +43,7 @@ class Engine:
       max_num_seqs: most sequences that run at a time.
       max_model_len: most tokens of a sequence, prompt and output; None for the model's own limit.
       max_num_batched_tokens: longer prompts are cut into chunks of this many tokens.
-      numerics: "fast" or "exact", see `qjax.generate`.
+      numerics, kv_cache_dtype, kv_cache_dtype_skip_layers: see `qjax.generate`.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Engine:
         max_model_len: int | None = None,
         max_num_batched_tokens: int = 2048,
         numerics: str = "fast",
+        kv_cache_dtype: str = "auto",
+        kv_cache_dtype_skip_layers: Sequence[int | str] = (),
     ):
         self.params = params
         self.max_model_len = model_len(params, max_model_len)
@@ -74,6 +77,8 @@ class Engine:
             max_num_seqs=max_num_seqs,
             table_width=bucket(BLOCK_TABLE_WIDTHS, widest),
             numerics=numerics,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
         )
         self._pending: _Sent | None = None
 

@@ -1,6 +1,7 @@
 """Compiled steps, the cache, and what stays on the device between steps."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from qjax.engine.compile_cache import load_or_compile
 from qjax.engine.scheduler import Plan
 from qjax.engine.step import Rows, State, StepOutput, StepSpec, step, step_results
 from qjax.errors import RequestError
-from qjax.kv_cache import Batch, cache_dtype, init_cache
+from qjax.kv_cache import Batch, cache_dtypes, init_cache
 from qjax.models.config import ModelConfig
 
 
@@ -80,6 +81,7 @@ class Runner:
       max_num_seqs: number of slots.
       table_width: most pages of one sequence.
       numerics: "fast" or "exact".
+      kv_cache_dtype, kv_cache_dtype_skip_layers: see `qjax.generate`.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class Runner:
         max_num_seqs: int,
         table_width: int,
         numerics: str,
+        kv_cache_dtype: str = "auto",
+        kv_cache_dtype_skip_layers: Sequence[int | str] = (),
     ):
         self.config = config
         self.tree = tree
@@ -106,7 +110,12 @@ class Runner:
                     config,
                     num_blocks,
                     block_size,
-                    cache_dtype(config, self._numerics.cache_dtype),
+                    cache_dtypes(
+                        config,
+                        kv_cache_dtype,
+                        self._numerics.cache_dtype,
+                        kv_cache_dtype_skip_layers,
+                    ),
                     np.zeros,
                 ),
                 State(last=np.zeros(max_num_seqs, np.int32)),

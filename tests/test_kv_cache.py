@@ -1,0 +1,86 @@
+"""What a cache holds by layer and how many bytes that takes, and generation with each dtype."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qjax
+from qjax.cli.main import main
+from qjax.kv_cache import bytes_per_token, cache_dtypes
+
+
+@pytest.fixture(scope="module")
+def file(golden: Path) -> Path:
+    return golden / "gguf-Q4_1" / "model.gguf"
+
+
+@pytest.fixture(scope="module")
+def params(file: Path) -> qjax.Params:
+    return qjax.load(file)
+
+
+@pytest.fixture(scope="module")
+def reference(golden: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(golden / "gguf-Q4_1" / "reference.npz"))
+
+
+def test_bytes_of_a_token(params) -> None:
+    config = params.config
+    numbers = 2 * config.num_layers * config.num_kv_heads
+    size = config.head_dim
+    expected = {"float32": 4 * size, "bfloat16": 2 * size, "fp8_e4m3": size, "fp8_e5m2": size}
+    expected |= {"int8": size + 2, "int4": size // 2 + 3}
+    assert {d: bytes_per_token(config, d) for d in expected} == {
+        d: numbers * n for d, n in expected.items()
+    }
+
+
+def test_dtypes_of_layers(params) -> None:
+    config = params.config
+    last = config.num_layers - 1
+    assert set(cache_dtypes(config, "auto", "bfloat16")) == {"bfloat16"}
+    assert set(cache_dtypes(config, "fp8", "bfloat16")) == {"fp8_e4m3"}
+    skipped = cache_dtypes(config, "int8", "bfloat16", [0, -1])
+    assert [i for i, d in enumerate(skipped) if d == "bfloat16"] == [0, last]
+    assert set(cache_dtypes(config, "int4", "float32", ["sliding_window"])) == {"int4"}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "fp8_e5m2", "int4"])
+def test_generation_stays_close(params, reference, dtype: str) -> None:
+    result = qjax.generate(
+        params,
+        reference["ids_0"].tolist(),
+        max_tokens=4,
+        ignore_eos=True,
+        numerics="exact",
+        kv_cache_dtype=dtype,
+    )
+    # The first token's logits depend least on the cache; 4 bits may turn what follows.
+    close = 4 if dtype == "int8" else 1
+    assert list(result.token_ids)[:close] == reference["greedy_0"].tolist()[:close]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"kv_cache_dtype": "int3"}, "kv_cache_dtype must be one of auto, fp8, .*, got 'int3'"),
+        ({"kv_cache_dtype_skip_layers": [99]}, "skip_layers must hold numbers in .*, got 99"),
+        ({"kv_cache_dtype_skip_layers": ["x"]}, "or 'sliding_window', got 'x'"),
+    ],
+)
+def test_errors(params, keywords, message) -> None:
+    with pytest.raises(qjax.RequestError, match=message):
+        qjax.generate(params, [5], max_tokens=1, **keywords)
+
+
+def test_command_line(file: Path, capsys) -> None:
+    common = ["generate", "hello", "-m", str(file), "-n", "2", "--raw"]
+    options = ["--kv-cache-dtype", "int8", "--kv-cache-dtype-skip-layers", "-1"]
+    with pytest.raises(SystemExit) as end:
+        main([*common, *options])
+    assert end.value.code == 0
+    with pytest.raises(SystemExit) as end:
+        main([*common, "--kv-cache-dtype", "int3"])
+    assert end.value.code == 1
+    assert "got 'int3'" in capsys.readouterr().err
