@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         fault,
     )
     from qjax.forward import forward
+    from qjax.llm import LLM
     from qjax.params import Params
     from qjax.qarray import QArray
     from qjax.registry import register_quantization_config
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "LLM": "qjax.llm",
     "ActSpec": "pallas_kernels.inputs",
     "Checkpoint": "qjax.formats.base",
     "CheckpointError": "qjax.errors",
@@ -68,6 +70,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "LLM",
     "ActSpec",
     "Checkpoint",
     "CheckpointError",

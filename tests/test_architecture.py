@@ -41,7 +41,7 @@ FLOORS = {
     "models": ["qjax.models"],
     "checkpoint": ["qjax.checkpoint"],
     "running": ["qjax.engine", "qjax.compress", "qjax.forward"],
-    "api": ["qjax.api", "qjax.distributed", "qjax.evaluate"],
+    "api": ["qjax.api", "qjax.llm", "qjax.distributed", "qjax.evaluate"],
     "measuring": ["qjax.bench", "qjax.tune"],
     "programs": ["qjax.cli", "qjax.server", "qjax.__main__", "qjax.bench.__main__"],
     "facade": ["qjax"],

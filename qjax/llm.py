@@ -1,0 +1,95 @@
+"""`LLM`: a model with an engine that stays, under the names that vLLM gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from qjax.api import MAX_NUM_SEQS, encode, engine_for, is_single, load
+from qjax.engine.engine import Engine, model_len, peak_memory
+from qjax.engine.request import GenerationResult
+from qjax.engine.sampling_params import SamplingParams
+from qjax.errors import RequestError
+
+
+class LLM:
+    """Generates for many prompts, one call after the other; cache and programs are kept.
+
+    Args:
+      model, quantization: see `qjax.load`.
+      kv_cache_dtype, kv_cache_dtype_skip_layers, numerics: see `qjax.generate`.
+      max_model_len: most tokens of a sequence; None for the model's own limit.
+      max_num_seqs: most sequences that run at a time. The cache is made for as many of full
+        length, as far as `qjax.api.CACHE_BYTES` reach.
+
+    Raises:
+      RequestError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str],
+        *,
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
+        kv_cache_dtype_skip_layers: Sequence[int | str] = (),
+        max_model_len: int | None = None,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        numerics: str = "fast",
+    ):
+        if not 1 <= max_num_seqs <= MAX_NUM_SEQS:
+            raise RequestError(f"max_num_seqs must be in [1, {MAX_NUM_SEQS}], got {max_num_seqs}.")
+        self.params = load(model, quantization=quantization)
+        limit = model_len(self.params, max_model_len)
+        longest = SamplingParams(max_tokens=None)
+        self.engine: Engine = engine_for(
+            self.params,
+            [(0,)] * max_num_seqs,
+            longest,
+            numerics=numerics,
+            max_model_len=limit,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
+        )
+
+    def generate(self, prompts: Any, sampling_params: SamplingParams | None = None) -> list[Any]:
+        """A GenerationResult for each prompt (a list of them for n > 1), in order.
+
+        Args:
+          prompts: one prompt or a list, of any kind that `qjax.generate` takes.
+
+        Raises:
+          RequestError: a prompt is out of range; none has been started then.
+        """
+        from tqdm.auto import tqdm  # slow to import
+
+        params = sampling_params or SamplingParams()
+        ids = [encode(self.params, p) for p in ([prompts] if is_single(prompts) else prompts)]
+        requests = []
+        try:
+            for prompt in ids:
+                for sample in range(params.n):
+                    requests.append(self.engine.add(prompt, params, sample))
+            with tqdm(total=len(requests), desc="generating", delay=1.0, disable=None) as bar:
+                while self.engine.busy:
+                    done = [r for r in self.engine.step() if r.finish_reason is not None]
+                    bar.update(len(done))
+        except BaseException:
+            # What was cut short leaves nothing behind for the next call.
+            for request in requests:
+                self.engine.abort(request)
+            raise
+        peak = peak_memory()
+        results: list[GenerationResult] = [request.result(peak) for request in requests]
+        if params.n == 1:
+            return results
+        return [results[i : i + params.n] for i in range(0, len(results), params.n)]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | None = None,
+    ) -> list[Any]:
+        """`generate` of a conversation, or a list of conversations, of {"role", "content"}."""
+        return self.generate(messages, sampling_params)
