@@ -7,6 +7,7 @@ import pytest
 
 import qjax
 from qjax.cli.main import main
+from qjax.engine.engine import Engine
 from qjax.kv_cache import bytes_per_token, cache_dtypes
 
 
@@ -46,6 +47,7 @@ def test_dtypes_of_layers(params) -> None:
     assert set(cache_dtypes(config, "int4", "float32", ["sliding_window"])) == {"int4"}
 
 
+@pytest.mark.filterwarnings("ignore:kv_cache_dtype fp8")
 @pytest.mark.parametrize("dtype", ["int8", "fp8", "fp8_e5m2", "int4"])
 def test_generation_stays_close(params, reference, dtype: str) -> None:
     result = qjax.generate(
@@ -59,6 +61,30 @@ def test_generation_stays_close(params, reference, dtype: str) -> None:
     # The first token's logits depend least on the cache; 4 bits may turn what follows.
     close = 4 if dtype == "int8" else 1
     assert list(result.token_ids)[:close] == reference["greedy_0"].tolist()[:close]
+
+
+def test_floats_of_8_bits_without_scales_warn(params) -> None:
+    with pytest.warns(RuntimeWarning, match="kv_cache_dtype fp8 without scales.*int8 is closer"):
+        Engine(params, num_blocks=1, kv_cache_dtype="fp8")
+
+
+def test_preempted_and_chunked_as_alone(params, reference) -> None:
+    prompts = [tuple(reference[f"ids_{i}"].tolist()) for i in range(3)]
+    sampling = qjax.SamplingParams(max_tokens=32, ignore_eos=True)
+
+    def run(prompts, **sizes):
+        engine = Engine(params, numerics="exact", kv_cache_dtype="int8", **sizes)
+        requests = [engine.add(prompt, sampling) for prompt in prompts]
+        while engine.busy:
+            engine.step()
+        return [request.output_ids for request in requests], engine
+
+    alone, _ = run(prompts, num_blocks=16)
+    chunked, engine = run(prompts, num_blocks=7, max_num_batched_tokens=50)
+    assert engine.scheduler.num_preemptions > 0
+    # A page holds the same codes however the prompt came; sums differ in their last bits only.
+    same = [a[:8] == b[:8] for a, b in zip(alone, chunked, strict=True)]
+    assert all(same)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Compiled steps, the cache, and what stays on the device between steps."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
@@ -103,21 +104,20 @@ class Runner:
         self.table_width = table_width
         self.compile_seconds = 0.0  # time spent waiting for compilers
         self._numerics = numerics_for(numerics, max_num_seqs)
+        dtypes = cache_dtypes(
+            config, kv_cache_dtype, self._numerics.cache_dtype, kv_cache_dtype_skip_layers
+        )
+        if not config.kv_scales and any(dtype.startswith("fp8") for dtype in dtypes):
+            warnings.warn(
+                f"kv_cache_dtype {kv_cache_dtype} without scales from the model takes 1.0, which "
+                "may cost accuracy: int8 is closer at about the same size",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         # Copied, since a donated array must be the device's own.
         self._cache, self._state = jax.device_put(
             (
-                init_cache(
-                    config,
-                    num_blocks,
-                    block_size,
-                    cache_dtypes(
-                        config,
-                        kv_cache_dtype,
-                        self._numerics.cache_dtype,
-                        kv_cache_dtype_skip_layers,
-                    ),
-                    np.zeros,
-                ),
+                init_cache(config, num_blocks, block_size, dtypes, np.zeros),
                 State(last=np.zeros(max_num_seqs, np.int32)),
             ),
             may_alias=False,
