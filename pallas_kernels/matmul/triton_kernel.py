@@ -79,11 +79,17 @@ class _Weight:
 
     def beside(self, name: str, column: Any, size: int) -> jax.Array:
         """Scales or zero points as stored, one for each `size` columns, from a column of a chunk
-        on: [outputs, 1], or [outputs, columns] where the chunk has several.
+        on: [outputs, 1], or one for each group of the chunk, or for each of its columns where
+        groups do not divide it.
         """
         ref = self.refs[name]
         groups = ref.shape[-2]
-        if groups > 1 and size % self.columns:
+        alone = self.plan.planes.group[0] == 1
+        if groups == 1 or size % self.columns == 0:
+            several = 1
+        elif alone and self.columns % size == 0:
+            several = self.columns // size
+        else:
             group = jnp.minimum((column + lax.iota(jnp.int32, self.columns)) // size, groups - 1)
             shape = (self.plan.blocks.outputs, self.columns)
             at = (
@@ -91,14 +97,28 @@ class _Weight:
                 jnp.broadcast_to(self.scale_row[:, None], shape),
             )
             return plt.load(ref.at[(*self.lead, *at)])
-        # (Columns that K was filled up with may lie behind the last group.)
-        group = 0 if groups == 1 else jnp.minimum(column // size, groups - 1)
-        if self.plan.planes.group[0] > 1:
+        # Columns that K was filled up with may lie behind the last group.
+        group, behind = 0 if groups == 1 else column // size, None
+        if several > 1 and self.plan.planes.k > self.plan.planes.shape[1]:
+            behind = group + lax.iota(jnp.int32, several) < groups
+        elif several == 1 and groups > 1:
+            group = jnp.minimum(group, groups - 1)
+        if not alone:
             at = (jnp.full_like(self.scale_row, group), self.scale_row)
             return plt.load(ref.at[(*self.lead, *at)])[:, None]
-        ref = ref.at[(*self.lead, pl.ds(group, 1), self.outputs)]
+        ref = ref.at[(*self.lead, pl.ds(group, several), self.outputs)]
         mask = None if self.inside is None else self.inside[None, :]
+        if behind is not None:
+            mask = behind[:, None] if mask is None else behind[:, None] & mask
         return plt.load(ref, mask=mask, other=None if mask is None else 0).T
+
+    def spread(self, of_groups: jax.Array) -> jax.Array:
+        """What `beside` gives, as [outputs, 1 or columns]."""
+        outputs, groups = of_groups.shape
+        if groups in (1, self.columns):
+            return of_groups
+        wide = jnp.broadcast_to(of_groups[:, :, None], (outputs, groups, self.columns // groups))
+        return wide.reshape(outputs, self.columns)
 
     def scale(self, column: Any) -> jax.Array:
         planes = self.plan.planes
@@ -108,7 +128,7 @@ class _Weight:
         return scale if whole is None else scale * whole
 
     def zero(self, column: Any) -> jax.Array:
-        """What is subtracted from codes, or added to weights: [outputs, 1 or columns]."""
+        """What is subtracted from codes, or added to weights."""
         zero = self.beside("zero", column, self.plan.planes.group[1]).astype(jnp.float32)
         return self._times("super_zero", column, zero)
 
@@ -138,7 +158,7 @@ class _Weight:
         plan, planes = self.plan, self.plan.planes
         dot = jnp.dtype(plan.dot)
         if plan.scaling == "weight":
-            return planes_tile.rounded(self._scaled(codes, column), plan.rounded).astype(dot)
+            return planes_tile.rounded(self.scaled(codes, column), plan.rounded).astype(dot)
         if dot == jnp.int8:
             if planes.value == "signed":
                 return lax.bitcast_convert_type(codes, jnp.int8)
@@ -150,13 +170,16 @@ class _Weight:
         # In bfloat16 these are integers of 8 bits and a sign, exactly.
         return planes_tile.values(codes, planes, dot, zero=self.zero(column).astype(dot))
 
-    def _scaled(self, codes: jax.Array, column: Any) -> jax.Array:
-        planes, scale = self.plan.planes, self.scale(column)
-        lookup = planes.value == "lookup"
-        values = self.values(codes, jnp.float32 if lookup else self.plan.dot).astype(jnp.float32)
+    def scaled(self, codes: jax.Array, column: Any) -> jax.Array:
+        """The weight itself, [outputs, columns]."""
+        plan, planes, scale = self.plan, self.plan.planes, self.scale(column)
+        if plan.scale_is_narrow:
+            return self.values(codes, plan.dot) * self.spread(scale.astype(plan.dot))
+        scale, lookup = self.spread(scale), planes.value == "lookup"
+        values = self.values(codes, jnp.float32 if lookup else plan.dot).astype(jnp.float32)
         if planes.zero is None:
             return values * scale
-        zero = self.zero(column)
+        zero = self.spread(self.zero(column))
         return values * scale + zero if planes.zero == "add" else (values - zero) * scale
 
 

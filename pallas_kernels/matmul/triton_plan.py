@@ -25,8 +25,10 @@ from pallas_kernels.matmul.planes import Planes, describe
 from pallas_kernels.matmul.spec import WeightSpec
 
 FEW_ROWS = 64
+WIDE_COLUMNS = 64  # of a chunk; scaling a weight costs less than a step of the loop for fewer
 LEAST_COLUMNS = 16  # of a dot; of one with integers of 8 bits, twice as many
 SHARED_MEMORY = 200 << 10  # of a program, for the stages of its loop
+NARROW = ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu")
 MULTIPROCESSORS = {"H100": 132, "H200": 132, "GH200": 132, "B200": 148, "A100": 108, "L40": 142}
 
 
@@ -83,7 +85,15 @@ class Plan:
     @property
     def scales_globally_first(self) -> bool:
         """Whether a global scale multiplies each scale, or the finished sum."""
-        return self.scaling == "weight" or self.planes.zero == "add"
+        return self.rounded is not None or self.planes.zero == "add"
+
+    @property
+    def scale_is_narrow(self) -> bool:
+        """Whether a scale is a number of bfloat16, as the codes are, and rounding their product
+        is all that happens to a weight."""
+        number = self.planes.value != "lookup" and self.planes.zero is None
+        whole = self.planes.super_columns is None and not self.scales_globally_first
+        return self.dot == "bfloat16" and self.scale in NARROW and number and whole
 
     @property
     def steps(self) -> int:
@@ -120,7 +130,8 @@ def plan_of(
     one_scale = planes.group[1] >= planes.shape[1]
     few = rows <= FEW_ROWS or experts > 0
     scales_weights = not exact_codes and (
-        (dot == "float32" and planes.zero == "add") or (dot == "bfloat16" and not few)
+        (dot == "float32" and planes.zero == "add")
+        or (dot == "bfloat16" and (not few or columns < WIDE_COLUMNS))
     )
     if rounded is not None or columns < LEAST_COLUMNS:
         scaling = "weight"

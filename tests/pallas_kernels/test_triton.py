@@ -76,13 +76,14 @@ def test_inputs_of_codes(dtype, groups, kind):
         shaped("int8", (1, K)),
         shaped("fp8_e4m3", (64, 128)),
         shaped("fp4_e2m1", (1, 16), "float8_e4m3fn", has_global_scale=True),
+        Coded("uint4b8", (1, 16), "float16", shape=(N, 96)),
     ],
     ids=str,
 )
 def test_many_rows(kind):
     """Weights of groups are scaled before the product."""
     spec, arrays, decoded = ready(kind)
-    x = np.random.default_rng(0).standard_normal((130, K)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((130, kind.shape[1])).astype(np.float32)
     y = jax.jit(lambda x, arrays: triton.product(x.astype(jnp.bfloat16), spec, arrays))(x, arrays)
     assert error(y, x.astype(np.float64) @ decoded.T) <= TOLERANCES["bfloat16"]
 
@@ -125,7 +126,7 @@ SIZES = [0, 3, 40, 1, 0, 17]
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        (shaped("uint4b8", (1, 32), "bfloat16"), "bfloat16"),
+        (shaped("uint4b8", (1, 128), "bfloat16"), "bfloat16"),
         (shaped("fp4_e2m1", (1, 16), "float8_e4m3fn", has_global_scale=True), "bfloat16"),
         (shaped("fp4_e2m1", (1, 32), "float8_e8m0fnu"), "bfloat16"),
         (shaped("uint4", (1, 64), "float16", "uint8"), "float32"),
