@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -71,19 +74,27 @@ class Check:
         return f"{what}: error {self.error:.1e}, allowed {self.tolerance:.0e}"
 
 
-def checks(op: str, kinds: Sequence[str], implementation: str | None = None) -> Iterator[Check]:
+def known(op: str) -> list[str]:
+    """Implementations of an op by name; none of whole decode steps, which take many ops."""
+    op = "paged_attention" if op == "prefill_attention" else op
+    return _CHECKED[op][1] if op in _CHECKED else []
+
+
+def checks(op: str, kinds: Sequence[str], implementation: str | None = None) -> list[Check]:
     """All of an op: of the kinds named, by the implementation named or else by every one that would
-    not be interpreted here.
+    not be interpreted here. An implementation that the op does not have is not checked.
     """
-    if op not in _CHECKED:
-        return
-    run, known, numerics = _CHECKED[op]
-    exact_only = platform.device_kind() == "cpu"
-    for name in [implementation] if implementation else cases.implementations(known):
-        for kind in kinds:
-            for how in numerics[:1] if exact_only else numerics:
-                for rows in ROWS if "matmul" in op else ROWS[1:2]:
-                    yield _checked(op, kind, name, rows, how, run)
+    names = [n for n in known(op) if n == implementation]
+    if implementation is None:
+        names = cases.implementations(known(op))
+    if not names or op not in _CHECKED:
+        return []
+    run, _, numerics = _CHECKED[op]
+    numerics = numerics[:1] if platform.device_kind() == "cpu" else numerics
+    sizes = ROWS if "matmul" in op else ROWS[1:2]
+    wanted = product((op,), kinds, names, sizes, numerics, (run,))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda arguments: _checked(*arguments), wanted))
 
 
 def _checked(
@@ -120,11 +131,11 @@ def _grouped(kind: str, rows: int, numerics: str) -> tuple[jax.Array, np.ndarray
     sizes = np.bincount(owner, minlength=EXPERTS).astype(np.int32)
     x, dtype = cases.inputs(rows, SHAPE[1]), ACTIVATION_DTYPES[numerics]
 
-    def product(x: jax.Array, w: QArray) -> jax.Array:
+    def grouped(x: jax.Array, w: QArray) -> jax.Array:
         pair = w.spec, w.arrays
         return matmul_grouped.matmul_grouped(x, jnp.asarray(sizes), pair, activation_dtype=dtype)
 
-    got = jax.jit(product)(x, ops.prepare(weight))
+    got = jax.jit(grouped)(x, ops.prepare(weight))
     x = np.asarray(x, np.float64)
     return got, np.einsum("tk,tnk->tn", x, _float64(weight)[owner])
 

@@ -126,9 +126,10 @@ CHECKED = {
 
 @pytest.mark.parametrize("op", CHECKED)
 def test_values_are_right_here(op):
-    done = list(correctness.checks(op, CHECKED[op]))
+    done = correctness.checks(op, CHECKED[op])
     assert {each.implementation for each in done if each.error is not None} >= {"xla"}
     assert all(each.passed for each in done), [str(each) for each in done if not each.passed]
+    assert correctness.checks(op, CHECKED[op], "unheard_of") == []
 
 
 def run(capsys, *args):
@@ -227,6 +228,7 @@ def test_a_case_that_fails_does_not_end_the_others(monkeypatch, capsys):
         (("--ops", "matmull"), "'matmull' is none of matmul"),
         (("--kinds", "W5"), "'W5' is none of W4A16 g128"),
         (("--shapes", "256"), "'256' is no shape"),
+        (("--implementation", "cuda"), "no implementation 'cuda'; there are: native, "),
         (("--rows", "0"), "Invalid value for '--rows'"),
     ],
 )
