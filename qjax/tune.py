@@ -6,9 +6,13 @@ a CPU none has: there it is only measured which implementation is the fastest.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import jax
@@ -24,8 +28,8 @@ from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.quantize.spec import code_dtype
 from qjax import ops
 from qjax.bench import cases
-from qjax.bench.cases import Case, Measured
-from qjax.bench.clock import Timing
+from qjax.bench.cases import Case, Measured, Ready
+from qjax.bench.clock import TOGETHER, Timing
 from qjax.bench.weights import KINDS, draw, on_device
 from qjax.errors import QjaxError
 from qjax.params import Params
@@ -37,7 +41,7 @@ CONTEXTS = (2048, 8192)
 SEQUENCES = (1, 8, 32)
 CACHE_DTYPES = ("bfloat16", "fp8_e4m3", "int8")
 TIMING = Timing(repeats=3, sample_seconds=0.005, limit_seconds=0.5)
-# Of what the fastest block sizes compute, relative to what the defaults do.
+# Of what the fastest block sizes compute, relative to what XLA does.
 LARGEST_ERROR = 1e-2
 
 _IMPLEMENTATIONS = {
@@ -60,11 +64,10 @@ def of_model(params: Params, rows: Sequence[int] = ROWS) -> list[Case]:
         if isinstance(leaf, QArray) and (leaf is not embedding or "lm_head" not in tree):
             op = "matmul_grouped" if leaf.qvalue.ndim > 2 else "matmul"
             found.setdefault((op, _kind(leaf), *leaf.shape), leaf)
-    products = [
-        Case(op, kind, n, k, count, _relaid(leaf))
-        for (op, kind, n, k), leaf in found.items()
-        for count in rows
-    ]
+    products = []
+    for (op, kind, n, k), leaf in found.items():
+        weight = _once(partial(_relaid, leaf))
+        products += [Case(op, kind, n, k, count, weight) for count in rows]
     heads = config.num_kv_heads
     spec = AttentionSpec(
         config.num_heads, heads, config.head_dim, config.head_dim, config.query_scale
@@ -77,11 +80,13 @@ def of_shapes(
 ) -> list[Case]:
     """Products with weights of kinds in `weights.KINDS` and of these shapes (n, k)."""
 
-    def case(name: str, n: int, k: int, count: int) -> Case:
-        kind = _kind(ops.prepare(draw(KINDS[name], ROWS_OF_A_KIND, k)))
-        return Case("matmul", kind, n, k, count, lambda: _usual(on_device, KINDS[name], n, k))
-
-    return [case(name, n, k, count) for name in kinds for n, k in shapes for count in rows]
+    found = []
+    for name in kinds:
+        for n, k in shapes:
+            kind = _kind(ops.prepare(draw(KINDS[name], ROWS_OF_A_KIND, k)))
+            weight = _once(partial(on_device, KINDS[name], n, k))
+            found += [Case("matmul", kind, n, k, count, weight) for count in rows]
+    return found
 
 
 def _kind(weight: QArray) -> str:
@@ -103,22 +108,29 @@ def _attention(heads: int, spec: AttentionSpec) -> list[Case]:
     ]
 
 
-def _relaid(weight: QArray) -> Callable[[], QArray]:
-    """Makes a weight of a model as the implementation that is named wants it."""
-    canonical = weight if weight.layout == "canonical" else None
-
-    def make() -> QArray:
-        host = jax.tree.map(np.asarray, canonical or ops.unprepare(weight))
-        return jax.device_put(_usual(ops.prepare, host))
-
-    return make
+def _relaid(weight: QArray) -> QArray:
+    """A weight of a model as the implementation that is named wants it."""
+    host = jax.tree.map(np.asarray, weight)
+    canonical = host if weight.layout == "canonical" else ops.unprepare(host)
+    return jax.device_put(ops.prepare(canonical))
 
 
-def _usual(make: Callable[..., QArray], *args: Any) -> QArray:
-    """On an accelerator all implementations read the layout of models; on a CPU each its own."""
-    named = dispatch.named() if platform.device_kind() == "cpu" else None
-    with dispatch.use(named):
-        return make(*args)
+def _once(make: Callable[[], QArray]) -> Callable[[], QArray]:
+    """Makes a weight once a layout: on an accelerator all implementations read that of models, on a
+    CPU each its own.
+    """
+    made: dict[str | None, QArray] = {}
+    lock = Lock()
+
+    def weight() -> QArray:
+        named = dispatch.named() if platform.device_kind() == "cpu" else None
+        with lock, dispatch.use(named):
+            if named not in made:
+                made.clear()
+                made[named] = make()
+            return made[named]
+
+    return weight
 
 
 def run(
@@ -127,7 +139,7 @@ def run(
     implementations: Sequence[str] = (),
     timing: Timing = TIMING,
     budget_seconds: float | None = None,
-    measure: Callable[..., Measured] = cases.measure,
+    prepare: Callable[..., Ready | Measured] = cases.prepare,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> list[Measurement]:
     """Measures cases and enters the best of each implementation into the user's table.
@@ -136,7 +148,7 @@ def run(
       wanted: see `of_model` and `of_shapes`.
       implementations: by name; none for all that are not interpreted here.
       budget_seconds: after so long no further case begins.
-      measure: takes the time, see `cases.measure`.
+      prepare: compiles a case, see `cases.prepare`.
 
     Returns:
       What was entered. The table is written after each case.
@@ -154,7 +166,7 @@ def run(
         if budget_seconds and time.monotonic() - begin > budget_seconds:
             say("out of time")
             break
-        found = list(_best(case, implementations, timing, measure, say))
+        found = list(_best(case, implementations, timing, prepare, say))
         if not found:
             continue
         entered += found
@@ -171,7 +183,7 @@ def _best(
     case: Case,
     implementations: Sequence[str],
     timing: Timing,
-    measure: Callable[..., Measured],
+    prepare: Callable[..., Ready | Measured],
     say: Callable[[str], None],
 ) -> Iterator[Measurement]:
     """The fastest block sizes of each implementation whose values are right."""
@@ -184,24 +196,40 @@ def _best(
         if name not in known:
             raise QjaxError(f"{case.op} has no implementation {name!r}: {', '.join(known)}")
         timed: list[tuple[float, Mapping[str, int]]] = []
-        for blocks in _candidates(known[name], kind, case):
+        candidates = _candidates(known[name], kind, case)
+        for blocks, ready in _prepared(candidates, partial(prepare, case, timing, name)):
             try:
-                with tuning.trying(blocks):
-                    seconds = measure(case, timing, name).seconds
+                seconds = cases.timed(ready.result(), timing).seconds
             except Exception as error:  # a compiler's: the other block sizes are still wanted
                 say(f"{name} {dict(blocks)}: {type(error).__name__}: {str(error)[:200]}")
                 continue
-            if seconds is None:
-                break
-            timed.append((seconds, blocks))
+            if seconds is not None:
+                timed.append((seconds, blocks))
         for seconds, blocks in sorted(timed, key=lambda pair: pair[0]):
-            if blocks and not _is_right(case, name, blocks):
+            if name != "xla" and not _is_right(case, name, blocks):
                 say(f"{name} {dict(blocks)}: wrong values")
                 continue
             size = case.n, case.k, case.rows
             time_us = float(f"{seconds * 1e6:.4g}")
             yield Measurement(case.op, kind, *size, name, dict(blocks), time_us, jax.__version__)
             break
+
+
+def _prepared(
+    candidates: Iterable[Mapping[str, int]], prepare: Callable[[], Ready | Measured]
+) -> Iterator[tuple[Mapping[str, int], Future[Ready | Measured]]]:
+    """A case with all block sizes, compiled side by side, some at a time."""
+
+    def compiled(blocks: Mapping[str, int]) -> Ready | Measured:
+        with tuning.trying(blocks):
+            return prepare()
+
+    left = list(candidates)
+    while left:
+        some, left = left[:TOGETHER], left[TOGETHER:]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            futures = [pool.submit(compiled, blocks) for blocks in some]
+        yield from zip(some, futures, strict=True)
 
 
 def _candidates(function: Any, kind: str, case: Case) -> Iterator[Mapping[str, int]]:
@@ -213,10 +241,9 @@ def _candidates(function: Any, kind: str, case: Case) -> Iterator[Mapping[str, i
 
 
 def _is_right(case: Case, name: str, blocks: Mapping[str, int]) -> bool:
-    """Whether block sizes give what the defaults give."""
+    """Whether an implementation computes with these block sizes what XLA does."""
     with tuning.trying(blocks):
         found = cases.values(case, name)
-    with tuning.trying({}):
-        wanted = cases.values(case, name)
+    wanted = cases.values(case, "xla")
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     return bool(error <= LARGEST_ERROR)

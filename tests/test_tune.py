@@ -41,21 +41,21 @@ def kernel(monkeypatch):
 def times(microseconds):
     """Stands in for the clock: by implementation and block size."""
 
-    def measure(case, timing, name):
+    def prepare(case, timing, name):
         blocks = tuning.blocks(case.op, name, case.kind, case.rows, case.n, case.k) or {}
         value = microseconds[name, blocks.get("size")]
         if isinstance(value, Exception):
             raise value
         return Measured(case, name, seconds=None if value is None else value * 1e-6)
 
-    return measure
+    return prepare
 
 
 def run(microseconds, said=None, **case):
     with platform.assume("gpu", DEVICE):
         return tune.run(
             [Case("matmul", "q4_k", 256, 512, 8)],
-            measure=times(microseconds),
+            prepare=times(microseconds),
             say=(said if said is not None else []).append,
         )
 
@@ -99,9 +99,11 @@ def test_block_sizes_that_fail_or_are_wrong_are_left_out(kernel, monkeypatch):
 
 
 def test_what_is_refused_is_not_entered(kernel):
-    assert [e.implementation for e in run(TIMES | {("fake", None): None})] == ["xla"]
+    assert run(TIMES | {("fake", 32): None})[0].blocks == {"size": 16}
+    none: dict = dict.fromkeys(TIMES)
+    assert [e.implementation for e in run(none | {("xla", None): 3})] == ["xla"]
     with pytest.raises(tune.NothingToTune):
-        run({("fake", None): None, ("xla", None): None})
+        run(none)
     with pytest.raises(QjaxError, match="no implementation 'native'"):
         tune.run([Case("matmul", "q4_k", 1, 1, 1)], implementations=["native"])
 

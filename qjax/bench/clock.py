@@ -22,7 +22,7 @@ from jax import lax
 from pallas_kernels import platform
 
 MAX_ROUNDS = 1000
-MAX_COPIES = 8
+TOGETHER = 16  # programs that are compiled side by side, before any is measured
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Timing:
       sample_seconds: what one repeat lasts at least, as far as can be foretold.
       limit_seconds: no further repeat begins after so long.
       spread_bytes: how much copies take together, well beyond the caches.
+      most_copies: each takes its time to compile.
       now: the clock.
     """
 
@@ -41,13 +42,15 @@ class Timing:
     sample_seconds: float = 0.02
     limit_seconds: float = 1.5
     spread_bytes: int = 200_000_000
+    most_copies: int = 8
     now: Callable[[], float] = time.perf_counter
 
     def copies(self, nbytes: int) -> int:
         """How many copies of operands of so many bytes are gone through."""
-        return min(MAX_COPIES, max(1, math.ceil(self.spread_bytes / max(nbytes, 1))))
+        return min(self.most_copies, max(1, math.ceil(self.spread_bytes / max(nbytes, 1))))
 
 
+ON_CPU = Timing(most_copies=24)  # whose last cache may be shared, and larger than it says
 QUICK = Timing(repeats=3, sample_seconds=0.002, limit_seconds=0.3, spread_bytes=1)
 
 # (x, operands that stay, operands that change) -> (outputs, the latter changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -31,7 +32,7 @@ class Limits:
 def limits(timing: Timing, quick: bool = False) -> Limits:
     """Measures them; quickly, with operands too small for the fullest speed."""
     cpu = platform.device_kind() == "cpu"
-    size = 512 if quick or cpu else 8192
+    size = 512 if quick else 2048 if cpu else 8192
     guess = 2 * size**3 / (1e11 if cpu else 1e15)
     peaks = {name: _product(size, DTYPES[name], guess, timing) for name in DTYPES}
     if cpu:
@@ -75,6 +76,7 @@ def description() -> dict[str, Any]:
     return {
         "device": platform.device().name,
         "kind": platform.device_kind(),
+        "processors": os.cpu_count(),
         "platform_version": device.client.platform_version.splitlines()[0],
         "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -13,17 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, platform
 from qjax.bench import clock, correctness, decode, device, grid
 from qjax.bench.cases import Case, Measured, Ready, prepare, timed
-from qjax.bench.clock import Timing
+from qjax.bench.clock import TOGETHER, Timing
 from qjax.bench.grid import Grid
 from qjax.bench.result import Result
 from qjax.errors import QjaxError
 from qjax.models.config import model_config
 
 PEER_SECONDS = 600
-TOGETHER = 16  # cases that are compiled side by side
 
 
 class WrongValues(QjaxError):
@@ -90,7 +89,9 @@ def run(
     for name in implementations:
         if name is not None and name not in names:
             raise QjaxError(f"no implementation {name!r}; there are: {', '.join(sorted(names))}")
-    timing = timing or (clock.QUICK if quick else Timing())
+    if timing is None:
+        usual = clock.ON_CPU if platform.device_kind() == "cpu" else Timing()
+        timing = clock.QUICK if quick else usual
     result = Result.open(path, {**device.description(), "quick": quick})
     checked = [check(sizes, name, say) for name in implementations]
     limits = device.limits(timing, quick)

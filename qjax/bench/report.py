@@ -35,7 +35,7 @@ def table(content: dict[str, Any]) -> str:
     limits, versions = content["limits"], content["versions"]
     peaks = ", ".join(f"{rate / 1e12:.3g} T/s {name}" for name, rate in limits["peaks"].items())
     lines = [
-        f"{content['device']}, {content['date']}, "
+        f"{content['device']}, {content['processors']} processors, {content['date']}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + (", quick" if content["quick"] else ""),
         "",

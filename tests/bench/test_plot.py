@@ -16,6 +16,7 @@ ROW = {"n": 4096, "k": 14336, "asked": "", "implementation": "triton", "refused"
 CONTENT = {
     "format": 1,
     "device": "Imaginary Device 9000",
+    "processors": 16,
     "date": "2026-01-01",
     "versions": {"jax": "0.10.2"},
     "quick": False,
@@ -52,7 +53,7 @@ def test_table_and_plot(plot_kernels, tmp_path):
     path.write_text(json.dumps(CONTENT))
     plot_kernels.main([str(path)])
     lines = (tmp_path / "r.md").read_text().splitlines()
-    assert lines[0] == "Imaginary Device 9000, 2026-01-01, jax 0.10.2"
+    assert lines[0] == "Imaginary Device 9000, 16 processors, 2026-01-01, jax 0.10.2"
     assert "3000 GB/s, 900 T/s bfloat16, 1.8e+03 T/s int8" in lines[2]
     figures = "triton | 12 | 2500 | 9.8 | 83% | 1% | 3.33 | 2.00 |"
     assert f"| matmul | W4A16 g128 | 4096x14336 | 1 | {figures}" in lines
