@@ -17,7 +17,13 @@ HARDWARE = {
     "AMD GPU": "gpu",
     "TPU": "tpu",
 }
-_KERNELS = {"native": "C++ kernel", "xla": "XLA", "ref": "reference"}
+_KERNELS = {
+    "native": "C++ kernel",
+    "triton": "Pallas (Triton)",
+    "tpu": "Pallas (TPU)",
+    "xla": "XLA",
+    "ref": "reference",
+}
 
 
 class Format(StrEnum):

@@ -73,7 +73,8 @@ def test_every_kind_runs_everywhere(device: str) -> None:
 
 def test_answers_are_what_runs() -> None:
     for kind in METHODS["gguf"].kinds[:2]:
-        assert methods.what_runs(kind, "tpu") == "XLA"
+        assert methods.what_runs(kind, "gpu") == "Pallas (Triton)"
+        assert methods.what_runs(kind, "tpu") == "Pallas (TPU)"
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
