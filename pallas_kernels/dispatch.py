@@ -21,9 +21,6 @@ from typing import Any
 
 ENVIRONMENT_VARIABLE = "QJAX_IMPLEMENTATION"
 
-# Run only where they were named or measured to be the fastest.
-ON_REQUEST = ("mosaic_gpu",)
-
 Implementations = Sequence[tuple[str, Callable[..., Any]]]
 
 _named: ContextVar[str | None] = ContextVar("implementation", default=None)
@@ -95,8 +92,7 @@ def call(
         asked_for = [pair for name in names for pair in implementations if pair[0] == name]
         implementations = asked_for or _unknown(op, wanted, implementations)
     else:
-        others = [p for p in implementations if p[0] not in (preferred, *ON_REQUEST)]
-        implementations = [p for p in implementations if p[0] == preferred] + others
+        implementations = sorted(implementations, key=lambda pair: pair[0] != preferred)
     refused: dict[str, str] = {}
     for name, function in implementations:
         try:

@@ -72,7 +72,7 @@ def init_cache(
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
     return tuple(
         (empty(shape, dtype, zeros), empty(shape, dtype, zeros))
-        for dtype in _of_each_layer(config, dtypes)
+        for dtype in ([dtypes] * config.num_layers if isinstance(dtypes, str) else dtypes)
     )
 
 
@@ -125,7 +125,3 @@ def bytes_per_token(config: ModelConfig, dtypes: str | Sequence[str]) -> int:
     """Bytes of cache that one token takes in all layers together."""
     cache = init_cache(config, 1, 1, dtypes, jax.ShapeDtypeStruct)
     return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(cache))
-
-
-def _of_each_layer(config: ModelConfig, dtypes: str | Sequence[str]) -> Sequence[str]:
-    return [dtypes] * config.num_layers if isinstance(dtypes, str) else dtypes

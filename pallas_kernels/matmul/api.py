@@ -30,7 +30,6 @@ ACTIVATION_DTYPES = ("float32", "bfloat16", "int16", "int8")
 _PLANES = {
     "gpu": planes.PLANES,
     "triton": planes.PLANES,
-    "mosaic_gpu": planes.PLANES,
     "tpu": planes.TRANSPOSED,
 }
 

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, platform, tuning
+from pallas_kernels.kv_update import api as kv_update
 from pallas_kernels.paged_attention import native, ref, tpu, triton, xla
+from pallas_kernels.paged_attention.after_update import after_update
 from pallas_kernels.paged_attention.pages import FP8, Pages, empty
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
+_ATTEND = {"triton": triton.attend, "tpu": tpu.attend, "xla": xla.attend, "ref": ref.attend}
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.paged_attention),
-    ("triton", triton.paged_attention),
-    ("tpu", tpu.paged_attention),
-    ("xla", xla.paged_attention),
-    ("ref", ref.paged_attention),
+    *((name, after_update(update, _ATTEND[name])) for name, update in kv_update.IMPLEMENTATIONS),
 )
 
 

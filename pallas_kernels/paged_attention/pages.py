@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hadamard import hadamard
+from pallas_kernels.quantize.rounding import round_half_even
 
 FP8 = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
 CACHE_DTYPES = ("float32", "bfloat16", *FP8, "int8", "int4")
@@ -112,14 +113,16 @@ def encode_parts(parts: Sequence[jax.Array], dtype: str, scale: jax.Array | None
         return Pages(jnp.clip(x, -top, top).astype(FP8[dtype]))
     if dtype == "int8":
         step = _round_up(jnp.abs(x).max(-1) / 127)
-        codes = _round(x / _nonzero(step)[..., None])
+        codes = round_half_even(x / _nonzero(step)[..., None])
         return Pages(jnp.clip(codes, -127, 127).astype(jnp.int8), step.astype(jnp.bfloat16))
     if dtype == "int4":
         low = jnp.minimum(*(part.min(-1) for part in parts))
         high = jnp.maximum(*(part.max(-1) for part in parts))
         step = _round_up(jnp.maximum((high - low) / 15, jnp.maximum(-low, high) / 120))
-        zero = _round(low / _nonzero(step))
-        codes = [_round(part / _nonzero(step)[..., None]) - zero[..., None] for part in parts]
+        zero = round_half_even(low / _nonzero(step))
+        codes = [
+            round_half_even(part / _nonzero(step)[..., None]) - zero[..., None] for part in parts
+        ]
         first, second = (jnp.clip(code, 0, 15).astype(jnp.uint8) for code in codes)
         return Pages(first | second << 4, step.astype(jnp.bfloat16), zero.astype(jnp.int8))
     return Pages(x.astype(dtype))
@@ -149,14 +152,6 @@ def _round_up(x: jax.Array) -> jax.Array:
     """The next bfloat16 at or above x >= 0, as float32."""
     bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0xFFFF)
     return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-
-
-def _round(x: jax.Array) -> jax.Array:
-    """To the nearest integer, halves to the even one. Pallas has no `round` on GPUs."""
-    down = jnp.floor(x)
-    rest = x - down
-    up = (rest > 0.5) | ((rest == 0.5) & (down != 2 * jnp.floor(down / 2)))
-    return jnp.where(up, down + 1, down)
 
 
 def _nonzero(step: jax.Array) -> jax.Array:

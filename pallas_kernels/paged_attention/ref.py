@@ -16,10 +16,8 @@ from pallas_kernels.paged_attention.pages import Pages
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 
-def paged_attention(
+def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
     k_pages: Pages,
     v_pages: Pages,
     *,
@@ -29,29 +27,14 @@ def paged_attention(
     seq_lens: jax.Array,
     rope: tuple[jax.Array, jax.Array] | None,
     q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
     norm_eps: float,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-) -> tuple[jax.Array, Pages, Pages]:
-    """See `pallas_kernels.paged_attention.api.paged_attention`."""
+    sinks: jax.Array | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+) -> jax.Array:
+    """See `pallas_kernels.paged_attention.after_update.after_update`."""
     if any(isinstance(x, Tracer) for x in (q, block_table, query_start_loc, seq_lens)):
         raise NotImplementedError("the oracle runs outside jit only")
-    k_pages, v_pages = kv_update.kv_update(
-        k,
-        v,
-        k_pages,
-        v_pages,
-        block_table=block_table,
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        rope=rope,
-        k_norm=k_norm,
-        norm_eps=norm_eps,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
     page_size, group = k_pages.page_size, spec.num_heads // spec.num_kv_heads
     table, starts, lens = (np.asarray(x) for x in (block_table, query_start_loc, seq_lens))
     keys_of, values_of = kv_update.Cache(k_pages, k_scale), kv_update.Cache(v_pages, v_scale)
@@ -76,4 +59,4 @@ def paged_attention(
                 total = weights.sum() + np.exp(sink - top)
                 row = weights / total @ values_of.read(at)
                 out[t, h * spec.head_dim : (h + 1) * spec.head_dim] = row
-    return jnp.asarray(out), k_pages, v_pages
+    return jnp.asarray(out)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform, tuning
-from pallas_kernels.kv_update import tpu as kv_update
 from pallas_kernels.kv_update.places import owners
 from pallas_kernels.paged_attention.pages import Pages
 from pallas_kernels.paged_attention.queries import descaled, scaled_queries
@@ -82,10 +81,8 @@ def _sizes(spec: AttentionSpec, pages: Pages, tokens: int, slots: int) -> Blocks
     return sizes if fits and whole else default
 
 
-def paged_attention(
+def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
     k_pages: Pages,
     v_pages: Pages,
     *,
@@ -95,31 +92,16 @@ def paged_attention(
     seq_lens: jax.Array,
     rope: tuple[jax.Array, jax.Array] | None,
     q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
     norm_eps: float,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-) -> tuple[jax.Array, Pages, Pages]:
-    """See `pallas_kernels.paged_attention.api.paged_attention`."""
+    sinks: jax.Array | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+) -> jax.Array:
+    """See `pallas_kernels.paged_attention.after_update.after_update`."""
     interpret = platform.interprets("tpu")
     dtype, tokens = k_pages.dtype, len(q)
     sizes = _sizes(spec, k_pages, tokens, block_table.shape[1] * k_pages.page_size)
     block_pages = sizes.keys // k_pages.page_size
-    k_pages, v_pages = kv_update.kv_update(
-        k,
-        v,
-        k_pages,
-        v_pages,
-        block_table=block_table,
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        rope=rope,
-        k_norm=k_norm,
-        norm_eps=norm_eps,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
     queries = scaled_queries(q, dtype, spec, rope, q_norm, norm_eps, k_scale)
     group = spec.num_heads // spec.num_kv_heads
     per_tile = tokens_per_tile(tokens, len(seq_lens), group, sizes.rows)
@@ -145,4 +127,4 @@ def paged_attention(
     # [T, Hkv, parts, group, width] -> [T, Hkv, group, parts, width]
     out = out[tile, :, :, after % per_tile].swapaxes(2, 3).reshape(tokens, -1)
     real = index < query_start_loc[-1]
-    return jnp.where(real[:, None], descaled(out, spec, v_scale), 0.0), k_pages, v_pages
+    return jnp.where(real[:, None], descaled(out, spec, v_scale), 0.0)

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform, tuning
-from pallas_kernels.kv_update import triton as kv_update
 from pallas_kernels.paged_attention.pages import Pages
 from pallas_kernels.paged_attention.queries import descaled, scaled_queries
 from pallas_kernels.paged_attention.spec import AttentionSpec
@@ -78,10 +77,8 @@ def segments(tokens: int, keys: int, segment: int) -> tuple[int, int]:
     return -(-keys // length), length
 
 
-def paged_attention(
+def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
     k_pages: Pages,
     v_pages: Pages,
     *,
@@ -91,29 +88,14 @@ def paged_attention(
     seq_lens: jax.Array,
     rope: tuple[jax.Array, jax.Array] | None,
     q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
     norm_eps: float,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-) -> tuple[jax.Array, Pages, Pages]:
-    """See `pallas_kernels.paged_attention.api.paged_attention`."""
+    sinks: jax.Array | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+) -> jax.Array:
+    """See `pallas_kernels.paged_attention.after_update.after_update`."""
     interpret = platform.interprets("gpu")
     dtype = k_pages.dtype
-    k_pages, v_pages = kv_update.kv_update(
-        k,
-        v,
-        k_pages,
-        v_pages,
-        block_table=block_table,
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        rope=rope,
-        k_norm=k_norm,
-        norm_eps=norm_eps,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
     queries = scaled_queries(q, dtype, spec, rope, q_norm, norm_eps, k_scale)
     tokens, group = len(q), spec.num_heads // spec.num_kv_heads
     slots = block_table.shape[1] * k_pages.page_size
@@ -129,7 +111,7 @@ def paged_attention(
     )  # fmt: skip
     out = descaled(_together(*parts), spec, v_scale)
     real = jnp.arange(tokens) < query_start_loc[-1]
-    return jnp.where(real[:, None], out, 0.0), k_pages, v_pages
+    return jnp.where(real[:, None], out, 0.0)
 
 
 def _sizes(spec: AttentionSpec, pages: Pages, tokens: int, slots: int) -> Blocks:

@@ -11,7 +11,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_update import xla as kv_update
 from pallas_kernels.kv_update.places import heads_of, places
 from pallas_kernels.paged_attention.pages import Pages, decode
 from pallas_kernels.paged_attention.spec import AttentionSpec
@@ -19,10 +18,8 @@ from pallas_kernels.paged_attention.spec import AttentionSpec
 _TILE = 64  # tokens whose scores are in memory together
 
 
-def paged_attention(
+def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
     k_pages: Pages,
     v_pages: Pages,
     *,
@@ -32,27 +29,12 @@ def paged_attention(
     seq_lens: jax.Array,
     rope: tuple[jax.Array, jax.Array] | None,
     q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
     norm_eps: float,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-) -> tuple[jax.Array, Pages, Pages]:
-    """See `pallas_kernels.paged_attention.api.paged_attention`."""
-    k_pages, v_pages = kv_update.kv_update(
-        k,
-        v,
-        k_pages,
-        v_pages,
-        block_table=block_table,
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        rope=rope,
-        k_norm=k_norm,
-        norm_eps=norm_eps,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+    sinks: jax.Array | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+) -> jax.Array:
+    """See `pallas_kernels.paged_attention.after_update.after_update`."""
     tokens, page_size = q.shape[0], k_pages.page_size
     q = heads_of(q, spec.head_dim, k_pages.dtype, rope, q_norm, norm_eps)
     at = places(tokens, k_pages, block_table, query_start_loc, seq_lens)
@@ -91,4 +73,4 @@ def paged_attention(
     # Padding looks at position 0 of the last sequence: finite, and thrown away.
     tiles = [x.reshape(tokens // tile, tile, *x.shape[1:]) for x in (q, at.owner, at.position)]
     out = jax.lax.map(attend, tuple(tiles)).reshape(tokens, -1)
-    return jnp.where(at.real[:, None], out, 0.0), k_pages, v_pages
+    return jnp.where(at.real[:, None], out, 0.0)

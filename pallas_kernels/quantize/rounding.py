@@ -26,7 +26,7 @@ def _divide_plainly(x: jax.Array, by: jax.Array | float) -> jax.Array:
     return x / jnp.broadcast_to(jnp.asarray(by, jnp.float32), x.shape)
 
 
-def _round(x: jax.Array) -> jax.Array:
+def round_half_even(x: jax.Array) -> jax.Array:
     """To the nearest integer, half way to the even one, from operations that every compiler of
     kernels has."""
     low = jnp.floor(x)
@@ -42,8 +42,8 @@ class Arithmetic(NamedTuple):
 
 
 XLA = Arithmetic(divide, jnp.round)
-INTERPRETED = Arithmetic(divide, _round)  # a kernel that XLA compiles
-KERNEL = Arithmetic(_divide_plainly, _round)
+INTERPRETED = Arithmetic(divide, round_half_even)  # a kernel that XLA compiles
+KERNEL = Arithmetic(_divide_plainly, round_half_even)
 
 
 class Extremes(NamedTuple):

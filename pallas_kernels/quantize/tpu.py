@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import platform
 from pallas_kernels.inputs import ActSpec, Inputs
@@ -51,6 +50,8 @@ def quantize(
     size = act.group_size or k
     if act.group_size and ((size % LANES and LANES % size) or k % max(size, LANES)):
         raise NotImplementedError(f"groups of {size} of {k} columns, in rows of {LANES} lanes")
+    from jax.experimental.pallas import tpu as pltpu  # jax has it on some systems only
+
     some, groups = rows_of(rows, k), k // size
     by = INTERPRETED if interpret else KERNEL
     whole = [] if inputs.global_scale is None else [inputs.global_scale.astype(jnp.float32)]

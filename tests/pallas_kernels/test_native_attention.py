@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.native import build
 from pallas_kernels.paged_attention import CACHE_DTYPES, AttentionSpec, empty, paged_attention
+from tests.pallas_kernels.conftest import not_built
 
 SPEC = AttentionSpec(6, 2, 48, 48, 48**-0.5)
 PAGE = 32
@@ -21,8 +21,7 @@ PAGE = 32
 
 @pytest.fixture(autouse=True)
 def built():
-    library, reason = native.library()
-    if library is None:
+    if reason := not_built("native"):
         pytest.skip(reason)
 
 
@@ -74,11 +73,9 @@ def test_nothing_else_in_the_batch_counts(dtype):
     np.testing.assert_array_equal(together[:1], decode("native", dtype, [1300], exact=False))
 
 
-@pytest.mark.parametrize("isa", build.ISAS)
+@pytest.mark.parametrize("isa", native.supported_isas())
 def test_instruction_sets(isa):
     """Each library, in a process of its own, agrees with XLA."""
-    if isa not in native.supported_isas():
-        pytest.skip(f"this processor has no {isa}")
     script = (
         f"from {__name__} import *\n"
         "for dtype in CACHE_DTYPES:\n"
