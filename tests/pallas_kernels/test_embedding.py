@@ -21,7 +21,7 @@ from tests.pallas_kernels.products import EVERY_TYPE, INTERPRETED
 def test_rows_are_decoded_exactly(implementation, golden_weight, qtype):
     raw, decoded = golden_weight(qtype, 40, 512)
     spec, qvalue = prepare(WeightSpec(qtype, (40, 512)), raw)
-    ids = np.array([0, 39, 7, 7, 16], np.int32)
+    ids = jnp.array([0, 39, 7, 7, 16], jnp.int32)
     rows = jax.jit(lambda ids, table: embedding(ids, (spec, table)))(ids, qvalue)
     np.testing.assert_array_equal(rows, decoded[ids])
 
@@ -44,7 +44,7 @@ NOT_NATIVE = 2  # groups of 48 columns: another implementation's
 
 def test_rows_of_codes_are_decoded_exactly(implementation):
     """The products of float32 numbers, rounded once."""
-    ids = np.array([0, 39, 7, 7, 16], np.int32)
+    ids = jnp.array([0, 39, 7, 7, 16], jnp.int32)
     tables, expected = [], []
     for kind in CODES:
         arrays, decoded = draw(kind)
@@ -73,7 +73,7 @@ def test_rows_of_codes_are_decoded_exactly(implementation):
 @pytest.mark.parametrize("layout", planes.LAYOUTS)
 def test_rows_of_planes_are_decoded_exactly(layout):
     """As an accelerator holds them."""
-    ids = np.array([0, 39, 7, 7, 16], np.int32)
+    ids = jnp.array([0, 39, 7, 7, 16], jnp.int32)
     for kind in CODES[1], CODES[6], CODES[8], CODES[9]:
         arrays, decoded = draw(kind)
         spec, laid_out = planes.prepare(kind.spec, arrays, layout)
@@ -83,7 +83,7 @@ def test_rows_of_planes_are_decoded_exactly(layout):
 
 @pytest.mark.parametrize("layout", planes.LAYOUTS)
 def test_rows_of_blocks_in_planes_are_decoded_exactly(golden_weight, layout):
-    ids = np.array([0, 39, 7, 7, 16], np.int32)
+    ids = jnp.array([0, 39, 7, 7, 16], jnp.int32)
     for qtype in ("q4_k", "q5_0", "iq4_xs"):
         raw, decoded = golden_weight(qtype, 40, 512)
         spec, laid_out = planes.prepare(WeightSpec(qtype, (40, 512)), WeightArrays(raw), layout)
