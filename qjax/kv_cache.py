@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.pages import CACHE_DTYPES, Pages, empty
+from pallas_kernels.kv_update.pages import CACHE_DTYPES, Pages, empty
 from qjax.errors import RequestError
 
 if TYPE_CHECKING:

@@ -73,7 +73,7 @@ ALSO = {
         "pallas_kernels.matmul.spec",
     ],
     "formats": ["pallas_kernels.codes", "pallas_kernels.inputs"],
-    "state": ["pallas_kernels.paged_attention.pages"],
+    "state": ["pallas_kernels.kv_update.pages"],
     "layers": ["pallas_kernels.paged_attention.spec"],
     "models": ["pallas_kernels.paged_attention.spec"],
     "checkpoint": [
@@ -422,3 +422,23 @@ def test_rule_allows(rule: Callable[[Module], Iterator[str]], name: str, source:
 def test_lone_subclass_is_caught() -> None:
     assert lone_subclasses([Module("a", "class A: ...\nclass B(A): ...")]) == ["A"]
     assert not lone_subclasses([Module("a", "class A: ...\nclass B(A): ...\nclass C(A): ...")])
+
+
+def test_kernels_do_not_import_each_other_in_a_circle() -> None:
+    """A circle of packages imports in one order and fails in another."""
+    package = "pallas_kernels"
+    below: dict[str, set[str]] = {}
+    for module in MODULES.values():
+        own = module.name.split(".")[1:2]
+        for found in imports(module):
+            other = found.target.split(".")
+            if module.name.startswith(f"{package}.") and other[0] == package:
+                below.setdefault(own[0], set()).update(set(other[1:2]) - set(own))
+
+    def reached(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        for other in sorted(below.get(name, ())):
+            reached(other, (*path, name))
+
+    for name in sorted(below):
+        reached(name, ())

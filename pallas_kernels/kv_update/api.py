@@ -6,7 +6,7 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.kv_update import ref, tpu, triton, xla
-from pallas_kernels.paged_attention.pages import Pages
+from pallas_kernels.kv_update.pages import Pages
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("triton", triton.kv_update),

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.pages import Pages, turned
-from pallas_kernels.paged_attention.turn import turn
+from pallas_kernels.kv_update.pages import Pages, turned
+from pallas_kernels.kv_update.turn import turn
 
 
 class Places(NamedTuple):

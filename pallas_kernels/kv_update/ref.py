@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
-from pallas_kernels.paged_attention.pages import Pages
+from pallas_kernels.kv_update.pages import Pages
 
 
 def kv_update(

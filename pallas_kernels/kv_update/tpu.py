@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
+from pallas_kernels.kv_update.pages import Pages, encode
 from pallas_kernels.kv_update.places import heads_of, owners
-from pallas_kernels.paged_attention.pages import Pages, encode
 
 
 class Windows(NamedTuple):

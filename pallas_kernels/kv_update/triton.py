@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
+from pallas_kernels.kv_update.pages import Pages
 from pallas_kernels.kv_update.places import heads_of, places
-from pallas_kernels.paged_attention.pages import Pages
 
 
 def kv_update(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.paged_attention.pages import Pages, encode_parts
+from pallas_kernels.kv_update.pages import Pages, encode_parts
 
 
 def store(

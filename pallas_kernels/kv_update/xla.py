@@ -6,8 +6,8 @@ from functools import partial
 
 import jax
 
+from pallas_kernels.kv_update.pages import Pages, encode
 from pallas_kernels.kv_update.places import Places, heads_of, places
-from pallas_kernels.paged_attention.pages import Pages, encode
 
 
 def kv_update(

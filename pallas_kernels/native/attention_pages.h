@@ -1,6 +1,6 @@
 // What pages of a cache hold, by dtype: how numbers are written to them, and how a block of them
 // becomes the operand of a product. Codes, scales and zero points are those of
-// paged_attention/pages.py; the order inside a page (attention_products.h) is for this library.
+// kv_update/pages.py; the order inside a page (attention_products.h) is for this library.
 #pragma once
 #include "attention_products.h"
 

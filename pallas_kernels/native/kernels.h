@@ -35,7 +35,7 @@ struct Matmul {
   Inputs inputs[kMaxWeights];         // what happens to normed rows first, for each weight
 };
 
-// The arrays of `Pages` of paged_attention/pages.py: of keys, or of values.
+// The arrays of `Pages` of kv_update/pages.py: of keys, or of values.
 struct CachePages {
   void* values = nullptr;     // [pages, kv_heads, page_size, head_dim], int4 two to a byte
   uint16_t* scale = nullptr;  // bfloat16 [pages, kv_heads, page_size] or null

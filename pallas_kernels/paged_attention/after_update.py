@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.paged_attention.pages import Pages
+from pallas_kernels.kv_update.pages import Pages
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 

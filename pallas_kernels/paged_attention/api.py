@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.kv_update import api as kv_update
+from pallas_kernels.kv_update.pages import FP8, Pages, empty
 from pallas_kernels.paged_attention import native, ref, tpu, triton, xla
 from pallas_kernels.paged_attention.after_update import after_update
-from pallas_kernels.paged_attention.pages import FP8, Pages, empty
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 _ATTEND = {"triton": triton.attend, "tpu": tpu.attend, "xla": xla.attend, "ref": ref.attend}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native
-from pallas_kernels.paged_attention.pages import Pages
+from pallas_kernels.kv_update.pages import Pages
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 MAX_PAGE_SIZE = 128  # one block of keys, kBlockKeys of native/attention.h

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform, tuning
+from pallas_kernels.kv_update.pages import Pages
 from pallas_kernels.kv_update.places import owners
-from pallas_kernels.paged_attention.pages import Pages
 from pallas_kernels.paged_attention.queries import descaled, scaled_queries
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiles import tiles, tokens_per_tile

@@ -11,8 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_update.pages import Pages, decode
 from pallas_kernels.kv_update.places import heads_of, places
-from pallas_kernels.paged_attention.pages import Pages, decode
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 _TILE = 64  # tokens whose scores are in memory together

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pallas_kernels.paged_attention.pages import CACHE_DTYPES
+from pallas_kernels.kv_update.pages import CACHE_DTYPES
 from qjax.bench.cases import ACTS, OPS, Case
 from qjax.bench.weights import KINDS
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import jax
 
 from pallas_kernels import paged_attention as kernels
+from pallas_kernels.kv_update.pages import FP8
+from pallas_kernels.kv_update.turn import turn
 from pallas_kernels.paged_attention import AttentionSpec
-from pallas_kernels.paged_attention.pages import FP8
-from pallas_kernels.paged_attention.turn import turn
 from qjax.kv_cache import Batch, LayerCache
 
 
