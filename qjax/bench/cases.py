@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch, platform
-from pallas_kernels.kv_update import kv_update
+from pallas_kernels.kv_update import kv_update, pages
 from pallas_kernels.matmul_grouped import matmul_grouped
-from pallas_kernels.paged_attention import AttentionSpec, paged_attention, pages
+from pallas_kernels.paged_attention import AttentionSpec, paged_attention
 from pallas_kernels.quantize import quantize
 from qjax import ops
 from qjax.bench import clock

@@ -15,10 +15,11 @@ import numpy as np
 
 from pallas_kernels import dispatch, platform
 from pallas_kernels.kv_update import api as kv_update
+from pallas_kernels.kv_update import pages
 from pallas_kernels.matmul import api as matmul
 from pallas_kernels.matmul.spec import WeightArrays, decode
 from pallas_kernels.matmul_grouped import api as matmul_grouped
-from pallas_kernels.paged_attention import AttentionSpec, pages
+from pallas_kernels.paged_attention import AttentionSpec
 from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.quantize import api as quantize
 from qjax import ops
