@@ -1,10 +1,13 @@
-"""What one step of attention takes with a cache of each dtype, and how much memory a token takes.
+"""What one step takes with a cache of each dtype, and how much memory a token takes.
 
     python benchmarks/kv_cache.py [--shape smollm2] [--context 8192] [--sequences 1] [--tokens 1]
+    python benchmarks/kv_cache.py --model smollm2-135m [--context 8184] [--sequences 1]
 
-Every layer has a cache of its own, full of random numbers, as many as a model has layers, so that
-pages come from memory. Machines drift, so dtypes run in turns, and only the ratios of one run mean
-something: each is the median over turns of its time to that of bfloat16 in the same turn.
+The first is attention alone. Every layer has a cache of its own, full of random numbers, as many as
+a model has layers, so that pages come from memory. The second decodes with a whole model, in steps
+as the engine's, at most at the longest context that the model takes. Machines drift, so dtypes run
+in turns, and only the ratios of one run mean something: each is the median over turns of its time
+to that of bfloat16 in the same turn.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qjax
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import (
     CACHE_DTYPES,
@@ -26,7 +30,10 @@ from pallas_kernels.paged_attention import (
     empty,
     paged_attention,
 )
+from qjax.bench import decode
 from qjax.engine.engine import BLOCK_SIZE
+from qjax.engine.step import DECODE_STEPS
+from qjax.kv_cache import bytes_per_token
 
 # Query heads, KV heads, head_dim, layers.
 SHAPES = {"smollm2": (9, 3, 64, 30), "8b": (32, 8, 128, 8)}
@@ -109,36 +116,67 @@ def prepare(load: Load, dtype: str) -> Callable[[], float]:
     return run
 
 
+def whole_model(
+    params: qjax.Params, context: int, sequences: int, dtype: str
+) -> Callable[[], float]:
+    """A function that decodes with a whole model and returns the seconds of one step."""
+    steps = decode.prepare(params.config, params.tree, sequences, context, dtype, BLOCK_SIZE)
+
+    def run() -> float:
+        start = time.perf_counter()
+        steps()
+        return (time.perf_counter() - start) / DECODE_STEPS
+
+    run()
+    return run
+
+
+def in_turns(runs: dict[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
+    """Seconds of each run; who is first changes with each turn."""
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(turns):
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]
+            times[name].append(runs[name]())
+    return times
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Attention over caches of each dtype")
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser = argparse.ArgumentParser(description="Attention, or models, with caches of each dtype")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--shape", choices=SHAPES, default="smollm2")
+    what.add_argument("--model", help="decode with all of it: whatever `qjax.load` takes")
     parser.add_argument("--context", type=int, default=8192, help="positions, a multiple of 1024")
     parser.add_argument("--sequences", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=1, help="new ones of each sequence")
+    parser.add_argument("--tokens", type=int, default=1, help="new ones of each, not of a model")
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--dtypes", nargs="+", choices=CACHE_DTYPES, default=CACHE_DTYPES[1:])
     options = parser.parse_args()
-    load = Load(SHAPES[options.shape], options.context, options.sequences, options.tokens)
     dtypes = list(dict.fromkeys(["bfloat16", *options.dtypes]))
-    runs = {dtype: prepare(load, dtype) for dtype in dtypes}
-    times: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
-    for turn in range(options.turns):
-        for i in range(len(dtypes)):  # who is first changes with each turn
-            dtype = dtypes[(turn + i) % len(dtypes)]
-            times[dtype].append(runs[dtype]())
+    if options.model:
+        params = qjax.load(options.model)
+        config = params.config
+        context = min(options.context, config.max_position_embeddings - DECODE_STEPS)
+        title = f"{options.model}, decoding {options.sequences} at {context} positions"
+        runs = {d: whole_model(params, context, options.sequences, d) for d in dtypes}
+        sizes = {d: float(bytes_per_token(config, d)) for d in dtypes}
+    else:
+        load = Load(SHAPES[options.shape], options.context, options.sequences, options.tokens)
+        title = f"{options.shape}, {load.shape[3]} layers, {load.sequences} x {load.tokens} tokens"
+        title += f" at {load.context} positions"
+        runs = {d: prepare(load, d) for d in dtypes}
+        sizes = {d: load.bytes_per_token(d) for d in dtypes}
+    times = in_turns(runs, options.turns)
 
-    print(
-        f"{options.shape}, {load.shape[3]} layers, {load.sequences} x {load.tokens} tokens at "
-        f"{load.context} positions, by {dispatch.chosen()['paged_attention'][0]}\n"
-    )
+    print(f"{title}, by {dispatch.chosen()['paged_attention'][0]}\n")
     print("| cache | ms, median | ms, best | speed to bfloat16 | bytes a token | of bfloat16 |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for dtype, found in times.items():
         ratio = statistics.median(b / t for b, t in zip(times["bfloat16"], found, strict=True))
-        size = load.bytes_per_token(dtype)
         print(
             f"| {dtype} | {statistics.median(found) * 1e3:.2f} | {min(found) * 1e3:.2f} | "
-            f"{ratio:.2f} | {size:.0f} | {size / load.bytes_per_token('bfloat16'):.3f} |"
+            f"{ratio:.2f} | {sizes[dtype]:.0f} | {sizes[dtype] / sizes['bfloat16']:.3f} |"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -65,16 +66,21 @@ def _canonical(n: int, k: int) -> Any:
         return on_device(KINDS["BF16"], n, k)
 
 
-def seconds(
-    config: ModelConfig, tree: Any, batch_size: int, context: int, cache_dtype: str, timing: Timing
-) -> tuple[float, int]:
-    """Median time of one decode step, and the bytes of weights and cache that it reads.
+def prepare(
+    config: ModelConfig,
+    tree: Any,
+    batch_size: int,
+    context: int,
+    cache_dtype: str,
+    page_size: int = PAGE_SIZE,
+) -> Callable[[], None]:
+    """A function that decodes DECODE_STEPS tokens of each sequence, and waits for them.
 
     Args:
-      context: tokens that each sequence has when the first step ends.
+      context: tokens that each sequence has when the first step ends, each time anew.
     """
-    width = -(-(context + DECODE_STEPS * (timing.repeats + 2)) // PAGE_SIZE)
-    cache = init_cache(config, batch_size * width, PAGE_SIZE, cache_dtype)
+    width = -(-(context + DECODE_STEPS) // page_size)
+    cache = init_cache(config, batch_size * width, page_size, cache_dtype)
     table = np.arange(batch_size * width, dtype=np.int32).reshape(batch_size, width)
     rows = np.arange(batch_size, dtype=np.int32)
     batch = Batch(
@@ -87,16 +93,34 @@ def seconds(
     batch, slots = jax.device_put((batch, Rows(rows, np.ones(batch_size, bool), rows, None)))
     state = State(last=jnp.zeros(batch_size, jnp.int32))
     run = partial(step, config=config, spec=StepSpec(prefill=False))
-    count, samples = np.int32(DECODE_STEPS), []
+    count = np.int32(DECODE_STEPS)
+
+    def decode() -> None:
+        nonlocal cache, state
+        _, cache, state, _ = jax.block_until_ready(
+            run(tree, cache, state, None, None, batch, slots, count)
+        )
+
+    return decode
+
+
+def seconds(
+    config: ModelConfig, tree: Any, batch_size: int, context: int, cache_dtype: str, timing: Timing
+) -> tuple[float, int]:
+    """Median time of one decode step, and the bytes of weights and cache that it reads.
+
+    Args:
+      context: see `prepare`.
+    """
+    decode = prepare(config, tree, batch_size, context, cache_dtype)
+    samples: list[float] = []
     begin = timing.now()
     # The first time compiles.
     while len(samples) < 2 or (
         len(samples) <= timing.repeats and timing.now() - begin < 20 * timing.limit_seconds
     ):
         start = timing.now()
-        _, cache, state, _ = jax.block_until_ready(
-            run(tree, cache, state, None, None, batch, slots, count)
-        )
+        decode()
         samples.append(timing.now() - start)
     embedding = sum(x.nbytes for x in jax.tree.leaves(tree["model"]["embed_tokens"]))
     weights = sum(x.nbytes for x in jax.tree.leaves(tree)) - embedding

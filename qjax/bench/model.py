@@ -12,7 +12,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -37,6 +38,8 @@ class BenchRow:
       batch: sequences at a time.
       tokens_per_second, sd: over all sequences; mean and standard deviation over the repeats.
       compile_seconds: spent compiling, before the repeats and not part of them.
+      cache: what keys and values are held in, see `qjax.kv_cache.CACHE_DTYPES`.
+      cache_bytes: that all sequences take in it at their end.
       bandwidth: bytes/s that memory gives, measured beside it; 0 where it is not the limit.
       bandwidth_share: bytes/s of weights and cache that decoding reads, as a fraction of it.
     """
@@ -46,6 +49,8 @@ class BenchRow:
     tokens_per_second: float
     sd: float
     compile_seconds: float
+    cache: str
+    cache_bytes: int
     bandwidth: float = 0.0
     bandwidth_share: float = 0.0
 
@@ -58,22 +63,24 @@ def run(
     batches: Sequence[int] = (1, 8, 32),
     repeats: int = 5,
     numerics: str = "fast",
+    kv_cache_dtype: str = "auto",
 ) -> list[BenchRow]:
-    """Measures a model; token ids are random, and end-of-sequence tokens do not end anything."""
-    rows = []
-    for length in prompt_lengths:
-        rate, sd, compiling = _measure(params, length, 1, 1, repeats, numerics)
-        rows.append(BenchRow(f"pp{length}", 1, rate, sd, compiling))
+    """Measures a model; token ids are random, and end-of-sequence tokens do not end anything.
+
+    Args:
+      numerics, kv_cache_dtype: see `qjax.generate`.
+    """
+    measure = partial(
+        _measure, params, repeats=repeats, numerics=numerics, kv_cache_dtype=kv_cache_dtype
+    )
+    rows = [measure(f"pp{length}", length, 1, 1) for length in prompt_lengths]
     for batch in batches if generate else ():
-        rate, sd, compiling = _measure(
-            params, DECODE_PROMPT, generate + 1, batch, repeats, numerics
-        )
+        row = measure(f"tg{generate}", DECODE_PROMPT, generate + 1, batch)
         bandwidth = memory_bandwidth()
-        context = DECODE_PROMPT + generate / 2
-        cached = context * bytes_per_token(params.config, "bfloat16") * (1 + (numerics == "exact"))
-        step_bytes = weight_bytes(params) + batch * cached
-        share = step_bytes * rate / batch / bandwidth
-        rows.append(BenchRow(f"tg{generate}", batch, rate, sd, compiling, bandwidth, share))
+        ended = DECODE_PROMPT + generate + 1
+        cached = row.cache_bytes * (DECODE_PROMPT + generate / 2) / ended
+        share = (weight_bytes(params) + cached) * row.tokens_per_second / batch / bandwidth
+        rows.append(replace(row, bandwidth=bandwidth, bandwidth_share=share))
     return rows
 
 
@@ -88,8 +95,8 @@ def table(rows: Sequence[BenchRow], output: str) -> str:
         writer.writerows(asdict(row).values() for row in rows)
         return text.getvalue().rstrip("\n")
     lines = [
-        "| test | batch | tokens/s | compile s | share of memory bandwidth |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| test | batch | tokens/s | compile s | cache | cache MB | share of memory bandwidth |",
+        "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
     for row in rows:
         share = (
@@ -97,7 +104,8 @@ def table(rows: Sequence[BenchRow], output: str) -> str:
         )
         speed = f"{row.tokens_per_second:.1f} ± {row.sd:.1f}"
         lines.append(
-            f"| {row.test} | {row.batch} | {speed} | {row.compile_seconds:.2f} | {share} |"
+            f"| {row.test} | {row.batch} | {speed} | {row.compile_seconds:.2f} | {row.cache} | "
+            f"{row.cache_bytes / 1e6:.1f} | {share} |"
         )
     return "\n".join(lines)
 
@@ -123,22 +131,32 @@ def memory_bandwidth(nbytes: int = 1 << 28, repeats: int = 5) -> float:
 
 
 def _measure(
-    params: Params, length: int, max_tokens: int, batch: int, repeats: int, numerics: str
-) -> tuple[float, float, float]:
-    """(mean tokens/s, standard deviation, seconds of compiling)."""
+    params: Params,
+    test: str,
+    length: int,
+    max_tokens: int,
+    batch: int,
+    *,
+    repeats: int,
+    numerics: str,
+    kv_cache_dtype: str,
+) -> BenchRow:
     sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     random = np.random.default_rng(0)
     prompts = [
         tuple(random.integers(0, params.config.vocab_size, length).tolist()) for _ in range(batch)
     ]
-    engine = engine_for(params, prompts, sampling, numerics=numerics)
+    engine = engine_for(params, prompts, sampling, numerics=numerics, kv_cache_dtype=kv_cache_dtype)
     time_of = _prompt_seconds if max_tokens == 1 else _decode_seconds
     time_of(engine, prompts, sampling)
     compiling = engine.runner.compile_seconds
     tokens = batch * (length if max_tokens == 1 else max_tokens - 1)
     rates = [tokens / time_of(engine, prompts, sampling) for _ in range(repeats)]
     sd = statistics.stdev(rates) if len(rates) > 1 else 0.0
-    return statistics.fmean(rates), sd, compiling
+    dtypes = engine.runner.cache_dtypes
+    size = batch * (length + max_tokens) * bytes_per_token(params.config, dtypes)
+    cache = ", ".join(dict.fromkeys(dtypes))
+    return BenchRow(test, batch, statistics.fmean(rates), sd, compiling, cache, size)
 
 
 def _prompt_seconds(engine: Engine, prompts: list, sampling: SamplingParams) -> float:

@@ -27,6 +27,7 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", "-r", min=1)] = 5,
     numerics: options.NumericsOption = options.Numerics.fast,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
     output: Annotated[Format, typer.Option("--output", "-o")] = Format.md,
 ) -> None:
     """Measure prompt and generation speed."""
@@ -40,6 +41,7 @@ def bench(
         batches=tuple(batch or (1, 8, 32)),
         repeats=repeats,
         numerics=numerics.value,
+        kv_cache_dtype=kv_cache_dtype,
     )
     typer.echo(benchmark.table(rows, output.value))
 

@@ -104,7 +104,7 @@ class Runner:
         self.table_width = table_width
         self.compile_seconds = 0.0  # time spent waiting for compilers
         self._numerics = numerics_for(numerics, max_num_seqs)
-        dtypes = cache_dtypes(
+        self.cache_dtypes = dtypes = cache_dtypes(
             config, kv_cache_dtype, self._numerics.cache_dtype, kv_cache_dtype_skip_layers
         )
         if not config.kv_scales and any(dtype.startswith("fp8") for dtype in dtypes):

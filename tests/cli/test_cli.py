@@ -185,13 +185,18 @@ def test_quantization_is_asked_for(run: Run, golden: Path) -> None:
 @pytest.mark.parametrize("output", ["md", "csv", "json"])
 def test_bench(run: Run, model: str, output: str) -> None:
     sizes = ("-p", "16", "-n", "4", "-b", "1", "-r", "2")
-    code, out, _ = run("bench", "-m", model, *sizes, "-o", output)
+    code, out, _ = run("bench", "-m", model, *sizes, "--kv-cache-dtype", "int8", "-o", output)
     assert code == 0
+    assert "int8" in out
     if output == "json":
         rows = json.loads(out)
         assert [row["test"] for row in rows] == ["pp16", "tg4"]
         assert all(row["tokens_per_second"] > 0 for row in rows)
         assert rows[1]["bandwidth_share"] > 0
+        # A code a dimension and a scale of 2 bytes a head, for keys and values of 2 heads in each
+        # of 2 layers; 16 tokens and one, or 8 and five.
+        token = 2 * 2 * 2 * (64 + 2)
+        assert [row["cache_bytes"] for row in rows] == [17 * token, 13 * token]
     else:
         assert "pp16" in out
         assert "tg4" in out
