@@ -241,6 +241,7 @@ def engine_for(
     max_model_len: int | None = None,
     kv_cache_dtype: str = "auto",
     kv_cache_dtype_skip_layers: Sequence[int | str] = (),
+    seed: int | None = None,
 ) -> Engine:
     """An engine just large enough for these prompts, in one of a few sizes."""
     limit = model_len(params, max_model_len)
@@ -265,4 +266,5 @@ def engine_for(
         numerics=numerics,
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
+        seed=seed,
     )

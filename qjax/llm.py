@@ -22,6 +22,8 @@ class LLM:
       max_model_len: most tokens of a sequence; None for the model's own limit.
       max_num_seqs: most sequences that run at a time. The cache is made for as many of full
         length, as far as `qjax.api.CACHE_BYTES` reach.
+      seed: makes the samples of the same calls, one after the other, repeatable, where their
+        `SamplingParams` have no seed, which goes first; None draws a fresh one.
 
     Raises:
       RequestError: an argument is out of range.
@@ -37,6 +39,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = MAX_NUM_SEQS,
         numerics: str = "fast",
+        seed: int | None = None,
     ):
         if not 1 <= max_num_seqs <= MAX_NUM_SEQS:
             raise RequestError(f"max_num_seqs must be in [1, {MAX_NUM_SEQS}], got {max_num_seqs}.")
@@ -51,6 +54,7 @@ class LLM:
             max_model_len=limit,
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
+            seed=seed,
         )
 
     def generate(self, prompts: Any, sampling_params: SamplingParams | None = None) -> list[Any]:

@@ -31,6 +31,28 @@ def test_calls_share_an_engine(golden: Path) -> None:
     assert len(chat[0].token_ids) == 8
 
 
+def test_seed_of_the_engine(golden: Path) -> None:
+    """It repeats what requests without a seed get; one of their own goes first."""
+    file = golden / "gguf-Q4_1" / "model.gguf"
+    sampling = qjax.SamplingParams(max_tokens=8, temperature=1.5, ignore_eos=True)
+    own = qjax.SamplingParams(max_tokens=8, temperature=1.5, ignore_eos=True, seed=7)
+
+    def sampled(seed: int) -> list[tuple[int, ...]]:
+        llm = qjax.LLM(file, max_num_seqs=2, seed=seed)
+        prompts = [[5, 6, 7]] * 2
+        calls = [llm.generate(prompts, sampling), llm.generate(prompts[0], own)]
+        calls.append(llm.generate(prompts[0], sampling))
+        return [result.token_ids for call in calls for result in call]
+
+    first, again, other = sampled(3), sampled(3), sampled(4)
+    assert first == again
+    assert len({first[0], first[1], first[3]}) == 3
+    assert first[2] == other[2]
+    assert not {first[0], first[1], first[3]} & {other[0], other[1], other[3]}
+
+
 def test_errors(golden: Path) -> None:
     with pytest.raises(qjax.RequestError, match=r"max_num_seqs must be in \[1, 32\], got 0"):
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", max_num_seqs=0)
+    with pytest.raises(qjax.RequestError, match="seed must be in"):
+        qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", seed=-1)

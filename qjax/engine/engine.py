@@ -44,6 +44,11 @@ class Engine:
       max_model_len: most tokens of a sequence, prompt and output; None for the model's own limit.
       max_num_batched_tokens: longer prompts are cut into chunks of this many tokens.
       numerics, kv_cache_dtype, kv_cache_dtype_skip_layers: see `qjax.generate`.
+      seed: makes what requests without a seed of their own get repeatable, as long as they come in
+        the same order; None draws a fresh one.
+
+    Raises:
+      RequestError: an argument is out of range.
     """
 
     def __init__(
@@ -58,8 +63,10 @@ class Engine:
         numerics: str = "fast",
         kv_cache_dtype: str = "auto",
         kv_cache_dtype_skip_layers: Sequence[int | str] = (),
+        seed: int | None = None,
     ):
         self.params = params
+        self._seeds = np.random.SeedSequence(SamplingParams(seed=seed).seed)
         self.max_model_len = model_len(params, max_model_len)
         self._eos_ids = eos_ids(params)
         self.scheduler = Scheduler(
@@ -98,14 +105,15 @@ class Engine:
                 f"prompt of {len(prompt_ids)} tokens and max_tokens of {max_tokens} do not fit "
                 f"the cache, which holds {held} tokens: shorten them or make the cache larger."
             )
-        entropy = None if params.seed is None else [params.seed, sample]
+        own = params.seed is not None
+        seeds = np.random.SeedSequence([params.seed, sample]) if own else self._seeds.spawn(1)[0]
         request = Request(
             prompt_ids=tuple(prompt_ids),
             params=params,
             text=OutputText(self.params.tokenizer, params),
             eos_ids=self._eos_ids,
             max_tokens=max_tokens,
-            key=np.random.SeedSequence(entropy).generate_state(2),
+            key=seeds.generate_state(2),
         )
         self.scheduler.add(request)
         return request
