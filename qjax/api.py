@@ -111,8 +111,8 @@ def generate(
       max_model_len: most tokens of prompt and output; None for the model's own limit.
       kv_cache_dtype: what keys and values are held in: "bfloat16", "float32", "int8" (a scale for
         each token and head, the one to try first), "fp8_e4m3" or "fp8" (with the scales that came
-        with the model, else 1), "fp8_e5m2" or "int4". "auto" is fp8_e4m3 where scales for it came
-        with the model, otherwise bfloat16, and float32 in exact numerics.
+        with the model, else 1), "fp8_e5m2" (not with such scales) or "int4". "auto" is fp8_e4m3
+        where scales for it came with the model, otherwise bfloat16, and float32 in exact numerics.
       kv_cache_dtype_skip_layers: layers whose cache is not quantized: their numbers, negative ones
         from the end, or "sliding_window".
 

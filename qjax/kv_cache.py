@@ -87,14 +87,14 @@ def cache_dtypes(
     Args:
       asked: one of `KV_CACHE_DTYPES`. "auto" is 8-bit floats where scales for them came with the
         model, and `unrounded` elsewhere; "fp8" is "fp8_e4m3". Scales that came with the model
-        serve 8-bit floats only.
+        serve "fp8_e4m3", which they were made for: int8 and int4 make their own.
       unrounded: what a cache holds that is not quantized.
-      skip_layers: layers that keep `unrounded`: their numbers, negative ones from the end, or
-        "sliding_window" for all that have one.
+      skip_layers: layers that keep `unrounded`: their numbers (or these as text, as in vLLM),
+        negative ones from the end, or "sliding_window" for all that have one.
 
     Raises:
-      RequestError: there is no such dtype or layer, or a head has an odd number of dimensions and
-        4-bit codes go in pairs.
+      RequestError: there is no such dtype or layer; a head has an odd number of dimensions, and
+        4-bit codes go in pairs; or "fp8_e5m2" with scales from the model (which vLLM refuses too).
     """
     if asked not in KV_CACHE_DTYPES:
         known = ", ".join(KV_CACHE_DTYPES)
@@ -106,18 +106,27 @@ def cache_dtypes(
         raise RequestError(
             f"kv_cache_dtype int4 takes heads of an even size, this model's is {config.head_dim}."
         )
+    if asked == "fp8_e5m2" and config.kv_scales:
+        raise RequestError(
+            "kv_cache_dtype fp8_e5m2, but the scales that came with this model are for fp8_e4m3: "
+            "take that, int8 or int4, or load with quantize_activations=False, without the scales."
+        )
     count = config.num_layers
     skipped: set[int] = set()
     for layer in (skip_layers,) if isinstance(skip_layers, str) else skip_layers:
         if layer == "sliding_window":
             skipped |= {i for i in range(count) if config.window_for(i) is not None}
-        elif isinstance(layer, int) and not isinstance(layer, bool) and -count <= layer < count:
-            skipped.add(layer % count)
-        else:
+            continue
+        try:
+            number = int(layer)
+        except (TypeError, ValueError):
+            number = count  # no layer
+        if not -count <= number < count or isinstance(layer, bool | float):
             raise RequestError(
                 f"kv_cache_dtype_skip_layers must hold numbers in [{-count}, {count - 1}] or "
                 f"'sliding_window', got {layer!r}."
             )
+        skipped.add(number % count)
     return tuple(unrounded if i in skipped else asked for i in range(count))
 
 

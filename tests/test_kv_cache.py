@@ -1,5 +1,7 @@
 """What a cache holds by layer and how many bytes that takes, and generation with each dtype."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,43 @@ def test_dtypes_of_layers(params) -> None:
     assert set(cache_dtypes(config, "fp8", "bfloat16")) == {"fp8_e4m3"}
     skipped = cache_dtypes(config, "int8", "bfloat16", [0, -1])
     assert [i for i, d in enumerate(skipped) if d == "bfloat16"] == [0, last]
+    assert cache_dtypes(config, "int8", "bfloat16", ["0", "-1"]) == skipped
     assert set(cache_dtypes(config, "int4", "float32", ["sliding_window"])) == {"int4"}
+
+
+def test_layers_with_a_window_keep_their_dtype(golden: Path) -> None:
+    folder = golden / "base-tiny-gemma3"
+    kinds = json.loads((folder / "config.json").read_text())["layer_types"]
+    assert len(set(kinds)) == 2
+    params = qjax.load(folder)
+    dtypes = cache_dtypes(params.config, "int8", "bfloat16", ["sliding_window"])
+    assert dtypes == tuple("bfloat16" if k == "sliding_attention" else "int8" for k in kinds)
+    ids = np.load(folder / "reference.npz")["ids_0"]
+
+    def logits(skip: list[int | str]) -> np.ndarray:
+        found = qjax.forward(params, ids, kv_cache_dtype="int4", kv_cache_dtype_skip_layers=skip)
+        return np.asarray(found)
+
+    windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+    np.testing.assert_array_equal(logits(["sliding_window"]), logits([*windowed]))
+    np.testing.assert_array_equal(
+        logits([*range(len(kinds))]), np.asarray(qjax.forward(params, ids))
+    )
+
+
+# What is left of a number's mantissa: 7 bits of bfloat16, codes up to 127, 3 and 2 bits of floats;
+# a step of a 15th of what a turned head spans.
+ROUNDED = {"bfloat16": 2**-8, "int8": 1 / 127, "fp8_e4m3": 2**-4, "fp8_e5m2": 2**-3, "int4": 1 / 8}
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_forward_rounds_no_more_than_the_cache(params, reference, dtype: str) -> None:
+    ids, expected = reference["ids_0"], reference["logits_0"]
+    found = np.asarray(qjax.forward(params, ids, kv_cache_dtype=dtype), np.float64)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    exact = np.asarray(qjax.forward(params, ids), np.float64)
+    assert error < ROUNDED[dtype]
+    assert np.linalg.norm(found - exact) > 0.01 * ROUNDED[dtype] * np.linalg.norm(exact)
 
 
 @pytest.mark.filterwarnings("ignore:kv_cache_dtype fp8")
@@ -91,6 +129,8 @@ def test_preempted_and_chunked_as_alone(params, reference) -> None:
     ("keywords", "message"),
     [
         ({"kv_cache_dtype": "int3"}, "kv_cache_dtype must be one of auto, fp8, .*, got 'int3'"),
+        ({"kv_cache_dtype_skip_layers": [True]}, "or 'sliding_window', got True"),
+        ({"kv_cache_dtype_skip_layers": ["99"]}, "skip_layers must hold numbers in .*, got '99'"),
         ({"kv_cache_dtype_skip_layers": [99]}, "skip_layers must hold numbers in .*, got 99"),
         ({"kv_cache_dtype_skip_layers": ["x"]}, "or 'sliding_window', got 'x'"),
     ],
@@ -98,6 +138,18 @@ def test_preempted_and_chunked_as_alone(params, reference) -> None:
 def test_errors(params, keywords, message) -> None:
     with pytest.raises(qjax.RequestError, match=message):
         qjax.generate(params, [5], max_tokens=1, **keywords)
+
+
+def test_scales_of_a_model_are_for_e4m3(golden: Path) -> None:
+    folder = golden / "ct-fp8-kv8"
+    params = qjax.load(folder)
+    assert set(cache_dtypes(params.config, "auto", "bfloat16")) == {"fp8_e4m3"}
+    for run in (qjax.forward, partial(qjax.generate, max_tokens=1)):
+        with pytest.raises(qjax.RequestError, match="fp8_e5m2, but the scales that came"):
+            run(params, [5], kv_cache_dtype="fp8_e5m2")
+    without = qjax.load(folder, quantize_activations=False)
+    assert set(cache_dtypes(without.config, "auto", "bfloat16")) == {"bfloat16"}
+    assert set(cache_dtypes(without.config, "fp8_e5m2", "bfloat16")) == {"fp8_e5m2"}
 
 
 def test_command_line(file: Path, capsys) -> None:

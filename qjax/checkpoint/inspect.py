@@ -13,16 +13,16 @@ from qjax import ops
 from qjax.checkpoint import detect, plan
 from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
 from qjax.checkpoint.mapped import TensorFiles
-from qjax.checkpoint.opened import folder_config, gguf_model, opened_folder, opened_gguf
+from qjax.checkpoint.opened import Opened, folder_config, gguf_model, opened_folder, opened_gguf
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.source import Source, resolve
-from qjax.errors import CheckpointError, UnsupportedError
+from qjax.errors import CheckpointError, RequestError, UnsupportedError
 from qjax.formats.base import PLAIN
+from qjax.kv_cache import KV_CACHE_DTYPES, bytes_per_token, cache_dtypes
 from qjax.models.config import ModelConfig
 from qjax.qtypes import QTYPES
 
 _CGROUP = Path("/sys/fs/cgroup")
-_BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,22 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """What keys and values of a model are held in.
+
+    Attributes:
+      auto: the dtype that is taken unless asked otherwise.
+      scales: how many scales each layer has for its keys, and for its values, that came with the
+        model.
+      bytes_per_token: over all layers, by each dtype that the model can have.
+    """
+
+    auto: str
+    scales: int
+    bytes_per_token: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Summary:
     """A checkpoint in numbers.
 
@@ -90,7 +106,7 @@ class Summary:
       parameters: weights that the tensors stand for.
       nbytes: bytes of all tensors; `memory` is what the weights take once they are loaded.
       context_length: tokens the model was trained for, or None.
-      kv_bytes_per_token: of a bfloat16 cache, over all layers, or None.
+      cache: what keys and values are held in, or None.
       free_memory: bytes that this process may still take, or None where the system does not say.
       problem: why qjax cannot run it, or None.
       quantized: of a GGUF file, or a folder with a quantization config, that can be read; or None.
@@ -103,7 +119,7 @@ class Summary:
     parameters: int
     nbytes: int
     context_length: int | None
-    kv_bytes_per_token: int | None
+    cache: Cache | None
     free_memory: int | None
     problem: str | None
     quantized: Quantized | None = None
@@ -117,6 +133,11 @@ class Summary:
     def bits_per_weight(self) -> float:
         """Stored bits for each element, scales and padding included."""
         return 8 * self.nbytes / max(1, self.parameters)
+
+    @property
+    def kv_bytes_per_token(self) -> int | None:
+        """Of the cache that is taken unless asked otherwise, or None."""
+        return self.cache and self.cache.bytes_per_token[self.cache.auto]
 
     @property
     def tokens_that_fit(self) -> int | None:
@@ -158,7 +179,10 @@ def _summary(source: Source, files: TensorFiles) -> Summary:
     config, problem, quantized = None, None, None
     try:
         config = _config(source, files)
-        quantized = _quantized(source, files, config)
+        opened, settings = _opened(source, files, config)
+        config = opened.config
+        if settings is not None:
+            quantized = _quantized(files, opened, settings)
         unknown = [use.qtype for use in types if use.qtype not in QTYPES]
         if unknown and quantized is None:
             problem = f"tensors of type {', '.join(unknown)} are not supported"
@@ -177,7 +201,7 @@ def _summary(source: Source, files: TensorFiles) -> Summary:
         parameters=quantized.parameters if quantized else sum(use.elements for use in types),
         nbytes=sum(use.nbytes for use in types),
         context_length=config.max_position_embeddings if config else None,
-        kv_bytes_per_token=_kv_bytes_per_token(config) if config else None,
+        cache=_cache(config) if config else None,
         free_memory=free_memory(),
         problem=problem,
         quantized=quantized,
@@ -194,17 +218,19 @@ def _config(source: Source, files: TensorFiles) -> ModelConfig:
     return folder_config(folder)[1]
 
 
-def _quantized(source: Source, files: TensorFiles, config: ModelConfig) -> Quantized | None:
-    """Plans every weight from the headers, and decodes one layer of each kind to know its type."""
+def _opened(
+    source: Source, files: TensorFiles, config: ModelConfig
+) -> tuple[Opened, Mapping[str, Any] | None]:
+    """What the tensors are, and the settings of their quantization, or None where there is none."""
     if isinstance(files, GGUFFile):
-        settings, opened = {}, opened_gguf(files, config)
-    else:
-        folder = source.path if source.path.is_dir() else source.path.parent
-        fields = detect.read_json(folder / "config.json")
-        settings, _ = detect.find(folder, fields)
-        if settings is None:
-            return None
-        opened = opened_folder(folder, fields, config, files)
+        return opened_gguf(files, config), {}
+    folder = source.path if source.path.is_dir() else source.path.parent
+    fields = detect.read_json(folder / "config.json")
+    return opened_folder(folder, fields, config, files), detect.find(folder, fields)[0]
+
+
+def _quantized(files: TensorFiles, opened: Opened, settings: Mapping[str, Any]) -> Quantized:
+    """Plans every weight from the headers, and decodes one layer of each kind to know its type."""
     places = opened.places()
     alike: dict[Hashable, dict[str, plan.Piece]] = {}
     nbytes = 0
@@ -240,8 +266,16 @@ def _quantized(source: Source, files: TensorFiles, config: ModelConfig) -> Quant
     return Quantized(opened.quantization.name, settings, tuple(kinds.values()), nbytes, parameters)
 
 
-def _kv_bytes_per_token(config: ModelConfig) -> int:
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * _BF16_BYTES
+def _cache(config: ModelConfig) -> Cache:
+    sizes = {}
+    for asked in KV_CACHE_DTYPES:
+        try:
+            (dtype,) = set(cache_dtypes(config, asked, "bfloat16"))
+        except RequestError:
+            continue  # not with this model
+        sizes[dtype] = bytes_per_token(config, dtype)
+    auto = cache_dtypes(config, "auto", "bfloat16")[0]
+    return Cache(auto, config.kv_scales, sizes)
 
 
 def free_memory() -> int | None:

@@ -62,7 +62,7 @@ def chat(
                 stream=True,
                 max_model_len=max_model_len,
                 kv_cache_dtype=kv_cache_dtype,
-                kv_cache_dtype_skip_layers=options.skip_layers(kv_cache_dtype_skip_layers),
+                kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
             )
         except qjax.RequestError as error:
             typer.echo(f"qjax: {error}", err=True)

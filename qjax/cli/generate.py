@@ -88,7 +88,7 @@ def generate(
         stream=True,
         max_model_len=max_model_len,
         kv_cache_dtype=kv_cache_dtype,
-        kv_cache_dtype_skip_layers=options.skip_layers(kv_cache_dtype_skip_layers),
+        kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
     )
     try:
         for piece in stream:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qjax.checkpoint.inspect import Quantized, Summary
+    from qjax.checkpoint.inspect import Cache, Quantized, Summary
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 
@@ -38,12 +38,8 @@ def report(found: "Summary") -> list[str]:
         lines += ["", *_quantized(found.quantized)]
     same = ", as they are in the file" if found.memory == found.nbytes else ""
     lines += ["", f"weights       {found.memory / 1e6:,.1f} MB in memory{same}"]
-    if found.kv_bytes_per_token and found.context_length:
-        lines.append(f"cache         {found.kv_bytes_per_token / 1e3:.1f} KB a token, in bfloat16")
-        shorter = [tokens for tokens in CONTEXTS if tokens < found.context_length]
-        for tokens in [*shorter, found.context_length]:
-            mb = tokens * found.kv_bytes_per_token / 1e6
-            lines.append(f"{'':14}{mb:,.0f} MB for {tokens:,} tokens")
+    if found.cache is not None and found.context_length:
+        lines += _cache(found.cache, found.context_length)
     if found.free_memory is not None:
         fits = found.tokens_that_fit
         room = "" if fits is None else f": room for {fits:,} tokens beside the weights"
@@ -51,6 +47,20 @@ def report(found: "Summary") -> list[str]:
     if found.problem:
         lines.append(f"\nqjax cannot run it: {found.problem}")
     return lines
+
+
+def _cache(found: "Cache", context_length: int) -> list[str]:
+    """What the cache holds unless asked otherwise, its size at some lengths, and other dtypes."""
+    scales = "scales of its own" if found.scales == 1 else f"{found.scales} scales of its own"
+    origin = f"each layer has {scales}" if found.scales else "the model brings no scales"
+    auto = found.bytes_per_token[found.auto]
+    lines = [f"cache         {auto / 1e3:.1f} KB a token, in {found.auto}: {origin}"]
+    shorter = [tokens for tokens in CONTEXTS if tokens < context_length]
+    for tokens in [*shorter, context_length]:
+        lines.append(f"{'':14}{tokens * auto / 1e6:,.0f} MB for {tokens:,} tokens")
+    others = {dtype: size for dtype, size in found.bytes_per_token.items() if dtype != found.auto}
+    told = ", ".join(f"{dtype} {size / 1e3:.1f}" for dtype, size in others.items())
+    return [*lines, f"{'':14}KB a token if asked for: {told}"]
 
 
 def _quantized(found: "Quantized") -> list[str]:

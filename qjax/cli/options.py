@@ -66,8 +66,3 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="Text that ends the output; may be repeated."),
 ]
-
-
-def skip_layers(texts: list[str] | None) -> list[int | str]:
-    """Layers as `qjax.generate` takes them: numbers where they are some."""
-    return [int(text) if text.lstrip("-").isdecimal() else text for text in texts or ()]

@@ -31,6 +31,12 @@ def test_gguf(golden):
     assert 5 < summary.bits_per_weight < 6
     assert summary.context_length == 512
     assert summary.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2
+    assert summary.cache is not None
+    assert (summary.cache.auto, summary.cache.scales) == ("bfloat16", 0)
+    # 64 codes and a scale of a head in 2 bytes, for int4 two codes a byte and a zero point too.
+    sizes = {"float32": 256, "bfloat16": 128, "fp8_e4m3": 64, "fp8_e5m2": 64}
+    sizes |= {"int8": 66, "int4": 35}
+    assert summary.cache.bytes_per_token == {d: 2 * 2 * 2 * n for d, n in sizes.items()}
     known = replace(summary, free_memory=summary.nbytes + 10_000)
     assert known.tokens_that_fit == 9
     assert replace(known, free_memory=1000).tokens_that_fit == 0
@@ -76,6 +82,15 @@ def test_quantized_folder(golden):
     assert kind.kernel in ("native", "xla")
     if kind.kernel == "xla":
         assert kind.refused["native"]
+
+
+def test_cache_with_scales(golden):
+    """Three layers with 2 heads of 32 for keys and values; the scales were made for e4m3."""
+    cache = summarize(golden / "ct-fp8-kv8").cache
+    assert cache is not None
+    assert (cache.auto, cache.scales) == ("fp8_e4m3", 1)
+    assert cache.bytes_per_token["fp8_e4m3"] == 3 * 2 * 2 * 32
+    assert "fp8_e5m2" not in cache.bytes_per_token
 
 
 @pytest.mark.parametrize("name", ["ct-fp8-kv8", "gptoss-mxfp4"])

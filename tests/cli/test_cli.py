@@ -156,6 +156,7 @@ def test_inspect(run: Run, model: str) -> None:
     assert code == 0
     assert "llama" in out
     assert "q4_1" in out
+    assert "KB a token, in bfloat16: the model brings no scales" in out
 
 
 def test_inspect_tells_what_would_run(run: Run, golden: Path) -> None:
