@@ -148,6 +148,11 @@ def opened_folder(
     else:
         unused |= {n for n, name in hf_names.items() if kv_scales.is_zero_point(name)}
     if quantize_activations and scales:
+        if config.mla is not None:
+            raise UnsupportedError(
+                f"{folder}: has scales of cached keys and values, but a {config.model_type} caches "
+                "others than were calibrated; quantize_activations=False loads it without them"
+            )
         sizes = [math.prod(files.tensors[n].shape) for n in scales]
         config = replace(config, kv_scales=mode(sizes))
     else:

@@ -10,6 +10,8 @@ token. Where each head has a matrix for its keys and one for its values (as llam
 the first goes to the queries and the second behind the attention (section 2.1.2 there, "absorbed"):
 all heads attend to the latent vector and the shared key, and the cache takes 2 * (kv_lora_rank +
 qk_rope_head_dim) numbers a token, 42 times less in DeepSeek-V3.
+
+Either cache can be of any dtype; the dimensions that are rotated share the scale of the others.
 """
 
 from __future__ import annotations

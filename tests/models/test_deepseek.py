@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 
 import ml_dtypes
 import numpy as np
@@ -29,7 +30,11 @@ NAMES = ("tiny-deepseek-v2", "tiny-deepseek-v3", *DENSE)
 
 @pytest.fixture(scope="module")
 def model(golden):
-    return cache(lambda name: qjax.load(golden / name))
+    def load(name):
+        folder = golden / name
+        return qjax.load(folder / "model.gguf" if name.startswith("gguf") else folder)
+
+    return cache(load)
 
 
 def reference(golden, name, prompt):
@@ -66,6 +71,40 @@ def test_batches_continue_as_transformers(model, golden, name):
         params, prompts, max_tokens=len(wanted[0]), ignore_eos=True, numerics="exact"
     )
     assert [list(result.token_ids) for result in results] == wanted
+
+
+# Random weights multiply what rounding does, but what has nothing to do with the reference differs
+# from it by about 1.4. These two have no experts, of which a rounding may choose others.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 0.2), ("fp8", 0.35), ("int4", 0.7)])
+@pytest.mark.parametrize("name", ["tiny-deepseek-v2-dense", "gguf-deepseek-v3-F32"])
+def test_quantized_caches(model, golden, name, dtype, tolerance):
+    """Of keys and values of all heads, and of latent ones."""
+    params = model(name)
+    assert params.config.mla.split == name.startswith("gguf")
+    ids, logits = reference(golden, name, 1)
+    rounded = forward(params, ids, kv_cache_dtype=dtype)
+    assert 1e-3 < difference(rounded, logits) < tolerance
+    # The first token is all that it sees.
+    assert difference(rounded[0], logits[0]) < tolerance / 4
+    width = {"int8": params.config.head_dim + 2, "fp8": params.config.head_dim}
+    width["int4"] = params.config.head_dim // 2 + 3
+    heads = 1 if params.config.mla.split else params.config.num_heads
+    size = kv_cache.bytes_per_token(params.config, "fp8_e4m3" if dtype == "fp8" else dtype)
+    assert size == 2 * params.config.num_layers * heads * width[dtype]
+
+
+def test_scales_of_what_is_not_cached(golden, tmp_path):
+    """Those of plain keys and values would not fit what latent attention caches."""
+    folder = tmp_path / "scaled"
+    shutil.copytree(golden / "tiny-deepseek-v2-dense", folder)
+    stored = load_file(folder / "model.safetensors")
+    layers = len({name.split(".")[2] for name in stored if ".layers." in name})
+    for layer, which in product(range(layers), "kv"):
+        stored[f"model.layers.{layer}.self_attn.{which}_scale"] = np.array(0.1, np.float32)
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(UnsupportedError, match="quantize_activations=False loads it"):
+        qjax.load(folder)
+    assert qjax.load(folder, quantize_activations=False).config.kv_scales == 0
 
 
 def with_mla(config, **changes):
