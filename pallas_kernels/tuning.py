@@ -14,6 +14,8 @@ An entry is found by op, kind, rows, n and k:
 
 The nearest measured shape answers, if neither side differs by more than a factor of two; there, the
 entries for the least number of rows that is not below what is asked, or else for the largest.
+Implementation and block sizes may thus change with the number of rows, so that the last bits of a
+sequence's numbers, which its batch does not change otherwise, depend on what runs beside it.
 
 A kernel that has block sizes takes those that it can use for the call at hand from `blocks`, and
 keeps its defaults for the others; its module may have a function `candidates(kind, rows, n, k)`

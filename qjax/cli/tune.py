@@ -25,7 +25,11 @@ def tune(
         float | None, typer.Option("--budget", help="Seconds after which no case begins.", min=1)
     ] = None,
 ) -> None:
-    """Measure kernels on this device and keep what is fastest, for models that run later."""
+    """Measure kernels on this device and keep what is fastest, for models that run later.
+
+    The fastest may be another one for another number of rows: with such a table, the last bits of
+    a sequence's numbers depend on how many run beside it.
+    """
     if (model is None) == (kinds is None) or (kinds is None) != (shapes is None):
         raise typer.BadParameter("give --model, or --kinds with --shapes")
     import qjax
