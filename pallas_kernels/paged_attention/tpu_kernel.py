@@ -80,7 +80,7 @@ def attend(
         """Scales or zero points: pages as they are, of whole lanes, or each sequence in a row."""
         if page_size % LANES == 0:
             return x
-        rows = x.reshape(len(x), -1)[block_table].reshape(*block_table.shape, heads, page_size)
+        rows = x[block_table]
         return rows.swapaxes(1, 2).reshape(len(block_table), heads, -1)
 
     def buffers(pages: Pages) -> Pages:

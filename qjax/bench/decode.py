@@ -13,9 +13,10 @@ import numpy as np
 from pallas_kernels import dispatch
 from qjax.bench.clock import Timing
 from qjax.bench.weights import KINDS, on_device
+from qjax.engine.device_cache import device_cache
 from qjax.engine.runner import numerics_for
-from qjax.engine.step import DECODE_STEPS, Rows, State, StepSpec, step
-from qjax.kv_cache import Batch, bytes_per_token, init_cache
+from qjax.engine.step import DECODE_STEPS, Rows, State, StepSpec, step_program
+from qjax.kv_cache import Batch, bytes_per_token
 from qjax.models.config import ModelConfig
 from qjax.models.functional import parameter_shapes
 
@@ -80,7 +81,7 @@ def prepare(
       context: tokens that each sequence has when the first step ends, each time anew.
     """
     width = -(-(context + DECODE_STEPS) // page_size)
-    cache = init_cache(config, batch_size * width, page_size, cache_dtype)
+    cache, formats = device_cache(config, batch_size * width, page_size, cache_dtype)
     table = np.arange(batch_size * width, dtype=np.int32).reshape(batch_size, width)
     rows = np.arange(batch_size, dtype=np.int32)
     batch = Batch(
@@ -92,7 +93,7 @@ def prepare(
     )
     batch, slots = jax.device_put((batch, Rows(rows, np.ones(batch_size, bool), rows, None)))
     state = State(last=jnp.zeros(batch_size, jnp.int32))
-    run = partial(step, config=config, spec=StepSpec(prefill=False))
+    run = partial(step_program(formats), config=config, spec=StepSpec(prefill=False))
     count = np.int32(DECODE_STEPS)
 
     def decode() -> None:

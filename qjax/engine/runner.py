@@ -16,10 +16,11 @@ import numpy as np
 from pallas_kernels import dispatch, platform
 from qjax.engine import batch as batches
 from qjax.engine.compile_cache import load_or_compile
+from qjax.engine.device_cache import cache_shapes, device_cache
 from qjax.engine.scheduler import Plan
-from qjax.engine.step import Rows, State, StepOutput, StepSpec, step, step_results
+from qjax.engine.step import Rows, State, StepOutput, StepSpec, step_program, step_results
 from qjax.errors import RequestError
-from qjax.kv_cache import Batch, cache_dtypes, init_cache
+from qjax.kv_cache import Batch, cache_dtypes
 from qjax.models.config import ModelConfig
 
 
@@ -114,14 +115,8 @@ class Runner:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        # Copied, since a donated array must be the device's own.
-        self._cache, self._state = jax.device_put(
-            (
-                init_cache(config, num_blocks, block_size, dtypes, np.zeros),
-                State(last=np.zeros(max_num_seqs, np.int32)),
-            ),
-            may_alias=False,
-        )
+        self._cache, self._formats = device_cache(config, num_blocks, block_size, dtypes)
+        self._state = jax.device_put(State(last=np.zeros(max_num_seqs, np.int32)), may_alias=False)
         self._near: dict[tuple, Future] = {}
         # The batch that the last decode step left on the device, and the plan that it continues.
         self._decoding: tuple[tuple, Batch, Rows] | None = None
@@ -166,10 +161,10 @@ class Runner:
         return spec, tokens, targets if spec.prompt_logprobs else None, batch, rows, None
 
     def _program(self, spec: StepSpec, args: list[Any]) -> Future:
-        structs = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-            (self.tree, self._cache, self._state, *args),
+        tree, state, *rest = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.tree, self._state, *args)
         )
+        structs = tree, cache_shapes(self._cache, self._formats), state, *rest
         leaves, structure = jax.tree.flatten(structs)
         shapes = tuple((x.shape, x.dtype.name) for x in leaves)
         key = self.config, spec, structure, shapes, dispatch.named()
@@ -177,7 +172,7 @@ class Runner:
         def compile_it() -> jax.stages.Compiled:
             # Tracing holds the interpreter anyway: in turns, the first asked for is first done.
             with _tracing:
-                lowered = step.lower(*structs, config=self.config, spec=spec)
+                lowered = step_program(self._formats).lower(*structs, config=self.config, spec=spec)
             return lowered.compile()
 
         def build() -> jax.stages.Compiled:

@@ -6,7 +6,7 @@ nothing to the device and waits for nothing from it.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -85,7 +85,6 @@ class StepOutput:
     prompt_logprobs: Any
 
 
-@partial(jax.jit, static_argnames=("config", "spec"), donate_argnames=("cache", "state"))
 def step(
     tree: Any,
     cache: Any,
@@ -126,6 +125,21 @@ def step(
     picked, logprobs, state = _emit(logits, state, batch, rows, spec)
     picked, logprobs = jax.tree.map(lambda x: x[None], (picked, logprobs))
     return StepOutput(picked, logprobs, prompt_logprobs), cache, state, None
+
+
+@lru_cache
+def step_program(cache_formats: Any = None) -> Any:
+    """`step` under `jax.jit`, its cache and state donated, `config` and `spec` static.
+
+    Args:
+      cache_formats: see `qjax.engine.device_cache`; the cache that comes in has them already.
+    """
+    return jax.jit(
+        step,
+        static_argnames=("config", "spec"),
+        donate_argnames=("cache", "state"),
+        out_shardings=None if cache_formats is None else (None, cache_formats, None, None),
+    )
 
 
 def _decode(

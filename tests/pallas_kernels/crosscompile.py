@@ -47,11 +47,22 @@ ENVIRONMENT = {
 
 
 class Program(NamedTuple):
-    """A function to compile, and its arguments as trees of jax.ShapeDtypeStruct."""
+    """A function to compile.
+
+    Attributes:
+      arguments: trees of jax.ShapeDtypeStruct.
+      formats: gives their jax.experimental.layout.Format, and that of the results, as prefixes of
+        their trees, from where all of them lie; None leaves it to the compiler.
+      donated: which arguments the results take the place of.
+      verdict: what is wrong with it, once it is compiled, or None.
+    """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    formats: Callable[[Any], tuple[Any, Any]] | None = None
+    donated: tuple[int, ...] = ()
+    verdict: Callable[[Any], str | None] = lambda _: None
 
 
 def compile_all(target: str, module: str, timeout: float = 900) -> dict[str, str | None]:
@@ -119,13 +130,21 @@ def _main(target: str, module: str) -> None:
         arguments = jax.tree.map(placed, program.arguments)
         try:
             with assumed(target, mesh):
-                traced = jax.jit(program.function).trace(*arguments)
-                lowered = traced.lower(lowering_platforms=("cuda" if kind == "gpu" else kind,))
-                lowered.compile()
+                inputs, outputs = (program.formats or (lambda _: (None, None)))(everywhere)
+                function = jax.jit(
+                    program.function,
+                    in_shardings=inputs,
+                    out_shardings=outputs,
+                    donate_argnums=program.donated,
+                )
+                lowered = function.trace(*arguments).lower(
+                    lowering_platforms=("cuda" if kind == "gpu" else kind,)
+                )
+                compiled = lowered.compile()
         except Exception as error:
             _tell(program.name, f"{type(error).__name__}: {error}"[:2000])
         else:
-            _tell(program.name, None)
+            _tell(program.name, program.verdict(compiled))
 
 
 def _tell(name: str, error: str | None) -> None:
