@@ -11,13 +11,25 @@ import numpy as np
 
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.inputs import ActSpec, Inputs
-from pallas_kernels.matmul import coded, dense, native, planes, ref, tiles, tpu, triton, xla
+from pallas_kernels.matmul import (
+    coded,
+    dense,
+    mosaic_gpu,
+    native,
+    planes,
+    ref,
+    tiles,
+    tpu,
+    triton,
+    xla,
+)
 from pallas_kernels.matmul.around import ACTIVATIONS, epilogue
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.matmul),
     ("triton", triton.matmul),
+    ("mosaic_gpu", mosaic_gpu.matmul),
     ("tpu", tpu.matmul),
     ("xla", xla.matmul),
     ("ref", ref.matmul),
@@ -30,6 +42,7 @@ ACTIVATION_DTYPES = ("float32", "bfloat16", "int16", "int8")
 _PLANES = {
     "gpu": planes.PLANES,
     "triton": planes.PLANES,
+    "mosaic_gpu": planes.PLANES,
     "tpu": planes.TRANSPOSED,
 }
 

@@ -20,6 +20,7 @@ HARDWARE = {
 _KERNELS = {
     "native": "C++ kernel",
     "triton": "Pallas (Triton)",
+    "mosaic_gpu": "Pallas (Mosaic GPU)",
     "tpu": "Pallas (TPU)",
     "xla": "XLA",
     "ref": "reference",

@@ -1,0 +1,130 @@
+"""Products with weights in planes on NVIDIA Hopper GPUs, as Pallas kernels that Mosaic compiles.
+
+The kernel (`mosaic_gpu_kernel`) is the product alone; XLA fuses what is around it. It is for
+inputs that may be rounded to bfloat16, and has not been measured: nothing uses it unless it is
+named, or a table of measurements says that it is the fastest.
+
+A row's result is the same whatever rows are beside it, for up to 64 rows, as long as no table of
+measurements says otherwise: the columns are cut into the same parts, summed in the same order.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import platform
+from pallas_kernels.matmul import planes_tile
+from pallas_kernels.matmul.around import by_products
+from pallas_kernels.matmul.mosaic_gpu_plan import Plan, candidates, plan_of
+from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
+from pallas_kernels.matmul.triton import weight_operands
+
+__all__ = ["candidates", "matmul", "product"]
+
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def matmul(
+    x: jax.Array,
+    weights: tuple[tuple[WeightSpec, WeightArrays], ...],
+    *,
+    activation_dtype: str,
+    **around: Any,
+) -> tuple[jax.Array, ...]:
+    """See `pallas_kernels.matmul.api.matmul`.
+
+    Raises:
+      NotImplementedError: see `product`; or `activation_dtype` is not "bfloat16".
+    """
+    if activation_dtype != "bfloat16":
+        raise NotImplementedError(f"a kernel for inputs of bfloat16, not {activation_dtype}")
+    return by_products(product, x, weights, activation_dtype=activation_dtype, **around)
+
+
+def product(
+    x: jax.Array,
+    spec: WeightSpec,
+    arrays: WeightArrays,
+    *,
+    num_rows: jax.Array | None = None,
+) -> jax.Array:
+    """x @ w.T with weights that may be rounded to bfloat16.
+
+    Args:
+      x: bfloat16 [T, K].
+      spec, arrays: a weight in the layout "planes".
+      num_rows: int32 [1]; rows from there on are padding, with unspecified outputs. All are
+        computed.
+
+    Returns:
+      float32 [T, N].
+
+    Raises:
+      NotImplementedError: the weight lies otherwise, its kind or shape is none of the kernel's,
+        this is no Hopper GPU, or what jax needs for it is not installed.
+    """
+    del num_rows
+    interpret = platform.interprets("gpu")
+    check_device(interpret)
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"a kernel for inputs of bfloat16, not {x.dtype}")
+    operands = weight_operands(spec, arrays)
+    plan = plan_of(spec, x.shape[0], tuple(operands))
+    whole = operands.pop("global_scale", None)
+    operands |= spread(operands, plan)
+    after = {}
+    if plan.scaling == "end":
+        after = {name: operands.pop(name) for name in ("scale", "zero") if name in operands}
+    operands["x"] = padded(x, plan)
+    from pallas_kernels.matmul import mosaic_gpu_kernel  # jax needs more than itself for it
+
+    y = mosaic_gpu_kernel.product(plan, operands, interpret)[: len(x)]
+    if after:
+        y = scaled(y, x, after, plan)
+    return y if whole is None else y * whole[0, 0]
+
+
+def check_device(interpret: bool) -> None:
+    """Whether the kernel can run, or be compiled, here.
+
+    Raises:
+      NotImplementedError: it cannot.
+    """
+    name = platform.device().name
+    if not interpret and not any(each in name for each in HOPPER):
+        raise NotImplementedError(f"a kernel for Hopper GPUs, and this is {name or 'unknown'}")
+    if importlib.util.find_spec("absl") is None:
+        raise NotImplementedError("jax needs the package absl-py for kernels of Mosaic GPU")
+
+
+def padded(x: jax.Array, plan: Plan) -> jax.Array:
+    """x with zeros for the columns that K was filled up with, and for rows up to whole tiles."""
+    rows, k = x.shape
+    return jnp.pad(x, ((0, -rows % plan.blocks.rows), (0, plan.planes.k - k)))
+
+
+def spread(operands: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
+    """Scales and zero points for each output, and for groups of the columns that K was filled up
+    with: there are far fewer of them than of weights.
+    """
+    n, (rows, columns) = plan.planes.shape[0], plan.planes.group
+    groups = 1 if plan.scaling == "end" else -(-plan.planes.k // columns)
+    found = {name: operands[name] for name in ("scale", "zero") if name in operands}
+    for name, array in found.items():
+        if array.shape[1] != n:
+            array = jnp.repeat(array, rows, axis=1)[:, :n]
+        found[name] = jnp.pad(array, ((0, groups - len(array)), (0, 0)))
+    return found
+
+
+def scaled(y: jax.Array, x: jax.Array, after: dict[str, jax.Array], plan: Plan) -> jax.Array:
+    """Sums over codes, float32 [T, N], with the scale and the zero point of each output."""
+    scale = planes_tile.scales(after["scale"], plan.scale)
+    if "zero" not in after:
+        return y * scale
+    shift = x.astype(jnp.float32).sum(axis=1, keepdims=True) * after["zero"].astype(jnp.float32)
+    return y * scale + shift if plan.planes.zero == "add" else (y - shift) * scale
