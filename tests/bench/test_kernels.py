@@ -228,7 +228,7 @@ def test_a_case_that_fails_does_not_end_the_others(monkeypatch, capsys):
         (("--ops", "matmull"), "'matmull' is none of matmul"),
         (("--kinds", "W5"), "'W5' is none of W4A16 g128"),
         (("--shapes", "256"), "'256' is no shape"),
-        (("--implementation", "cuda"), "no implementation 'cuda'; there are: native, "),
+        (("--implementation", "cuda"), "no implementation 'cuda'; there are: mosaic_gpu, "),
         (("--rows", "0"), "Invalid value for '--rows'"),
     ],
 )
