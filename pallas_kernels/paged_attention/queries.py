@@ -9,6 +9,11 @@ from pallas_kernels.kv_update.places import heads_of
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 
+def is_exact(spec: AttentionSpec, dtype: str) -> bool:
+    """Whether products with pages of `dtype` are of float32, of which nothing is rounded."""
+    return spec.exact or dtype == "float32"
+
+
 def scaled_queries(
     q: jax.Array,
     dtype: str,
@@ -22,13 +27,14 @@ def scaled_queries(
     scale of the scores and `k_scale`, which is [1] or [num_kv_heads].
 
     Returns:
-      [T, num_kv_heads, group, head_dim], float32 for float32 pages, otherwise bfloat16.
+      [T, num_kv_heads, group, head_dim], float32 where products are exact, otherwise bfloat16. The
+      kernels' products are of this type.
     """
     heads = heads_of(q, spec.head_dim, dtype, rope, weight, eps)
     heads = heads.reshape(len(q), spec.num_kv_heads, -1, spec.head_dim) * spec.scale
     if k_scale is not None:
         heads = heads * k_scale[:, None, None]
-    return heads if dtype == "float32" else heads.astype(jnp.bfloat16)
+    return heads if is_exact(spec, dtype) else heads.astype(jnp.bfloat16)
 
 
 def descaled(out: jax.Array, spec: AttentionSpec, v_scale: jax.Array | None) -> jax.Array:

@@ -115,7 +115,10 @@ def attend(
 
 
 def _sizes(spec: AttentionSpec, pages: Pages, tokens: int, slots: int) -> Blocks:
-    """Those measured best, as far as they go together, otherwise the defaults."""
+    """Those measured best, as far as they go together, otherwise the defaults; nothing is measured
+    of exact products with pages that are not float32, which take more registers."""
+    if spec.exact and pages.dtype != "float32":
+        return blocks(spec.head_dim, "float32")
     default = blocks(spec.head_dim, pages.dtype)
     kind = tuning.attention_kind(pages.dtype, spec.head_dim)
     found = tuning.blocks(

@@ -89,7 +89,7 @@ def _kernel(*refs, tree, spec, dtype, sizes, per_tile, length):
     parts = 2 if dtype == "int4" else 1
     width = spec.head_dim // parts
     page_size = refs.k_pages.values.shape[2]
-    precision = lax.Precision.HIGHEST if dtype == "float32" else None
+    precision = lax.Precision.HIGHEST if refs.q.dtype == jnp.float32 else None
     dot = partial(plt.dot, precision=precision)
 
     # Sizes are powers of two, and at least 16 where they meet in a product.

@@ -35,7 +35,7 @@ EVERY_DTYPE = [
 OTHER_HEADS = [Size(96, 32, 2048, head_dim) for head_dim in (64, 80, 96, 256)]
 
 
-def program(size: Size, dtype: str) -> Program:
+def program(size: Size, dtype: str, *, exact: bool = False) -> Program:
     """The update of the cache, and attention, by the kernels for the device at hand."""
 
     def floats(*shape: int) -> jax.ShapeDtypeStruct:
@@ -61,13 +61,14 @@ def program(size: Size, dtype: str) -> Program:
     }
     if dtype.startswith("fp8"):
         arguments |= {"k_scale": floats(KV_HEADS), "v_scale": floats(1)}
-    spec = AttentionSpec(HEADS, KV_HEADS, head_dim, head_dim, head_dim**-0.5, window, 30.0)
+    spec = AttentionSpec(HEADS, KV_HEADS, head_dim, head_dim, head_dim**-0.5, window, 30.0, exact)
 
     def function(arguments: dict[str, Any]) -> Any:
         own = {"gpu": "triton", "tpu": "tpu"}[platform.device_kind()]
         return partial(paged_attention, spec=spec, implementation=own)(**arguments)
 
-    name = f"{dtype}, {tokens} tokens of {sequences} in {context}, head_dim {head_dim}"
+    kind = f"exact {dtype}" if exact else dtype
+    name = f"{kind}, {tokens} tokens of {sequences} in {context}, head_dim {head_dim}"
     return Program(name, function, (arguments,))
 
 
@@ -76,3 +77,4 @@ def programs() -> Iterator[Program]:
         others = OTHER_HEADS if dtype in ("bfloat16", "int8", "int4") else []
         for size in [*EVERY_DTYPE, *others]:
             yield program(size, dtype)
+        yield program(Size(96, 32, 2048, 256), dtype, exact=True)
