@@ -95,9 +95,12 @@ def test_generation_stays_close(params, reference, dtype: str) -> None:
         numerics="exact",
         kv_cache_dtype=dtype,
     )
-    # The first token's logits depend least on the cache; 4 bits may turn what follows.
-    close = 4 if dtype == "int8" else 1
-    assert list(result.token_ids)[:close] == reference["greedy_0"].tolist()[:close]
+    # What follows the first token depends on it, and no rounding is too small for a tie.
+    logits = reference["logits_0"][-1]
+    near = logits.max() - logits[result.token_ids[0]]
+    assert near <= ROUNDED["fp8_e4m3" if dtype == "fp8" else dtype] * logits.max()
+    if dtype == "int8":
+        assert list(result.token_ids) == reference["greedy_0"].tolist()[:4]
 
 
 def test_floats_of_8_bits_without_scales_warn(params) -> None:

@@ -39,8 +39,8 @@ def kv_update(
     jit, pages that are donated are written in place.
 
     Args:
-      k, v: float32 [T, num_kv_heads * head_dim]; k is normed and turned here, and for int4 pages
-        multiplied by a Hadamard matrix.
+      k, v: float32 [T, num_kv_heads * head_dim]; k is normed and turned here, and both are
+        multiplied by a Hadamard matrix where `pages` says so.
       implementation: "triton", "tpu", "xla" or "ref"; None for the first that takes the call.
 
     Returns:

@@ -9,9 +9,12 @@ int8: a scale for each token and head, absmax / 127, rounded up to bfloat16.
 
 int4: a scale and a zero point for each token and head. With low = min x and high = max x, scale =
 max((high - low) / 15, absmax / 120) rounded up to bfloat16, zero = round(low / scale), code =
-clip(round(x / scale) - zero, 0, 15); what is cached is (code + zero) * scale. Keys, and queries
-with them, are turned by a Hadamard matrix first, which spreads outliers over all channels and
-changes no score (QuaRot, arXiv 2404.00456).
+clip(round(x / scale) - zero, 0, 15); what is cached is (code + zero) * scale.
+
+Keys of int8 and int4, and of float8 where no scale came with the model, are turned by a Hadamard
+matrix first, and queries with them: that spreads outliers over all channels and changes no score
+(QuaRot, arXiv 2404.00456). Values of int4 are turned as well, and what attention makes of them is
+turned back: the matrix is its own inverse.
 """
 
 from __future__ import annotations
@@ -141,11 +144,21 @@ def decode(pages: Pages, scale: jax.Array | None = None) -> jax.Array:
     return x * scale[:, None] if dtype in FP8 and scale is not None else x
 
 
-def turned(keys: jax.Array) -> jax.Array:
-    """Keys or queries [..., D] of an int4 cache: runs of channels, as many as the largest power of
-    two that divides D, times the normalized Hadamard matrix."""
-    head_dim = keys.shape[-1]
-    return hadamard(keys, head_dim & -head_dim)
+def turns_keys(dtype: str, k_scale: jax.Array | None) -> bool:
+    """Whether keys, and queries, are `turned` for pages of `dtype`; k_scale came with the model."""
+    return dtype in ("int8", "int4") or (dtype in FP8 and k_scale is None)
+
+
+def turns_values(dtype: str) -> bool:
+    """Whether values are `turned` for pages of `dtype`, and sums of them turned back."""
+    return dtype == "int4"
+
+
+def turned(heads: jax.Array) -> jax.Array:
+    """Heads [..., D]: runs of channels, as many as the largest power of two that divides D, times
+    the normalized Hadamard matrix. Its own inverse."""
+    head_dim = heads.shape[-1]
+    return hadamard(heads, head_dim & -head_dim)
 
 
 def _round_up(x: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_update.pages import Pages, turned
+from pallas_kernels.kv_update.pages import Pages, turned, turns_keys, turns_values
 from pallas_kernels.kv_update.turn import turn
 
 
@@ -61,16 +61,24 @@ def heads_of(
     rope: tuple[jax.Array, jax.Array] | None,
     weight: jax.Array | None,
     eps: float,
+    k_scale: jax.Array | None,
 ) -> jax.Array:
-    """Heads of queries or keys as they meet: normed, turned by rope, and by a Hadamard matrix for
-    pages of int4.
+    """Heads of queries or keys as they meet: normed, turned by rope, and by a Hadamard matrix where
+    the pages are such.
 
     Args:
       x: float32 [T, H * head_dim].
       dtype: of the pages.
+      k_scale: of float8 pages, where it came with the model.
 
     Returns:
       float32 [T, H, head_dim].
     """
     heads = turn(x.reshape(len(x), -1, head_dim), rope, weight, eps)
-    return turned(heads) if dtype == "int4" else heads
+    return turned(heads) if turns_keys(dtype, k_scale) else heads
+
+
+def values_of(v: jax.Array, head_dim: int, dtype: str) -> jax.Array:
+    """Heads of values, float32 [T, H, head_dim], as pages of `dtype` hold them."""
+    heads = v.reshape(len(v), -1, head_dim)
+    return turned(heads) if turns_values(dtype) else heads

@@ -43,9 +43,11 @@ def kv_update(
             page, slot = table[s, position // page_size], position % page_size
             own = None if rope is None else [np.asarray(x[t]) for x in rope]
             for h in range(heads):
-                key = turned(keys[t, h], own, k_norm, norm_eps, k_pages.dtype)
+                key, value = turned(keys[t, h], own, k_norm, norm_eps), values[t, h]
+                key = spread(key) if keys_of.spreads_keys else key
+                value = spread(value) if values_of.spreads_values else value
                 keys_of.write((page, h, slot), key)
-                values_of.write((page, h, slot), values[t, h])
+                values_of.write((page, h, slot), value)
     return keys_of.pages(), values_of.pages()
 
 
@@ -54,10 +56,9 @@ def turned(
     rope: list[np.ndarray] | None,
     weight: jax.Array | None,
     eps: float,
-    dtype: str,
 ) -> np.ndarray:
-    """One head of one token as it meets others: normed, rotated, and turned by a Hadamard matrix
-    for pages of int4. rope is (cos, sin) of the token."""
+    """One head of one token as it meets others: normed and rotated. rope is (cos, sin) of the
+    token."""
     if weight is not None:
         row = row / np.sqrt((row**2).mean() + eps) * np.asarray(weight)
     if rope is not None:
@@ -65,7 +66,7 @@ def turned(
         half = len(cos)
         x1, x2, rest = row[:half], row[half : 2 * half], row[2 * half :]
         row = np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest])
-    return _hadamard(row) if dtype == "int4" else row
+    return row
 
 
 class Cache:
@@ -76,6 +77,8 @@ class Cache:
         self._arrays = Pages(*(None if a is None else np.array(a) for a in pages))
         heads = pages.values.shape[1]
         self._scale = np.ones(heads, np.float32) * (1 if scale is None else np.asarray(scale))
+        self.spreads_keys = "int" in self._dtype or (self._dtype[:3] == "fp8" and scale is None)
+        self.spreads_values = self._dtype == "int4"
 
     def pages(self) -> Pages:
         return jax.tree.map(jnp.asarray, self._arrays)
@@ -113,7 +116,8 @@ class Cache:
         return x * self._scale[at[1]] if self._dtype.startswith("fp8") else x
 
 
-def _hadamard(row: np.ndarray) -> np.ndarray:
+def spread(row: np.ndarray) -> np.ndarray:
+    """A head times the Hadamard matrix; twice leaves it as it was."""
     size = 1
     while row.size % (2 * size) == 0:
         size *= 2

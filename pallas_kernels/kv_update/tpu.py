@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import platform
 from pallas_kernels.kv_update.pages import Pages, encode
-from pallas_kernels.kv_update.places import heads_of, owners
+from pallas_kernels.kv_update.places import heads_of, owners, values_of
 
 
 class Windows(NamedTuple):
@@ -81,8 +81,9 @@ def kv_update(
     head_dim = k.shape[1] // k_pages.values.shape[1]
     if not tokens:
         return k_pages, v_pages
-    keys = heads_of(k, head_dim, dtype, rope, k_norm, norm_eps)
-    new = encode(keys, dtype, k_scale), encode(v.reshape(keys.shape), dtype, v_scale)
+    keys = heads_of(k, head_dim, dtype, rope, k_norm, norm_eps, k_scale)
+    values = values_of(v, head_dim, dtype)
+    new = encode(keys, dtype, k_scale), encode(values, dtype, v_scale)
     at = windows(tokens, page_size, block_table, query_start_loc, seq_lens)
     token = jnp.clip(at.first[:, None] + jnp.arange(page_size), 0, tokens - 1)
     rows = jax.tree.map(lambda x: x[token].swapaxes(1, 2), new)  # [W, H, page_size, ...]

@@ -1,6 +1,6 @@
 """Cache update on GPUs: one program a token quantizes its keys and values and stores them.
 
-Norm, rope and the Hadamard transform are left to XLA, which fuses them with those of the queries.
+Norm, rope and Hadamard transforms are left to XLA, which fuses them with those of the queries.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import platform
 from pallas_kernels.kv_update.pages import Pages
-from pallas_kernels.kv_update.places import heads_of, places
+from pallas_kernels.kv_update.places import heads_of, places, values_of
 
 
 def kv_update(
@@ -37,10 +37,11 @@ def kv_update(
     tokens, heads = len(k), k_pages.values.shape[1]
     head_dim = k.shape[1] // heads
     at = places(tokens, k_pages, block_table, query_start_loc, seq_lens)
-    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps)
+    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale)
+    values = values_of(v, head_dim, v_pages.dtype)
     scales = [jnp.ones(1) if scale is None else scale for scale in (k_scale, v_scale)]
     scales = [jnp.broadcast_to(scale, heads) for scale in scales]
-    new = [(keys, scales[0]), (v.reshape(keys.shape), scales[1])]
+    new = [(keys, scales[0]), (values, scales[1])]
     from pallas_kernels.kv_update import triton_kernel  # jax has it on some systems only
 
     return triton_kernel.store(at.page, at.slot, new, (k_pages, v_pages), interpret)

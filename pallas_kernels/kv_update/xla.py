@@ -7,7 +7,7 @@ from functools import partial
 import jax
 
 from pallas_kernels.kv_update.pages import Pages, encode
-from pallas_kernels.kv_update.places import Places, heads_of, places
+from pallas_kernels.kv_update.places import Places, heads_of, places, values_of
 
 
 def kv_update(
@@ -28,12 +28,9 @@ def kv_update(
     """See `pallas_kernels.kv_update.api.kv_update`."""
     head_dim = k.shape[1] // k_pages.values.shape[1]
     at = places(len(k), k_pages, block_table, query_start_loc, seq_lens)
-    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps)
-
-    new = (
-        encode(keys, k_pages.dtype, k_scale),
-        encode(v.reshape(keys.shape), v_pages.dtype, v_scale),
-    )
+    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale)
+    values = values_of(v, head_dim, v_pages.dtype)
+    new = encode(keys, k_pages.dtype, k_scale), encode(values, v_pages.dtype, v_scale)
     return jax.tree.map(partial(scatter, at), (k_pages, v_pages), new)
 
 

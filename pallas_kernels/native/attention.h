@@ -112,7 +112,14 @@ struct AttentionRun {
     return scale ? scale[count > 1 ? head : 0] : 1;
   }
 
-  // RMSNorm and rotary embedding (half-split) of one head, and the turn of an int4 cache.
+  // kv_update/pages.py says which heads of a cache are turned by a Hadamard matrix.
+  static constexpr bool kTurnsValues = P::shifted;
+  bool turns_keys() const {
+    return P::scaled || (sizeof(typename P::Storage) == 1 && !a.k_scale);
+  }
+  void turn(float* y) const { hadamard(y, a.head_dim, a.head_dim & -a.head_dim); }
+
+  // RMSNorm and rotary embedding (half-split) of one head of queries or keys, and their turn.
   void rotate(const float* x, const float* norm, int64_t token, float* y) const {
     if (norm) rms_norm(x, norm, a.eps, a.head_dim, y);
     else std::memcpy(y, x, a.head_dim * 4);
@@ -125,7 +132,7 @@ struct AttentionRun {
         y[half + i] = x2 * cos[i] + x1 * sin[i];
       }
     }
-    if constexpr (P::shifted) hadamard(y, a.head_dim, a.head_dim & -a.head_dim);
+    if (turns_keys()) turn(y);
   }
 
   void write(int64_t seq, int64_t token) {
@@ -151,6 +158,7 @@ struct AttentionRun {
       rotate(a.k + (token * a.kv_heads + h) * d, a.k_norm, token, y);
       put(a.k_pages, true, h, scale_of(a.k_scale, a.k_scales, h));
       std::memcpy(y, a.v + (token * a.kv_heads + h) * d, d * 4);
+      if (kTurnsValues) turn(y);
       put(a.v_pages, false, h, scale_of(a.v_scale, a.v_scales, h));
     }
   }
@@ -294,6 +302,7 @@ struct AttentionRun {
       if (a.sinks) total += std::exp(std::min(a.sinks[head] - top[r], 80.0f));
       const float factor = P::factor * scale_of(a.v_scale, a.v_scales, item.head) / total;
       for (int64_t c = 0; c < d; c += 16) store(y + c, load(out + r * d + c) * factor);
+      if (kTurnsValues) turn(y);
     }
   }
 

@@ -1,10 +1,11 @@
-"""Queries as the kernels for accelerators take them."""
+"""Queries as the kernels for accelerators take them, and outputs from what they give."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_update.pages import turned, turns_values
 from pallas_kernels.kv_update.places import heads_of
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
@@ -30,17 +31,19 @@ def scaled_queries(
       [T, num_kv_heads, group, head_dim], float32 where products are exact, otherwise bfloat16. The
       kernels' products are of this type.
     """
-    heads = heads_of(q, spec.head_dim, dtype, rope, weight, eps)
+    heads = heads_of(q, spec.head_dim, dtype, rope, weight, eps, k_scale)
     heads = heads.reshape(len(q), spec.num_kv_heads, -1, spec.head_dim) * spec.scale
     if k_scale is not None:
         heads = heads * k_scale[:, None, None]
     return heads if is_exact(spec, dtype) else heads.astype(jnp.bfloat16)
 
 
-def descaled(out: jax.Array, spec: AttentionSpec, v_scale: jax.Array | None) -> jax.Array:
-    """Sums of numbers or codes, float32 [T, num_heads * head_dim], times `v_scale`, which is [1] or
-    [num_kv_heads]."""
-    if v_scale is None:
-        return out
-    heads = out.reshape(len(out), spec.num_kv_heads, -1) * v_scale[:, None]
-    return heads.reshape(out.shape)
+def outputs(
+    out: jax.Array, dtype: str, spec: AttentionSpec, v_scale: jax.Array | None
+) -> jax.Array:
+    """What attention gives, from sums of what pages of `dtype` hold, float32 [T, num_heads *
+    head_dim]: times `v_scale`, which is [1] or [num_kv_heads], and turned back."""
+    heads = out.reshape(len(out), spec.num_kv_heads, -1, spec.head_dim)
+    if v_scale is not None:
+        heads = heads * v_scale[:, None, None]
+    return (turned(heads) if turns_values(dtype) else heads).reshape(out.shape)

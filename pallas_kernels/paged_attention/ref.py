@@ -49,7 +49,8 @@ def attend(
             own = None if rope is None else [np.asarray(x[t]) for x in rope]
             for h in range(spec.num_heads):
                 at = pages, h // group, slots
-                query = kv_update.turned(queries[t, h], own, q_norm, norm_eps, k_pages.dtype)
+                query = kv_update.turned(queries[t, h], own, q_norm, norm_eps)
+                query = kv_update.spread(query) if keys_of.spreads_keys else query
                 scores = keys_of.read(at) @ (query * np.float32(spec.scale))
                 if spec.soft_cap is not None:
                     scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
@@ -58,5 +59,6 @@ def attend(
                 weights = np.exp(scores - top)
                 total = weights.sum() + np.exp(sink - top)
                 row = weights / total @ values_of.read(at)
+                row = kv_update.spread(row) if values_of.spreads_values else row
                 out[t, h * spec.head_dim : (h + 1) * spec.head_dim] = row
     return jnp.asarray(out)

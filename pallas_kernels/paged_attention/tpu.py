@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import platform, tuning
 from pallas_kernels.kv_update.pages import Pages
 from pallas_kernels.kv_update.places import owners
-from pallas_kernels.paged_attention.queries import descaled, scaled_queries
+from pallas_kernels.paged_attention.queries import outputs, scaled_queries
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiles import tiles, tokens_per_tile
 
@@ -127,4 +127,4 @@ def attend(
     # [T, Hkv, parts, group, width] -> [T, Hkv, group, parts, width]
     out = out[tile, :, :, after % per_tile].swapaxes(2, 3).reshape(tokens, -1)
     real = index < query_start_loc[-1]
-    return jnp.where(real[:, None], descaled(out, spec, v_scale), 0.0)
+    return jnp.where(real[:, None], outputs(out, dtype, spec, v_scale), 0.0)

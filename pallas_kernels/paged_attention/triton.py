@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import platform, tuning
 from pallas_kernels.kv_update.pages import Pages
-from pallas_kernels.paged_attention.queries import descaled, scaled_queries
+from pallas_kernels.paged_attention.queries import outputs, scaled_queries
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiles import tiles, tokens_per_tile
 
@@ -109,7 +109,7 @@ def attend(
         v_pages, sinks=sinks, spec=spec, sizes=sizes, per_tile=per_tile,
         segments=segments(tokens, slots, sizes.segment), interpret=interpret,
     )  # fmt: skip
-    out = descaled(_together(*parts), spec, v_scale)
+    out = outputs(_together(*parts), v_pages.dtype, spec, v_scale)
     real = jnp.arange(tokens) < query_start_loc[-1]
     return jnp.where(real[:, None], out, 0.0)
 

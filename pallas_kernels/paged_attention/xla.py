@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_update.pages import Pages, decode
+from pallas_kernels.kv_update.pages import Pages, decode, turned, turns_values
 from pallas_kernels.kv_update.places import heads_of, places
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
@@ -36,7 +36,7 @@ def attend(
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.after_update.after_update`."""
     tokens, page_size = q.shape[0], k_pages.page_size
-    q = heads_of(q, spec.head_dim, k_pages.dtype, rope, q_norm, norm_eps)
+    q = heads_of(q, spec.head_dim, k_pages.dtype, rope, q_norm, norm_eps, k_scale)
     at = places(tokens, k_pages, block_table, query_start_loc, seq_lens)
 
     keys_at = jnp.arange(block_table.shape[1] * page_size)
@@ -67,7 +67,7 @@ def attend(
         out = jnp.einsum(
             "mhgk,mhkd->mhgd", weights, gathered(v_pages, v_scale), precision=precision
         )
-        return out.reshape(len(q), -1)
+        return (turned(out) if turns_values(v_pages.dtype) else out).reshape(len(q), -1)
 
     tile = math.gcd(tokens, _TILE) if tokens > _TILE else tokens
     # Padding looks at position 0 of the last sequence: finite, and thrown away.

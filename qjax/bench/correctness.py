@@ -181,8 +181,10 @@ def _attention(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
         return out
 
     got = outputs(q, k, v, pages.empty(shape, dtype), pages.empty(shape, dtype))
-    if dtype == "int4":
+    if pages.turns_keys(dtype, None):
         q, k = pages.turned(q), pages.turned(k)
+    if pages.turns_values(dtype):
+        v = pages.turned(v)
     keys, values = (
         np.repeat(np.asarray(pages.decode(pages.encode(a, dtype)), np.float64), heads // narrow, 2)
         for a in (k, v)
@@ -190,7 +192,10 @@ def _attention(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
     scores = np.einsum("shd,sthd->sht", np.asarray(q[:, -1], np.float64), keys) * HEADS.scale
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return got, np.einsum("sht,sthd->shd", weights, values).reshape(rows, -1)
+    wanted = np.einsum("sht,sthd->shd", weights, values)
+    if pages.turns_values(dtype):
+        wanted = pages.turned(jnp.asarray(wanted, jnp.float32))
+    return got, np.asarray(wanted, np.float64).reshape(rows, -1)
 
 
 def _quantize(kind: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
@@ -231,7 +236,7 @@ def _kv_update(dtype: str, rows: int, _: str) -> tuple[jax.Array, np.ndarray]:
 
     held = pages.decode(update(k, pages.empty(shape, dtype)))[table[:, 0], :, lengths - 1]
     heads = k.reshape(rows, narrow, size)
-    wanted = pages.turned(heads) if dtype == "int4" else heads
+    wanted = pages.turned(heads) if pages.turns_keys(dtype, None) else heads
     return held, np.asarray(wanted, np.float64)
 
 

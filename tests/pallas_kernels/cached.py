@@ -29,6 +29,11 @@ def spread(x):
     return (x.reshape(*x.shape[:-1], -1, size) @ matrix / np.sqrt(size)).reshape(x.shape)
 
 
+def spreads_keys(dtype, scale):
+    """Whether keys and queries are spread: for codes, and for 8-bit floats without a scale."""
+    return dtype in ("int8", "int4") or (dtype.startswith("fp8") and scale is None)
+
+
 def rounded_up(step):
     """The next bfloat16 at or above it, as float64."""
     near = step.astype(ml_dtypes.bfloat16)

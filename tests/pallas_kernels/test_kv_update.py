@@ -13,7 +13,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.kv_update import kv_update
 from pallas_kernels.paged_attention import CACHE_DTYPES, empty
 from tests.pallas_kernels import crosscompile
-from tests.pallas_kernels.cached import EPS, QUICKLY, cached, spread, turned
+from tests.pallas_kernels.cached import EPS, QUICKLY, cached, spread, spreads_keys, turned
 
 HEADS, DIM, PAGE = 3, 80, 16
 IMPLEMENTATIONS = ("triton", "tpu", "xla", "ref")
@@ -67,7 +67,8 @@ def test_new_tokens(implementation, dtype):
 
     keys, values = (x.reshape(TOKENS, HEADS, DIM).astype(float) for x in (k, v))
     keys = turned(keys, rest["k_norm"], *rest["rope"])
-    keys = spread(keys) if dtype == "int4" else keys
+    keys = spread(keys) if spreads_keys(dtype, rest.get("k_scale")) else keys
+    values = spread(values) if dtype == "int4" else values
     for x, new, name in zip((keys, values), out, ("k_scale", "v_scale"), strict=True):
         scale = np.broadcast_to(rest.get(name, np.ones(1)), HEADS)
         found, touched = numbers(new, scale), np.zeros(new.values.shape[0::2][:2], bool)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import AttentionSpec, empty, paged_attention
-from tests.pallas_kernels.cached import EPS, QUICKLY, cached, spread, turned
+from tests.pallas_kernels.cached import EPS, QUICKLY, cached, spread, spreads_keys, turned
 
 PAGE = 16
 ALL_DTYPES = ("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
@@ -111,9 +111,14 @@ RUNS = [
 def oracle(case, dtype, scales, q, k, v, weights, tables, sinks):
     """Attention of one whole sequence: q [T, Hq, D], k and v [T, Hkv, D], all float64."""
     q, k = turned(q, weights[0], *tables), turned(k, weights[1], *tables)
-    if dtype == "int4":
+    if spreads_keys(dtype, scales[0]):
         q, k = spread(q), spread(k)
-    k, v = cached(k, dtype, scales[0]), cached(v, dtype, scales[1])
+    v = spread(v) if dtype == "int4" else v
+    ones = np.ones(1)
+    k, v = (
+        cached(x, dtype, ones if scale is None else scale)
+        for x, scale in zip((k, v), scales, strict=True)
+    )
     group = case.heads // case.kv_heads
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     scores = np.einsum("qhd,khd->hqk", q, k) * case.spec.scale
@@ -127,7 +132,8 @@ def oracle(case, dtype, scales, q, k, v, weights, tables, sinks):
     total = scores.sum(-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sinks[:, None, None] - top)
-    return np.einsum("hqk,khd->qhd", scores / total, v)
+    out = np.einsum("hqk,khd->qhd", scores / total, v)
+    return spread(out) if dtype == "int4" else out
 
 
 @pytest.mark.parametrize(("implementation", "name", "dtype"), RUNS, indirect=["implementation"])
@@ -152,8 +158,8 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
     angles = random.uniform(0, 6, (max(lengths), case.rotary_dim // 2)).astype(np.float32)
     tables = (np.cos(angles), np.sin(angles)) if case.rope else (None, None)
     sinks = random.standard_normal(case.heads).astype(np.float32) if case.sinks else None
-    scales = [np.ones(1, np.float32)] * 2
-    if case.scale_per_head:
+    scales: list[np.ndarray | None] = [None, None]
+    if case.scale_per_head and dtype.startswith("fp8"):
         scales = list(random.uniform(0.004, 0.02, (2, case.kv_heads)).astype(np.float32))
 
     wanted = []
@@ -162,8 +168,6 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
         own = [t if t is None else t[:n].astype(np.float64) for t in tables]
         wanted.append(oracle(case, dtype, scales, q, k, v, weights, own, sinks))
     given = dict(zip(("k_scale", "v_scale"), scales, strict=True))
-    if not (case.scale_per_head and dtype.startswith("fp8")):
-        given = {}
     call = partial(paged_attention, spec=case.spec, norm_eps=EPS, sinks=sinks, **given)
     if implementation != "ref":
         interpreted = implementation in ("triton", "tpu")
