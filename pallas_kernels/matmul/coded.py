@@ -17,7 +17,7 @@ from jax import lax
 
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.inputs import FLOATS, ActSpec, Inputs
-from pallas_kernels.matmul import planes, tpu, triton
+from pallas_kernels.matmul import mosaic_gpu, planes, tpu, triton
 from pallas_kernels.matmul.around import epilogue, rms_norm
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 from pallas_kernels.quantize import quantize, refused, rounded
@@ -211,5 +211,6 @@ def _eight_bits(qvalue: jax.Array, layout: planes.Planes) -> Any:
 PRODUCTS: dispatch.Implementations = (
     ("xla", product),
     ("triton", triton.product),
+    ("mosaic_gpu", mosaic_gpu.product),
     ("tpu", tpu.product),
 )

@@ -1,8 +1,8 @@
 """Products with weights in planes on NVIDIA Hopper GPUs, as Pallas kernels that Mosaic compiles.
 
 The kernel (`mosaic_gpu_kernel`) is the product alone; XLA fuses what is around it. It is for
-inputs that may be rounded to bfloat16, and has not been measured: nothing uses it unless it is
-named, or a table of measurements says that it is the fastest.
+inputs that may be rounded to bfloat16, and for codes. It has not been measured: nothing uses it
+unless it is named, or a table of measurements says that it is the fastest.
 
 A row's result is the same whatever rows are beside it, for up to 64 rows, as long as no table of
 measurements says otherwise: the columns are cut into the same parts, summed in the same order.
@@ -21,7 +21,7 @@ from pallas_kernels.matmul import planes_tile
 from pallas_kernels.matmul.around import by_products
 from pallas_kernels.matmul.mosaic_gpu_plan import Plan, candidates, plan_of
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul.triton import weight_operands
+from pallas_kernels.matmul.triton import scaled_inputs, weight_operands
 
 __all__ = ["candidates", "matmul", "product"]
 
@@ -50,13 +50,18 @@ def product(
     spec: WeightSpec,
     arrays: WeightArrays,
     *,
+    x_scale: jax.Array | None = None,
     num_rows: jax.Array | None = None,
 ) -> jax.Array:
-    """x @ w.T with weights that may be rounded to bfloat16.
+    """(x * x_scale) @ w.T, with x as it is or as codes.
 
     Args:
-      x: bfloat16 [T, K].
+      x: [T, K]. bfloat16: weights may be rounded to it. int8, float8_e4m3fn, float8_e5m2, or
+        bfloat16 with an `x_scale`: codes, whose products with codes of the weight are exact: in
+        int8 where both are integers, in floats of 8 bits where both are of the same type, else in
+        bfloat16. Sums of chunks of floats of 8 bits have fewer bits than float32.
       spec, arrays: a weight in the layout "planes".
+      x_scale: float32 [T, groups of columns]; K is a multiple of the groups.
       num_rows: int32 [1]; rows from there on are padding, with unspecified outputs. All are
         computed.
 
@@ -66,26 +71,44 @@ def product(
     Raises:
       NotImplementedError: the weight lies otherwise, its kind or shape is none of the kernel's,
         this is no Hopper GPU, or what jax needs for it is not installed.
+      ValueError: `x_scale` does not fit x.
     """
     del num_rows
     interpret = platform.interprets("gpu")
     check_device(interpret)
-    if x.dtype != jnp.bfloat16:
+    if x.dtype.itemsize > 1 and x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"a kernel for inputs of bfloat16, not {x.dtype}")
+    x_group, scales, x_after = scaled_inputs(x, x_scale)
     operands = weight_operands(spec, arrays)
-    plan = plan_of(spec, x.shape[0], tuple(operands))
+    plan = plan_of(
+        spec,
+        x.shape[0],
+        x.dtype,
+        exact_codes=x_scale is not None,
+        x_group=x_group,
+        has_global_scale="global_scale" in operands,
+    )
     whole = operands.pop("global_scale", None)
     operands |= spread(operands, plan)
     after = {}
     if plan.scaling == "end":
         after = {name: operands.pop(name) for name in ("scale", "zero") if name in operands}
     operands["x"] = padded(x, plan)
+    if x_group is not None:
+        groups, missing = -(-plan.planes.k // x_group), -len(x) % plan.blocks.rows
+        fill = ((0, groups - len(scales["x_scale"])), (0, missing))
+        operands["x_scale"] = jnp.pad(scales["x_scale"], fill)
     from pallas_kernels.matmul import mosaic_gpu_kernel  # jax needs more than itself for it
 
     y = mosaic_gpu_kernel.product(plan, operands, interpret)[: len(x)]
     if after:
+        x = x.astype(jnp.float32)
+        if x_scale is not None and x_group is not None:
+            x = x * jnp.repeat(x_scale, x_group, axis=1)
         y = scaled(y, x, after, plan)
-    return y if whole is None else y * whole[0, 0]
+    for factor in (x_after, whole):
+        y = y if factor is None else y * factor
+    return y
 
 
 def check_device(interpret: bool) -> None:
@@ -102,9 +125,10 @@ def check_device(interpret: bool) -> None:
 
 
 def padded(x: jax.Array, plan: Plan) -> jax.Array:
-    """x with zeros for the columns that K was filled up with, and for rows up to whole tiles."""
+    """x of the type that the kernel takes, with zeros for the columns that K was filled up with,
+    and for rows up to whole tiles."""
     rows, k = x.shape
-    return jnp.pad(x, ((0, -rows % plan.blocks.rows), (0, plan.planes.k - k)))
+    return jnp.pad(x.astype(plan.dot), ((0, -rows % plan.blocks.rows), (0, plan.planes.k - k)))
 
 
 def spread(operands: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
@@ -122,9 +146,10 @@ def spread(operands: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
 
 
 def scaled(y: jax.Array, x: jax.Array, after: dict[str, jax.Array], plan: Plan) -> jax.Array:
-    """Sums over codes, float32 [T, N], with the scale and the zero point of each output."""
+    """Sums over codes, float32 [T, N], with the scale and the zero point of each output; x float32
+    [T, K]."""
     scale = planes_tile.scales(after["scale"], plan.scale)
     if "zero" not in after:
         return y * scale
-    shift = x.astype(jnp.float32).sum(axis=1, keepdims=True) * after["zero"].astype(jnp.float32)
+    shift = x.sum(axis=1, keepdims=True) * after["zero"].astype(jnp.float32)
     return y * scale + shift if plan.planes.zero == "add" else (y - shift) * scale

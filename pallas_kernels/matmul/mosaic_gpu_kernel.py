@@ -29,9 +29,10 @@ def product(plan: Plan, operands: Mapping[str, jax.Array], interpret: bool) -> j
     """Calls the kernel.
 
     Args:
-      operands: "x", bfloat16 [rows, k], whole tiles; "qvalue" and, as the weight has it,
-        "codebook"; unless they act in the end, "scale", "zero", "super_scale" and "super_zero",
-        with a column for each output, floats of 8 bits as uint8.
+      operands: "x" [rows, k], of type `plan.dot`, whole tiles; with groups of x "x_scale" [groups,
+        rows]; "qvalue" and, as the weight has it, "codebook"; unless they act in the end, "scale",
+        "zero", "super_scale" and "super_zero", with a column for each output, floats of 8 bits as
+        uint8.
 
     Returns:
       float32 [rows, N], unscaled if scales act in the end. The parts of a sum are added one after
@@ -41,8 +42,10 @@ def product(plan: Plan, operands: Mapping[str, jax.Array], interpret: bool) -> j
     stage = {}
     if interpret:
         stage = {
-            "left": plgpu.SMEM((blocks.warpgroups, OUTPUTS, blocks.columns), jnp.bfloat16),
-            "right": plgpu.SMEM((blocks.warpgroups, blocks.columns, blocks.rows), jnp.bfloat16),
+            "left": plgpu.SMEM((blocks.warpgroups, OUTPUTS, blocks.columns), jnp.dtype(plan.dot)),
+            "right": plgpu.SMEM(
+                (blocks.warpgroups, blocks.columns, blocks.rows), jnp.dtype(plan.dot)
+            ),
         }
 
     def kernel(*refs: Any, **stage: Any) -> None:
@@ -83,18 +86,20 @@ class _Beside:
     """Scales or zero points, of `size` columns each, as they come into shared memory."""
 
     def __init__(self, plan: Plan, name: str) -> None:
-        planes = plan.planes
+        planes, self.name = plan.planes, name
+        self.of_x = name == "x_scale"
         size = planes.super_columns if name.startswith("super") else planes.group[1]
+        size = plan.x_group if self.of_x else size
         assert size is not None
-        self.plan, self.name, self.size = plan, name, size
+        self.block, self.size = planes.block, size
+        self.width = plan.blocks.rows if self.of_x else plan.outputs
 
-    def spec(self, first: Any, outputs: Any) -> Any:
+    def spec(self, first: Any, outputs: Any, tile: Any) -> Any:
         """Those of the blocks from `first` on."""
-        block = self.plan.planes.block
-        each = max(1, self.size // block)
+        each, place = max(1, self.size // self.block), tile if self.of_x else outputs
         return plgpu.BlockSpec(
-            (max(1, block // self.size), self.plan.outputs),
-            lambda step: ((first + step) // each, outputs),
+            (max(1, self.block // self.size), self.width),
+            lambda step: ((first + step) // each, place),
             memory_space=plgpu.SMEM,
         )
 
@@ -108,7 +113,7 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
     of_warpgroup = pl.ds(warpgroup * OUTPUTS, OUTPUTS)
     own = pl.ds(outputs * plan.outputs + warpgroup * OUTPUTS, OUTPUTS)
     staged = {name: ref.at[warpgroup] for name, ref in stage.items()}
-    names = ("scale", "zero", "super_scale", "super_zero")
+    names = ("scale", "zero", "super_scale", "super_zero", "x_scale")
     besides = [_Beside(plan, name) for name in names if name in refs]
     codebook = None
     if "codebook" in refs:
@@ -126,7 +131,7 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
     x_spec = plgpu.BlockSpec(
         (blocks.rows, planes.block),
         lambda step: (tile, first + step),
-        transforms=_in_tiles(blocks.columns, 16),
+        transforms=_in_tiles(blocks.columns, 8 * jnp.dtype(plan.dot).itemsize),
         memory_space=plgpu.SMEM,
     )
     of_planes = [
@@ -157,6 +162,11 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
         assert wide is not None
         return wide
 
+    integers = plan.dot == "int8"
+    accumulator = plgpu.WGMMAAccumulatorRef(
+        (OUTPUTS, blocks.rows), jnp.int32 if integers else jnp.float32
+    )
+
     def take(_: Any, *arguments: Any) -> Any:
         """A block of columns; `total` is a sum in registers, or where matrix products add to."""
         of_w, (x, *rest, total) = arguments[: len(of_planes)], arguments[len(of_planes) :]
@@ -170,12 +180,17 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
                 lambda name, at=column: beside(arrived, name, at, blocks.columns),
             )
             right = x.at[:, pl.ds(column, blocks.columns)]
-            if plan.scaling == "chunk":
+            if plan.by_chunks:
                 dot = pl.run_scoped(
                     lambda sums, left=left, right=right: _alone(sums, left, right, staged),
-                    plgpu.WGMMAAccumulatorRef((OUTPUTS, blocks.rows), jnp.float32),
-                )
-                total = total + dot * beside(arrived, "scale", column, blocks.rows)
+                    accumulator,
+                ).astype(jnp.float32)
+                if plan.scaling == "chunk":
+                    dot = dot * beside(arrived, "scale", column, blocks.rows)
+                if plan.x_group is not None:
+                    ref, size = arrived["x_scale"]
+                    dot = dot * lax.broadcast_in_dim(ref[column // size], dot.shape, (1,))
+                total = total + dot
                 continue
             if pending:
                 plgpu.wgmma_wait(0)
@@ -186,23 +201,22 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
         return total
 
     def compute(run: Callable[[Any], Any]) -> None:
-        shape = (OUTPUTS, blocks.rows)
-        if plan.scaling == "chunk":
-            total = run(jnp.zeros(shape, jnp.float32))
+        if plan.by_chunks:
+            total = run(jnp.zeros((OUTPUTS, blocks.rows), jnp.float32))
         else:
 
             def finished(sums: Any) -> jax.Array:
                 run(sums)
-                return sums[...]
+                return sums[...].astype(jnp.float32)
 
-            total = pl.run_scoped(finished, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+            total = pl.run_scoped(finished, accumulator)
         out[split, own, pl.ds(tile * blocks.rows, blocks.rows)] = total
 
     pipeline = plgpu.emit_pipeline_warp_specialized(
         take,
         grid=(plan.steps,),
         memory_registers=LOADER_REGISTERS,
-        in_specs=[*of_planes, x_spec, *(each.spec(first, outputs) for each in besides)],
+        in_specs=[*of_planes, x_spec, *(each.spec(first, outputs, tile) for each in besides)],
         wg_axis="warpgroup",
         num_compute_wgs=blocks.warpgroups,
         max_concurrent_steps=blocks.stages,
@@ -232,8 +246,12 @@ def _chunks(plan: Plan, of_planes: Any, outputs: Any) -> Iterator[tuple[int, jax
 def _operand(
     plan: Plan, codes: jax.Array, codebook: Any, beside: Callable[[str], jax.Array]
 ) -> jax.Array:
-    """The left operand of a matrix product: bfloat16 [outputs, columns]."""
+    """The left operand of a matrix product: [outputs, columns], of type `plan.dot`."""
     planes = plan.planes
+    if plan.dot != "bfloat16":
+        if planes.bits < 8:
+            return (codes - planes.offset).astype(plan.dot)
+        return lax.bitcast_convert_type(codes, jnp.dtype(plan.dot))
     if planes.value == "lookup" or (planes.value == "float" and planes.bits == 8):
         number = planes_tile.values(codes, planes, jnp.float32, codebook)
     elif planes.zero == "subtract" and plan.scaling == "chunk":

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, measurements, platform, tuning
+from pallas_kernels.inputs import ActSpec
 from pallas_kernels.matmul import api, matmul, mosaic_gpu, planes, planes_gguf, prepare
 from pallas_kernels.matmul.mosaic_gpu_plan import plan_of
 from pallas_kernels.matmul.spec import WeightSpec
 from tests.pallas_kernels import crosscompile, mosaic_programs
-from tests.pallas_kernels.coded import Coded, laid_out
+from tests.pallas_kernels.coded import Coded, coded_inputs, laid_out
 from tests.pallas_kernels.products import TOLERANCES, error, least_error
 
 N, K = 64, 512
@@ -108,6 +109,50 @@ def test_many_rows(kind, tolerance):
     assert error(y, wanted) <= tolerance
 
 
+@pytest.mark.parametrize(
+    ("dtype", "groups", "kind", "dot"),
+    [
+        ("int8", 1, shaped("int8", (1, K)), "int8"),
+        ("int8", 4, shaped("int8", (1, K)), "int8"),
+        ("int8", 1, shaped("uint8b128", (1, 128), "bfloat16"), "int8"),
+        ("int8", 1, shaped("uint4b8", (1, 128), "float16"), "int8"),
+        ("int8", 1, shaped("uint4", (1, K), "float16", "uint8"), "int8"),
+        ("int8", 1, shaped("uint8", (1, K), "float32", "uint8"), "bfloat16"),
+        ("int8", 16, shaped("uint4", (1, 64), "float16", "uint8"), "bfloat16"),
+        ("int8", 1, shaped("uint3b4", (1, 128), "float16"), "bfloat16"),
+        ("bfloat16", 2, shaped("uint8", (1, K), "float32", "float32"), "bfloat16"),
+        ("float8_e4m3fn", 1, shaped("fp8_e4m3", (1, K)), "float8_e4m3fn"),
+        ("float8_e4m3fn", 4, shaped("fp8_e4m3", (64, 128)), "float8_e4m3fn"),
+        ("float8_e4m3fn", 1, shaped("uint4b8", (1, 128), "bfloat16"), "bfloat16"),
+        ("float8_e4m3fn", 16, shaped("fp4_e2m1", (1, 32), "float8_e8m0fnu"), "bfloat16"),
+        ("float8_e4m3fn", 3, shaped("fp8_e4m3", (64, 128), shape=(N, 384)), "float8_e4m3fn"),
+        ("float8_e5m2", 1, shaped("fp8_e5m2", (1, K)), "float8_e5m2"),
+        ("float8_e5m2", 1, shaped("fp8_e4m3", (1, K)), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_inputs_of_codes(dtype, groups, kind, dot):
+    """Nothing is rounded but sums."""
+    spec, arrays, decoded = ready(kind)
+    x, scale, wide = coded_inputs(5, kind.shape[1], dtype, groups)
+    y = jax.jit(lambda x, scale, arrays: mosaic_gpu.product(x, spec, arrays, x_scale=scale))(
+        x, scale, arrays
+    )
+    assert error(y, wide @ decoded.T) <= EXACT
+    x_group = kind.shape[1] // groups if groups > 1 else None
+    assert plan_of(spec, 5, x.dtype, exact_codes=True, x_group=x_group).dot == dot
+
+
+def test_quantized_inputs():
+    spec, arrays, decoded = ready(shaped("int8", (1, K)))
+    x = inputs(3)
+    act = ActSpec("int8", "token", True)
+    (y,) = jax.jit(lambda x, arrays: matmul(x, [(spec, arrays)], act=act))(x, arrays)
+    assert dispatch.chosen()["matmul int8 int8"] == ("mosaic_gpu", {})
+    scale = np.abs(x).max(1, keepdims=True).astype(np.float64) / 127
+    assert error(y, np.rint(x / scale) * scale @ decoded.T) <= TOLERANCES["float32"]
+
+
 @pytest.mark.parametrize("qtype", planes_gguf.TYPES)
 def test_blocks_of_gguf(golden_weight, qtype):
     raw, values = golden_weight(qtype, N, 256)
@@ -190,7 +235,7 @@ def test_what_is_refused(monkeypatch):
         shaped("uint4b8", (1, 64), "float16", shape=(40, K)), "40 outputs, not a multiple of 64"
     )
     refused(shaped("uint4b8", (1, 24), "float16"), "groups of 24 columns in blocks of 256")
-    refused(shaped("uint4b8", (1, 8), "float16"), "groups of 8 columns, fewer than 16")
+    refused(shaped("uint4b8", (1, 8), "float16"), "groups of 8 columns")
     refused(shaped("uint2", (1, 32), "float16", shape=(N, 64)), "runs of 16 columns")
     added = shaped("uint4", (1, 64), zero_point="float32", additive=True, has_global_scale=True)
     refused(added, "a global scale beside zero points that are added")
@@ -200,6 +245,15 @@ def test_what_is_refused(monkeypatch):
         spec = replace(each, shape=(N, 4096)).spec
         with pytest.raises(NotImplementedError, match=r"groups of 24|a codebook of 256 entries"):
             plan_of(spec, 1)
+    for kind_of_codes, reason in (
+        (shaped("uint4", (1, 64), "float16", "float16"), "zero points that are no integers"),
+        (shaped("fp4_e2m1", (1, 16), "float8_e4m3fn"), "groups of 16 columns"),
+        (shaped("lookup4", (1, 64)), "a codebook of 16 entries"),
+    ):
+        refused(kind_of_codes, reason, x=jnp.int8)
+    spec, arrays, _ = ready(kind)
+    with pytest.raises(ValueError, match=r"x_scale \(4, 3\) of x \(4, 512\)"):
+        mosaic_gpu.product(jnp.zeros((4, K), jnp.int8), spec, arrays, x_scale=jnp.ones((4, 3)))
     with dispatch.use(None):
         refused(kind, "a kernel for a gpu, and this is a cpu")
     with platform.assume("gpu", "NVIDIA A100-SXM4-80GB"):
