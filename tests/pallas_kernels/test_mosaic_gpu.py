@@ -15,14 +15,14 @@ import pytest
 
 from pallas_kernels import dispatch, measurements, platform, tuning
 from pallas_kernels.inputs import ActSpec
-from pallas_kernels.matmul import api, matmul, mosaic_gpu, planes, planes_gguf, prepare
+from pallas_kernels.matmul import api, matmul, mosaic_gpu, planes, prepare
 from pallas_kernels.matmul.mosaic_gpu_plan import plan_of
 from pallas_kernels.matmul.spec import WeightSpec
 from tests.pallas_kernels import crosscompile, mosaic_programs
 from tests.pallas_kernels.coded import Coded, coded_inputs, laid_out
 from tests.pallas_kernels.products import TOLERANCES, error, least_error
 
-N, K = 64, 512
+N, K = 64, 256
 H100 = "NVIDIA H100 80GB HBM3"
 EXACT = 2e-6  # where nothing but x is rounded
 
@@ -56,20 +56,19 @@ def run(kind, rows):
     ("kind", "tolerance"),
     [
         # Sums of groups are scaled.
-        (shaped("uint4b8", (1, 128), "bfloat16"), EXACT),
+        (shaped("uint4b8", (1, 128), "bfloat16", shape=(N, 768)), EXACT),
         (shaped("uint4", (1, 64), "float16", "uint8"), EXACT),
         (shaped("uint8", (1, 128), "float32", "uint8"), EXACT),
         (shaped("uint2", (1, 64), "float16", "uint8"), EXACT),
         (shaped("uint8b128", (1, 512), "bfloat16", shape=(N, 1024)), EXACT),
         (shaped("fp8_e4m3", (128, 128), shape=(192, 256)), EXACT),
         # Whole sums are.
-        (shaped("int8", (1, K)), EXACT),
+        (shaped("int8", (1, 1280), shape=(N, 1280)), EXACT),
         (shaped("uint4b8", (16, K), "float16"), EXACT),
         (shaped("uint3", (1, K), "float16", "uint8"), EXACT),
         (shaped("uint4", (1, K), "bfloat16", "bfloat16", additive=True), EXACT),
         (shaped("uint4", (1, K), "float16", "float16"), EXACT),
-        (shaped("fp8_e5m2", (N, K)), EXACT),
-        (shaped("fp8_e4m3", (1, K), "float32", has_global_scale=True), EXACT),
+        (shaped("fp8_e5m2", (N, K), has_global_scale=True), EXACT),
         # Weights are, and rounded, if their scales are not powers of two.
         (shaped("uint4b8", (1, 32), "float16"), TOLERANCES["bfloat16"]),
         (shaped("uint4", (1, 64), "float16", "float16"), TOLERANCES["bfloat16"]),
@@ -81,7 +80,6 @@ def run(kind, rows):
         (shaped("fp4_e2m1", (1, 32), "float8_e8m0fnu"), EXACT),
         (shaped("fp4_e2m1", (1, 16), "float8_e4m3fn", has_global_scale=True), EXACT),
         (shaped("lookup4", (1, 64)), TOLERANCES["bfloat16"]),
-        (shaped("lookup4", (1, 32), "float16"), TOLERANCES["bfloat16"]),
         # K is filled up, and groups are longer than a block.
         (shaped("uint4b8", (1, 32), "float16", shape=(N, 96)), TOLERANCES["bfloat16"]),
         (shaped("uint4", (1, 128), "float16", "uint8", shape=(N, 192)), TOLERANCES["bfloat16"]),
@@ -98,7 +96,7 @@ def test_few_rows(kind, tolerance):
     ("kind", "tolerance"),
     [
         (shaped("uint4b8", (1, 128), "bfloat16", shape=(128, 256)), TOLERANCES["bfloat16"]),
-        (shaped("uint4", (1, 64), "float16", "uint8", shape=(64, 128)), TOLERANCES["bfloat16"]),
+        (shaped("uint4", (1, 64), "float16", "uint8", shape=(N, 128)), TOLERANCES["bfloat16"]),
         (shaped("int8", (1, 256), shape=(N, 256)), EXACT),
     ],
     ids=str,
@@ -113,20 +111,18 @@ def test_many_rows(kind, tolerance):
     ("dtype", "groups", "kind", "dot"),
     [
         ("int8", 1, shaped("int8", (1, K)), "int8"),
-        ("int8", 4, shaped("int8", (1, K)), "int8"),
-        ("int8", 1, shaped("uint8b128", (1, 128), "bfloat16"), "int8"),
+        ("int8", 4, shaped("int8", (1, 512), shape=(N, 512)), "int8"),
         ("int8", 1, shaped("uint4b8", (1, 128), "float16"), "int8"),
         ("int8", 1, shaped("uint4", (1, K), "float16", "uint8"), "int8"),
         ("int8", 1, shaped("uint8", (1, K), "float32", "uint8"), "bfloat16"),
-        ("int8", 16, shaped("uint4", (1, 64), "float16", "uint8"), "bfloat16"),
+        ("int8", 8, shaped("uint4", (1, 64), "float16", "uint8"), "bfloat16"),
         ("int8", 1, shaped("uint3b4", (1, 128), "float16"), "bfloat16"),
         ("bfloat16", 2, shaped("uint8", (1, K), "float32", "float32"), "bfloat16"),
         ("float8_e4m3fn", 1, shaped("fp8_e4m3", (1, K)), "float8_e4m3fn"),
-        ("float8_e4m3fn", 4, shaped("fp8_e4m3", (64, 128)), "float8_e4m3fn"),
+        ("float8_e4m3fn", 2, shaped("fp8_e4m3", (64, 128)), "float8_e4m3fn"),
         ("float8_e4m3fn", 1, shaped("uint4b8", (1, 128), "bfloat16"), "bfloat16"),
-        ("float8_e4m3fn", 16, shaped("fp4_e2m1", (1, 32), "float8_e8m0fnu"), "bfloat16"),
+        ("float8_e4m3fn", 8, shaped("fp4_e2m1", (1, 32), "float8_e8m0fnu"), "bfloat16"),
         ("float8_e4m3fn", 3, shaped("fp8_e4m3", (64, 128), shape=(N, 384)), "float8_e4m3fn"),
-        ("float8_e5m2", 1, shaped("fp8_e5m2", (1, K)), "float8_e5m2"),
         ("float8_e5m2", 1, shaped("fp8_e4m3", (1, K)), "bfloat16"),
     ],
     ids=str,
@@ -153,7 +149,8 @@ def test_quantized_inputs():
     assert error(y, np.rint(x / scale) * scale @ decoded.T) <= TOLERANCES["float32"]
 
 
-@pytest.mark.parametrize("qtype", planes_gguf.TYPES)
+# Scales of one level and of two, with zero points, groups of 16, a codebook; all are compiled.
+@pytest.mark.parametrize("qtype", ["q8_0", "q4_1", "q4_k", "q6_k", "iq4_xs"])
 def test_blocks_of_gguf(golden_weight, qtype):
     raw, values = golden_weight(qtype, N, 256)
     spec, arrays = prepare(WeightSpec(qtype, (N, 256)), raw)
@@ -252,7 +249,7 @@ def test_what_is_refused(monkeypatch):
     ):
         refused(kind_of_codes, reason, x=jnp.int8)
     spec, arrays, _ = ready(kind)
-    with pytest.raises(ValueError, match=r"x_scale \(4, 3\) of x \(4, 512\)"):
+    with pytest.raises(ValueError, match=r"x_scale \(4, 3\) of x \(4, 256\)"):
         mosaic_gpu.product(jnp.zeros((4, K), jnp.int8), spec, arrays, x_scale=jnp.ones((4, 3)))
     with dispatch.use(None):
         refused(kind, "a kernel for a gpu, and this is a cpu")
