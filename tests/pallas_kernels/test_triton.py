@@ -13,6 +13,7 @@ from pallas_kernels.matmul import planes, triton
 from pallas_kernels.matmul.triton_plan import plan_of
 from pallas_kernels.matmul_grouped import triton as grouped
 from tests.pallas_kernels import crosscompile, triton_programs
+from tests.pallas_kernels.cached import QUICKLY
 from tests.pallas_kernels.coded import Coded, coded_inputs, laid_out
 from tests.pallas_kernels.products import TOLERANCES, error, least_error
 
@@ -25,6 +26,7 @@ def interpreted():
         yield
 
 
+compiled = partial(jax.jit, compiler_options=QUICKLY)
 ready = partial(laid_out, layout=planes.PLANES)
 
 
@@ -61,7 +63,7 @@ def test_inputs_of_codes(dtype, groups, kind):
     """Nothing is rounded but sums."""
     spec, arrays, decoded = ready(kind)
     x, scale, wide = coded_inputs(5, K, dtype, groups)
-    y = jax.jit(lambda x, scale, arrays: triton.product(x, spec, arrays, x_scale=scale))(
+    y = compiled(lambda x, scale, arrays: triton.product(x, spec, arrays, x_scale=scale))(
         x, scale, arrays
     )
     assert error(y, wide @ decoded.T) <= 2e-6
@@ -84,7 +86,7 @@ def test_many_rows(kind):
     """Weights of groups are scaled before the product."""
     spec, arrays, decoded = ready(kind)
     x = np.random.default_rng(0).standard_normal((130, kind.shape[1])).astype(np.float32)
-    y = jax.jit(lambda x, arrays: triton.product(x.astype(jnp.bfloat16), spec, arrays))(x, arrays)
+    y = compiled(lambda x, arrays: triton.product(x.astype(jnp.bfloat16), spec, arrays))(x, arrays)
     assert least_error(y, x.astype(np.float64), decoded, "bfloat16") <= TOLERANCES["bfloat16"]
 
 
@@ -148,7 +150,7 @@ def test_experts(kind, dtype):
         wide = np.asarray(x, np.float64)
     else:
         x, scale, wide = coded_inputs(rows, K, dtype, 4)
-    y = jax.jit(
+    y = compiled(
         lambda x, scale, sizes, arrays: grouped.product(x, sizes, spec, arrays, x_scale=scale)
     )(x, scale, jnp.array(SIZES, jnp.int32), arrays)
     assert y.shape == (rows, N)
