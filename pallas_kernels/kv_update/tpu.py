@@ -1,8 +1,9 @@
 """Cache update on TPUs: pages that get new tokens go through VMEM once each, and are blended there.
 
-A row of a page is a part of a tile of memory, which cannot be written alone. XLA lays arrays out
-without padding: where head_dim, or for scales page_size, is no multiple of 128, it copies them
-whole before and after. Pages of 128 tokens suit a TPU best.
+A row of a page is a part of a tile of memory, which cannot be written alone. Pages are to come in
+row-major order: XLA, left alone, lays arrays out without padding, and where head_dim, or for scales
+page_size, is no multiple of 128, copies them whole before and after. Pages of 128 tokens suit a TPU
+best.
 """
 
 from __future__ import annotations
