@@ -71,16 +71,16 @@ def values(
     """What codes stand for before they are scaled.
 
     Args:
-      codes: uint8 or int32, unsigned.
+      codes: uint8, int16 or int32, unsigned.
       dtype: float32, or bfloat16, which holds all but the entries of codebooks exactly.
       codebook: the 16 entries of a "lookup" type: scalars of `dtype`.
       zero: an integer of 8 bits, of `dtype`, that is subtracted from integers.
     """
     if planes.value == "lookup":
         return lookup(codes, codebook)
-    bytes_to_16_bits = codes.dtype == jnp.uint8 and dtype == jnp.bfloat16
+    to_16_bits = codes.dtype.itemsize < 4 and dtype == jnp.bfloat16
     if planes.value == "float":
-        if planes.qtype == "fp4_e2m1" and bytes_to_16_bits:
+        if planes.qtype == "fp4_e2m1" and to_16_bits:
             return _e2m1(codes)
         exponent = CODES[planes.qtype].exponent
         if planes.bits == 8 and codes.dtype == jnp.uint8:
@@ -92,7 +92,7 @@ def values(
         else:
             number = ((codes ^ 128) - 128).astype(dtype)
         return number if isinstance(zero, int) and zero == 0 else number - zero
-    if bytes_to_16_bits and planes.bits < 7:
+    if to_16_bits and planes.bits < 7:
         return _beside(128, codes) - (zero + (128 + planes.offset))
     number = codes.astype(dtype)
     if isinstance(zero, int) and zero + planes.offset == 0:

@@ -128,13 +128,14 @@ def test_many_rows(kind, tolerance):
     ids=str,
 )
 def test_inputs_of_codes(dtype, groups, kind, dot):
-    """Nothing is rounded but sums."""
+    """Nothing is rounded but sums, where matrix units add floats of 8 bits with fewer bits."""
     spec, arrays, decoded = ready(kind)
     x, scale, wide = coded_inputs(5, kind.shape[1], dtype, groups)
     y = jax.jit(lambda x, scale, arrays: mosaic_gpu.product(x, spec, arrays, x_scale=scale))(
         x, scale, arrays
     )
-    assert error(y, wide @ decoded.T) <= EXACT
+    short = "float8" in dot and platform.device_kind() == "gpu"
+    assert error(y, wide @ decoded.T) <= (1e-3 if short else EXACT)
     x_group = kind.shape[1] // groups if groups > 1 else None
     assert plan_of(spec, 5, x.dtype, exact_codes=True, x_group=x_group).dot == dot
 
@@ -251,7 +252,7 @@ def test_what_is_refused(monkeypatch):
     spec, arrays, _ = ready(kind)
     with pytest.raises(ValueError, match=r"x_scale \(4, 3\) of x \(4, 256\)"):
         mosaic_gpu.product(jnp.zeros((4, K), jnp.int8), spec, arrays, x_scale=jnp.ones((4, 3)))
-    with dispatch.use(None):
+    with dispatch.use(None), platform.assume("cpu"):
         refused(kind, "a kernel for a gpu, and this is a cpu")
     with platform.assume("gpu", "NVIDIA A100-SXM4-80GB"):
         refused(kind, "a kernel for Hopper GPUs, and this is NVIDIA A100")

@@ -19,7 +19,7 @@ FLOATS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_codes_of_segments(bits, dtype):
     """The segments of a block, one behind the other, are its codes in their order."""
@@ -47,7 +47,7 @@ def test_small_floats(qtype, dtype):
     codes = np.arange(1 << layout.bits)
     wanted = codes.astype(np.uint8).view(FLOATS[qtype]).astype(np.float32)
     finite = np.isfinite(wanted)
-    for kind in (jnp.uint8, jnp.int32):
+    for kind in (jnp.uint8, jnp.int16, jnp.int32):
         got = planes_tile.values(jnp.asarray(codes, kind), layout, dtype)
         assert got.dtype == dtype
         np.testing.assert_array_equal(np.asarray(got, np.float32)[finite], wanted[finite])
@@ -55,7 +55,7 @@ def test_small_floats(qtype, dtype):
 
 def test_signed_and_looked_up():
     layout = planes.describe(Coded("int8", (1, 32)).spec)
-    for kind in (jnp.uint8, jnp.int32):
+    for kind in (jnp.uint8, jnp.int16, jnp.int32):
         got = planes_tile.values(jnp.arange(256, dtype=kind), layout, jnp.float32)
         np.testing.assert_array_equal(got, np.arange(256).astype(np.uint8).view(np.int8))
     entries = np.random.default_rng(0).standard_normal(16).astype(np.float32)
