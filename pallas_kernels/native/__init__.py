@@ -37,7 +37,7 @@ _GRIDS = {
 # What /proc/cpuinfo must list before a library may be loaded.
 _AVX512 = frozenset("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni".split())
 REQUIRED = {
-    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "avx512bf16": _AVX512 | {"avx512_bf16", "avx512vbmi"},
     "avx512vnni": _AVX512,
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "portable": frozenset[str](),

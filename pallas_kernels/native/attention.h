@@ -20,17 +20,24 @@ constexpr int kTileQ = 32;           // query rows (tokens x heads of a group) o
 constexpr int64_t kSegment = 512;    // keys of a segment
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-// Runs of `size` numbers, each times the normalized Hadamard matrix (Sylvester's construction).
+// Runs of `size` numbers, each times the normalized Hadamard matrix (Sylvester's construction); size
+// is a power of two, 16 at least.
 inline void hadamard(float* x, int64_t n, int64_t size) {
-  for (int64_t half = 1; half < size; half *= 2)
-    for (int64_t first = 0; first < n; first += 2 * half)
-      for (int64_t i = first; i < first + half; ++i) {
-        const float a = x[i], b = x[i + half];
-        x[i] = a + b;
-        x[i + half] = a - b;
-      }
   const float factor = 1.0f / std::sqrt(float(size));
-  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+  for (int64_t i = 0; i < n; i += 16) {
+    v16f v = load(x + i) * factor;
+    v = sum_and_difference<1>(v);
+    v = sum_and_difference<2>(v);
+    v = sum_and_difference<4>(v);
+    store(x + i, sum_and_difference<8>(v));
+  }
+  for (int64_t half = 16; half < size; half *= 2)
+    for (int64_t first = 0; first < n; first += 2 * half)
+      for (int64_t i = first; i < first + half; i += 16) {
+        const v16f a = load(x + i), b = load(x + i + half);
+        store(x + i, a + b);
+        store(x + i + half, a - b);
+      }
 }
 
 // E: the arithmetic; P: what pages hold.

@@ -60,7 +60,32 @@ struct PagesFloat8 {
     if ((x & 0x7f) == 0x7f) return half_to_float(0x7e00);  // NaN
     return half_to_float(uint16_t((word & 0x8000) | (word >> 1 & 0x3f80)));
   }
-#if defined(__AVX512F__)
+#if defined(__AVX512VBMI__)
+  // 64 codes to bfloat16, byte by byte from tables of those without a sign.
+  static QJAX_INLINE void bf16_64(const Storage* from, uint16_t* to) {
+    const __m512i codes = _mm512_loadu_si512(from);
+    const __m512i low = _mm512_permutex2var_epi8(table.low(0), codes, table.low(64));
+    __m512i high = _mm512_permutex2var_epi8(table.high(0), codes, table.high(64));
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xf8);  // a | (b & c)
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi8(low, table.order(0), high));
+    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi8(low, table.order(64), high));
+  }
+  struct Table {
+    uint8_t bytes[3][128];
+    Table() {
+      for (int code = 0; code < 128; ++code) {
+        const uint16_t value = to_bf16(decode(Storage(code)));
+        bytes[0][code] = uint8_t(value);
+        bytes[1][code] = uint8_t(value >> 8);
+        bytes[2][code] = uint8_t(code / 2 + code % 2 * 64);  // low and high bytes in turns
+      }
+    }
+    QJAX_INLINE __m512i low(int first) const { return _mm512_loadu_si512(bytes[0] + first); }
+    QJAX_INLINE __m512i high(int first) const { return _mm512_loadu_si512(bytes[1] + first); }
+    QJAX_INLINE __m512i order(int first) const { return _mm512_loadu_si512(bytes[2] + first); }
+  };
+  static inline const Table table;
+#elif defined(__AVX512F__)
   // Float16 of 32, or 16, codes in words whose upper halves have the sign in all bits.
   static QJAX_INLINE __m512i halves(__m512i words) {
     if (Mantissa == 2) return _mm512_slli_epi16(words, 8);
@@ -70,11 +95,11 @@ struct PagesFloat8 {
         _mm512_and_si512(_mm512_slli_epi16(words, 7), _mm512_set1_epi16(int16_t(0xbf80)));
     return _mm512_mask_mov_epi16(half, nan, _mm512_set1_epi16(0x7e00));
   }
-  static QJAX_INLINE void expand32(const Storage* from, v16f& first, v16f& second) {
+  static QJAX_INLINE void f32_32(const Storage* from, float* to) {
     const __m512i words = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
     const __m512i half = halves(words);
-    first = (v16f)_mm512_cvtph_ps(_mm512_castsi512_si256(half));
-    second = (v16f)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+    store(to, (v16f)_mm512_cvtph_ps(_mm512_castsi512_si256(half)));
+    store(to + 16, (v16f)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)));
   }
 #endif
 };
@@ -187,13 +212,15 @@ const typename E::Storage* operand(const typename P::Storage* from, bool keys, i
   if constexpr (std::is_same_v<typename E::Storage, typename P::Storage> && E::pack == P::pack) {
     return from;
   } else {
-#if defined(__AVX512F__)
+    // page_size and head_dim are multiples of 16
+#if defined(__AVX512VBMI__)
+    if constexpr (!P::scaled && sizeof(typename P::Storage) == 1 && sizeof(*to) == 2) {
+      for (int64_t i = 0; i < total; i += 64) P::bf16_64(from + i, to + i);
+      return to;
+    } else
+#elif defined(__AVX512F__)
     if constexpr (!P::scaled && sizeof(typename P::Storage) == 1 && P::pack == E::pack) {
-      for (int64_t i = 0; i < total; i += 32) {  // page_size and head_dim are multiples of 16
-        v16f first, second;
-        P::expand32(from + i, first, second);
-        E::put32(to + i, first, second);
-      }
+      for (int64_t i = 0; i < total; i += 32) P::f32_32(from + i, to + i);
       return to;
     } else
 #endif

@@ -36,10 +36,6 @@ struct ElementF32 {
   static QJAX_INLINE v16f load(const Storage* p) { return qjax::load(p); }
   static QJAX_INLINE void fma(Sum& acc, v16f v, Scalar x) { acc += v * x; }
   static QJAX_INLINE v16f value(const Sum& acc) { return acc; }
-  static QJAX_INLINE void put32(Storage* to, v16f first, v16f second) {
-    store(to, first);
-    store(to + 16, second);
-  }
 
   // Rounds n numbers (a multiple of 16) of a row; they are `factor` times what is stored.
   static QJAX_INLINE void round(const float* x, int64_t n, Scalar* to, float& factor) {
@@ -70,9 +66,6 @@ struct ElementBF16 {
   static QJAX_INLINE __m512bh load(const Storage* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static QJAX_INLINE void fma(Sum& acc, __m512bh v, Scalar x) {
     acc = (v16f)_mm512_dpbf16_ps((__m512)acc, v, (__m512bh)_mm512_set1_epi32(x));
-  }
-  static QJAX_INLINE void put32(Storage* to, v16f first, v16f second) {
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
   }
 #else
   struct Pair {
@@ -195,44 +188,69 @@ struct BlockPages {
   int64_t count, page_size, head_dim;
 };
 
-// scores[m][keys of the block] = factor (start + x . k) for MR rows.
+// Vectors of keys, or of channels, that MR rows meet at a time: one row's sums alone would wait for
+// each other.
+constexpr int vectors(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+
+// scores[m][16 c ...] = factor (start + x . k) for MR rows and W vectors of keys from the c-th on.
+template <class E, int MR, int W>
+QJAX_INLINE void score_vectors(const BlockPages<E>& k, const Rows<E>& rows, int64_t c,
+                               float* scores) {
+  const typename E::Storage* keys[W];
+  typename E::Sum acc[W][MR];
+  QJAX_UNROLL for (int w = 0; w < W; ++w) {
+    const int64_t key = 16 * (c + w);
+    keys[w] = k.page[key / k.page_size] + key % k.page_size * E::pack;
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[w][m] = E::begin(rows.start[m]);
+  }
+  for (int64_t d = 0, at = 0; d < k.head_dim / E::pack; ++d, at += k.page_size * E::pack)
+    QJAX_UNROLL for (int w = 0; w < W; ++w) {
+      const auto lanes = E::load(keys[w] + at);
+      QJAX_UNROLL for (int m = 0; m < MR; ++m)
+        E::fma(acc[w][m], lanes, rows.x[m * rows.stride + d]);
+    }
+  QJAX_UNROLL for (int w = 0; w < W; ++w)
+    QJAX_UNROLL for (int m = 0; m < MR; ++m)
+      store(scores + m * kBlockKeys + 16 * (c + w), E::value(acc[w][m]) * rows.factor[m]);
+}
 template <class E, int MR>
 __attribute__((noinline)) void score_keys(const BlockPages<E>& k, Rows<E> rows, float* scores) {
-  const int64_t groups = k.head_dim / E::pack;
-  for (int64_t i = 0; i < k.count; ++i, scores += k.page_size)
-    for (int64_t c = 0; c < k.page_size; c += 16) {
-      const auto* keys = k.page[i] + c * E::pack;
-      typename E::Sum acc[MR];
-      QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] = E::begin(rows.start[m]);
-      for (int64_t d = 0; d < groups; ++d) {
-        const auto lanes = E::load(keys + d * k.page_size * E::pack);
-        QJAX_UNROLL for (int m = 0; m < MR; ++m) E::fma(acc[m], lanes, rows.x[m * rows.stride + d]);
-      }
-      QJAX_UNROLL for (int m = 0; m < MR; ++m)
-        store(scores + m * kBlockKeys + c, E::value(acc[m]) * rows.factor[m]);
-    }
+  constexpr int W = vectors(MR);
+  const int64_t all = k.count * k.page_size / 16;
+  int64_t c = 0;
+  for (; c + W <= all; c += W) score_vectors<E, MR, W>(k, rows, c, scores);
+  for (; c < all; ++c) score_vectors<E, MR, 1>(k, rows, c, scores);
 }
 
-// out[m][head_dim] += factor (start + x . v) for MR rows.
+// out[m][16 c ...] += factor (start + x . v) for MR rows and W vectors of channels from the c-th on.
+template <class E, int MR, int W>
+QJAX_INLINE void add_vectors(const BlockPages<E>& v, const Rows<E>& rows, int64_t c, float* out) {
+  const int64_t groups = v.page_size / E::pack;
+  typename E::Sum acc[W][MR];
+  QJAX_UNROLL for (int w = 0; w < W; ++w)
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[w][m] = E::begin(rows.start[m]);
+  for (int64_t i = 0; i < v.count; ++i) {
+    const auto* values = v.page[i] + 16 * c * E::pack;
+    for (int64_t g = 0; g < groups; ++g, values += v.head_dim * E::pack)
+      QJAX_UNROLL for (int w = 0; w < W; ++w) {
+        const auto lanes = E::load(values + 16 * w * E::pack);
+        QJAX_UNROLL for (int m = 0; m < MR; ++m)
+          E::fma(acc[w][m], lanes, rows.x[m * rows.stride + i * groups + g]);
+      }
+  }
+  QJAX_UNROLL for (int w = 0; w < W; ++w)
+    QJAX_UNROLL for (int m = 0; m < MR; ++m) {
+      float* to = out + m * v.head_dim + 16 * (c + w);
+      store(to, load(to) + E::value(acc[w][m]) * rows.factor[m]);
+    }
+}
 template <class E, int MR>
 __attribute__((noinline)) void add_values(const BlockPages<E>& v, Rows<E> rows, float* out) {
-  const int64_t groups = v.page_size / E::pack;
-  for (int64_t c = 0; c < v.head_dim; c += 16) {
-    typename E::Sum acc[MR];
-    QJAX_UNROLL for (int m = 0; m < MR; ++m) acc[m] = E::begin(rows.start[m]);
-    for (int64_t i = 0; i < v.count; ++i) {
-      const auto* values = v.page[i] + c * E::pack;
-      for (int64_t g = 0; g < groups; ++g) {
-        const auto lanes = E::load(values + g * v.head_dim * E::pack);
-        QJAX_UNROLL for (int m = 0; m < MR; ++m)
-          E::fma(acc[m], lanes, rows.x[m * rows.stride + i * groups + g]);
-      }
-    }
-    QJAX_UNROLL for (int m = 0; m < MR; ++m) {
-      float* to = out + m * v.head_dim + c;
-      store(to, load(to) + E::value(acc[m]) * rows.factor[m]);
-    }
-  }
+  constexpr int W = vectors(MR);
+  const int64_t all = v.head_dim / 16;
+  int64_t c = 0;
+  for (; c + W <= all; c += W) add_vectors<E, MR, W>(v, rows, c, out);
+  for (; c < all; ++c) add_vectors<E, MR, 1>(v, rows, c, out);
 }
 
 // Calls f(constant MR) for the rows of [0, rows) in chunks of at most kChunk.

@@ -16,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = ("ffi.cc", "pack.cc", "pool.cc")
-_VNNI = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_VNNI = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+         "-mavx512vnni", "-mprefer-vector-width=512")  # fmt: skip
 # Best first: the loader takes the first that the processor supports.
 ISAS: dict[str, tuple[str, ...]] = {
-    "avx512bf16": (*_VNNI, "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512"),
-    "avx512vnni": (*_VNNI, "-mavx512vnni", "-mprefer-vector-width=512"),
+    "avx512bf16": (*_VNNI, "-mavx512bf16", "-mavx512vbmi"),
+    "avx512vnni": _VNNI,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }

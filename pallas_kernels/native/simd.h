@@ -34,6 +34,24 @@ QJAX_INLINE void finish_stores() {
 #endif
 }
 QJAX_INLINE v16f splat(float x) { return v16f{} + x; }
+// Of lanes whose indices differ by Distance, a power of two: the sum, then the difference.
+template <int Distance>
+QJAX_INLINE v16f sum_and_difference(v16f v) {
+  constexpr int d = Distance;
+#define QJAX_LANES(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), \
+                      f(12), f(13), f(14), f(15)
+#define QJAX_OTHER(i) (i ^ d)
+#define QJAX_SIGN(i) (i & d ? -1.0f : 1.0f)
+#if defined(__clang__)
+  const v16f other = __builtin_shufflevector(v, v, QJAX_LANES(QJAX_OTHER));
+#else
+  const v16f other = __builtin_shuffle(v, v16i{QJAX_LANES(QJAX_OTHER)});
+#endif
+  return other + v * v16f{QJAX_LANES(QJAX_SIGN)};
+#undef QJAX_LANES
+#undef QJAX_OTHER
+#undef QJAX_SIGN
+}
 QJAX_INLINE v16i as_int(v16f v) { v16i r; std::memcpy(&r, &v, 64); return r; }
 QJAX_INLINE v16f as_float(v16i v) { v16f r; std::memcpy(&r, &v, 64); return r; }
 
