@@ -234,6 +234,18 @@ struct AttentionRun {
     return found;
   }
 
+  // Pages [pg, end) of one head are soon read: processors do not see where the next one lies.
+  void announce(const CachePages& pages, const Item& item, int64_t pg, int64_t end) const {
+    for (; pg < end; ++pg) {
+      const HeadOfPage<P> head = head_of(pages, page_of(item.seq, pg), item.head);
+      const int64_t size = a.page_size * a.head_dim / (P::shifted ? 2 : 1);
+      for (int64_t i = 0; i < size; i += 64 / sizeof(*head.values))
+        __builtin_prefetch(head.values + i);
+      if (P::scaled) __builtin_prefetch(head.scale);
+      if (P::shifted) __builtin_prefetch(head.zero);
+    }
+  }
+
   void attend(int64_t index) {
     const Item& item = items[index];
     const int64_t d = a.head_dim;
@@ -261,8 +273,10 @@ struct AttentionRun {
     const int64_t pages_per_block = std::max<int64_t>(1, kBlockKeys / a.page_size);
     for (int64_t pg = item.begin; pg < item.end; pg += pages_per_block) {
       const int64_t count = std::min(pages_per_block, item.end - pg), keys = count * a.page_size;
+      announce(a.v_pages, item, pg, pg + count);
       const auto k = block(a.k_pages, true, item, pg, count, t);
       score_all<E>(k, {t.q, groups, t.q_start, t.q_factor}, rows, t.scores);
+      announce(a.k_pages, item, pg + count, std::min(pg + count + pages_per_block, item.end));
       const auto v = block(a.v_pages, false, item, pg, count, t);
       for (int r = 0; r < rows; ++r)
         softmax(t, r, keys, pg * a.page_size, first_pos + r / group);
