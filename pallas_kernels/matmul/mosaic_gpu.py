@@ -40,8 +40,7 @@ def matmul(
     Raises:
       NotImplementedError: see `product`; or `activation_dtype` is not "bfloat16".
     """
-    if activation_dtype != "bfloat16":
-        raise NotImplementedError(f"a kernel for inputs of bfloat16, not {activation_dtype}")
+    require_bfloat16(activation_dtype)
     return by_products(product, x, weights, activation_dtype=activation_dtype, **around)
 
 
@@ -76,8 +75,8 @@ def product(
     del num_rows
     interpret = platform.interprets("gpu")
     check_device(interpret)
-    if x.dtype.itemsize > 1 and x.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"a kernel for inputs of bfloat16, not {x.dtype}")
+    if x.dtype.itemsize > 1:
+        require_bfloat16(x.dtype)
     x_group, scales, x_after = scaled_inputs(x, x_scale)
     operands = weight_operands(spec, arrays)
     plan = plan_of(
@@ -109,6 +108,12 @@ def product(
     for factor in (x_after, whole):
         y = y if factor is None else y * factor
     return y
+
+
+def require_bfloat16(dtype: object) -> None:
+    """Whether inputs may be rounded to, or are, bfloat16; NotImplementedError if not."""
+    if str(dtype) != "bfloat16":
+        raise NotImplementedError(f"a kernel for inputs of bfloat16, not {dtype}")
 
 
 def check_device(interpret: bool) -> None:

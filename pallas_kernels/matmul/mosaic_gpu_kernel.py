@@ -32,7 +32,8 @@ def product(plan: Plan, operands: Mapping[str, jax.Array], interpret: bool) -> j
       operands: "x" [rows, k], of type `plan.dot`, whole tiles; with groups of x "x_scale" [groups,
         rows]; "qvalue" and, as the weight has it, "codebook"; unless they act in the end, "scale",
         "zero", "super_scale" and "super_zero", with a column for each output, floats of 8 bits as
-        uint8.
+        uint8. Where each tile of rows has a weight of its own, "expert", int32 [tiles], says which,
+        and weights lie one after the other in all of these.
 
     Returns:
       float32 [rows, N], unscaled if scales act in the end. The parts of a sum are added one after
@@ -93,13 +94,16 @@ class _Beside:
         assert size is not None
         self.block, self.size = planes.block, size
         self.width = plan.blocks.rows if self.of_x else plan.outputs
+        self.rows = max(1, self.block // self.size)
+        self.of_weight = -(-planes.k // self.size) // self.rows
 
-    def spec(self, first: Any, outputs: Any, tile: Any) -> Any:
+    def spec(self, first: Any, outputs: Any, tile: Any, expert: Any) -> Any:
         """Those of the blocks from `first` on."""
         each, place = max(1, self.size // self.block), tile if self.of_x else outputs
+        before = 0 if self.of_x else expert * self.of_weight
         return plgpu.BlockSpec(
-            (max(1, self.block // self.size), self.width),
-            lambda step: ((first + step) // each, place),
+            (self.rows, self.width),
+            lambda step: (before + (first + step) // each, place),
             memory_space=plgpu.SMEM,
         )
 
@@ -110,6 +114,7 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
         lax.axis_index(name) for name in ("tile", "outputs", "split", "warpgroup")
     )
     first = split * plan.steps
+    expert = refs["expert"][tile] if "expert" in refs else 0
     of_warpgroup = pl.ds(warpgroup * OUTPUTS, OUTPUTS)
     own = pl.ds(outputs * plan.outputs + warpgroup * OUTPUTS, OUTPUTS)
     staged = {name: ref.at[warpgroup] for name, ref in stage.items()}
@@ -117,13 +122,15 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
     besides = [_Beside(plan, name) for name in names if name in refs]
     codebook = None
     if "codebook" in refs:
-        codebook = [refs["codebook"][0, entry] for entry in range(1 << planes.bits)]
+        codebook = [refs["codebook"][expert, entry] for entry in range(1 << planes.bits)]
+
+    of_expert = expert * (planes.shape[0] // plan.outputs)
 
     def bytes_of(offset: int, width: int) -> Any:
         size = planes.block * width // 8
         return plgpu.BlockSpec(
             (plan.outputs, size),
-            lambda step: (outputs, offset // size + first + step),
+            lambda step: (of_expert + outputs, offset // size + first + step),
             transforms=_in_tiles(blocks.columns, 8),
             memory_space=plgpu.SMEM,
         )
@@ -216,7 +223,11 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
         take,
         grid=(plan.steps,),
         memory_registers=LOADER_REGISTERS,
-        in_specs=[*of_planes, x_spec, *(each.spec(first, outputs, tile) for each in besides)],
+        in_specs=[
+            *of_planes,
+            x_spec,
+            *(each.spec(first, outputs, tile, expert) for each in besides),
+        ],
         wg_axis="warpgroup",
         num_compute_wgs=blocks.warpgroups,
         max_concurrent_steps=blocks.stages,

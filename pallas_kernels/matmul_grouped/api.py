@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.inputs import ActSpec
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul_grouped import coded, native, ref, tpu, triton, xla
+from pallas_kernels.matmul_grouped import coded, mosaic_gpu, native, ref, tpu, triton, xla
 from pallas_kernels.matmul_grouped.bias import add_bias
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("native", native.matmul_grouped),
     ("triton", triton.matmul_grouped),
+    ("mosaic_gpu", mosaic_gpu.matmul_grouped),
     ("tpu", tpu.matmul_grouped),
     ("xla", xla.matmul_grouped),
     ("ref", ref.matmul_grouped),

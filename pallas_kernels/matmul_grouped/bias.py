@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 def add_bias(y: jax.Array, group_sizes: jax.Array, bias: jax.Array | None) -> jax.Array:
     """y, float32 [T, N], with the bias, [E, N], of each row's expert."""
-    if bias is None:
-        return y
+    return y if bias is None else y + bias[experts_of(len(y), group_sizes)]
+
+
+def experts_of(rows: int, group_sizes: jax.Array) -> jax.Array:
+    """int32 [rows]: whose each row is; of padding, the last one's."""
     ends = jnp.cumsum(group_sizes)
-    owner = (jnp.arange(len(y))[:, None] >= ends[None, :-1]).sum(1)
-    return y + bias[owner]
+    return (jnp.arange(rows)[:, None] >= ends[None, :-1]).sum(1)

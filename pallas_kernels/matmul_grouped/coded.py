@@ -12,7 +12,7 @@ from pallas_kernels import dispatch, tuning
 from pallas_kernels.inputs import ActSpec, Inputs
 from pallas_kernels.matmul import coded
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul_grouped import tpu, triton
+from pallas_kernels.matmul_grouped import mosaic_gpu, tpu, triton
 from pallas_kernels.quantize import rounded
 
 
@@ -27,7 +27,11 @@ def _tpu_product(
     return tpu.product(x, spec, arrays, x_scale=x_scale, group_sizes=group_sizes)
 
 
-PRODUCTS: dispatch.Implementations = (("triton", triton.product), ("tpu", _tpu_product))
+PRODUCTS: dispatch.Implementations = (
+    ("triton", triton.product),
+    ("mosaic_gpu", mosaic_gpu.product),
+    ("tpu", _tpu_product),
+)
 
 
 def takes_inputs(spec: WeightSpec, act: ActSpec) -> bool:

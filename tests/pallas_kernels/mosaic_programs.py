@@ -10,9 +10,20 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.matmul import mosaic_gpu, planes_gguf
+from pallas_kernels.matmul_grouped import mosaic_gpu as grouped
 from tests.pallas_kernels.coded import Coded
 from tests.pallas_kernels.crosscompile import Program
-from tests.pallas_kernels.triton_programs import CODES_BY_CODES, KINDS, SIZES, K, N, blocks, weight
+from tests.pallas_kernels.triton_programs import (
+    CODES_BY_CODES,
+    GROUPED,
+    KINDS,
+    SIZES,
+    K,
+    N,
+    blocks,
+    of_experts,
+    weight,
+)
 
 # Groups that do not divide a block, and codebooks of 256 entries.
 REFUSED = [Coded("uint4b8", (16, 24), "float16"), Coded("lookup8", (1, 256), "float32")]
@@ -55,6 +66,8 @@ def programs(sizes: tuple[int, ...] = SIZES) -> Iterator[Program]:
     for qtype in planes_gguf.TYPES:
         for rows in sizes:
             yield single(qtype, *blocks(qtype), rows)
+    taken = [(dtype, kind) for dtype, kind in GROUPED if dtype != "float32"]
+    yield from of_experts(grouped.product, taken, sizes)
     if sizes != SIZES:
         return
     spec, arrays = weight(replace(KINDS[0], shape=(N, K)).spec)

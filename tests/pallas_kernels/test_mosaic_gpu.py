@@ -18,6 +18,8 @@ from pallas_kernels.inputs import ActSpec
 from pallas_kernels.matmul import api, matmul, mosaic_gpu, planes, prepare
 from pallas_kernels.matmul.mosaic_gpu_plan import plan_of
 from pallas_kernels.matmul.spec import WeightSpec
+from pallas_kernels.matmul_grouped import matmul_grouped
+from pallas_kernels.matmul_grouped import mosaic_gpu as grouped
 from tests.pallas_kernels import crosscompile, mosaic_programs
 from tests.pallas_kernels.coded import Coded, coded_inputs, laid_out
 from tests.pallas_kernels.products import TOLERANCES, error, least_error
@@ -258,6 +260,59 @@ def test_what_is_refused(monkeypatch):
         refused(kind, "a kernel for Hopper GPUs, and this is NVIDIA A100")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(kind, "jax needs the package absl-py")
+
+
+SIZES = [0, 3, 19, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"),
+    [
+        (shaped("uint4b8", (1, 128), "bfloat16", shape=(N, 512)), "bfloat16", EXACT),
+        (shaped("fp4_e2m1", (1, 16), "float8_e4m3fn", has_global_scale=True), "bfloat16", EXACT),
+        (shaped("uint4", (1, K), "float16", "uint8"), "bfloat16", EXACT),
+        (shaped("lookup4", (1, 64)), "bfloat16", TOLERANCES["bfloat16"]),
+        (shaped("int8", (1, K)), "int8", EXACT),
+        (shaped("fp8_e4m3", (64, 128)), "float8_e4m3fn", EXACT),
+    ],
+    ids=str,
+)
+def test_experts(kind, dtype, tolerance):
+    """Groups of rows that begin anywhere, are empty, or take several tiles; rows left over."""
+    drawn = [ready(kind, seed=seed) for seed in range(len(SIZES))]
+    spec, arrays = drawn[0][0], jax.tree.map(lambda *a: jnp.stack(a), *(each[1] for each in drawn))
+    rows, k = sum(SIZES) + 2, kind.shape[1]
+    short = "float8" in dtype and platform.device_kind() == "gpu"  # sums of matrix units
+    scale, x = None, jnp.asarray(inputs(rows, k), jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    if dtype != "bfloat16":
+        x, scale, wide = coded_inputs(rows, k, dtype, 2)
+    y = jax.jit(
+        lambda x, scale, sizes, arrays: grouped.product(x, sizes, spec, arrays, x_scale=scale)
+    )(x, scale, jnp.array(SIZES, jnp.int32), arrays)
+    assert y.shape == (rows, N)
+    start = 0
+    for size, (_, _, decoded) in zip(SIZES, drawn, strict=True):
+        if size:
+            wanted = wide[start : start + size] @ decoded.T
+            assert error(y[start : start + size], wanted) <= (1e-3 if short else tolerance)
+        start += size
+
+
+def test_experts_of_a_layer():
+    """By name, and with a bias for each."""
+    kind, sizes = shaped("uint4b8", (1, 128), "bfloat16"), jnp.array([2, 1], jnp.int32)
+    drawn = [ready(kind, seed=seed) for seed in range(2)]
+    arrays = jax.tree.map(lambda *a: jnp.stack(a), *(each[1] for each in drawn))
+    x, bias = inputs(3), np.random.default_rng(9).standard_normal((2, N)).astype(np.float32)
+    given = jnp.asarray(x), sizes, (drawn[0][0], arrays)
+    y = matmul_grouped(*given, bias=jnp.asarray(bias), activation_dtype="bfloat16")
+    assert dispatch.chosen()["matmul_grouped uint4b8"][0] == "mosaic_gpu"
+    rounded = x.astype(jnp.bfloat16).astype(np.float64)
+    wanted = [rounded[t] @ drawn[e][2].T + bias[e] for t, e in enumerate((0, 0, 1))]
+    assert error(y, np.stack(wanted)) <= EXACT
+    with pytest.raises(NotImplementedError, match="inputs of bfloat16, not float32"):
+        matmul_grouped(*given)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int16", "int8"])

@@ -12,6 +12,7 @@ from pallas_kernels import dispatch, tuning
 from pallas_kernels.matmul import planes, triton
 from pallas_kernels.matmul.triton_plan import plan_of
 from pallas_kernels.matmul_grouped import triton as grouped
+from pallas_kernels.matmul_grouped.tile_table import tile_table
 from tests.pallas_kernels import crosscompile, triton_programs
 from tests.pallas_kernels.cached import QUICKLY
 from tests.pallas_kernels.coded import Coded, coded_inputs, laid_out
@@ -163,7 +164,7 @@ def test_experts(kind, dtype):
 
 
 def test_tiles_of_experts():
-    table = grouped.tile_table(jnp.array([0, 3, 40, 1, 0, 17], jnp.int32), 63, 16)
+    table = tile_table(jnp.array([0, 3, 40, 1, 0, 17], jnp.int32), 63, 16)
     found = np.stack([table[name] for name in ("expert", "start", "end")], 1).tolist()
     wanted = [[1, 0, 3], [2, 3, 43], [2, 19, 43], [2, 35, 43], [3, 43, 44], [5, 44, 61]]
     assert found[:7] == [*wanted, [5, 60, 61]]

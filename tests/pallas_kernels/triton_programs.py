@@ -136,9 +136,14 @@ def programs(sizes: tuple[int, ...] = SIZES) -> Iterator[Program]:
     # Neither outputs nor columns are a multiple of anything.
     spec, arrays = weight(Coded("uint4b8", (1, 32), "float16", shape=(N + 3, K)).spec)
     yield single("cut off", spec, arrays, 100, "bfloat16")
-    for dtype, kind in GROUPED:
+    yield from of_experts(grouped.product, GROUPED, sizes)
+
+
+def of_experts(product, kinds, sizes) -> Iterator[Program]:
+    """Grouped products with each of `kinds`, and as many rows as `sizes` say."""
+    groups = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32)
+    for dtype, kind in kinds:
         spec, arrays = weight(replace(kind, shape=(N, K)).spec, (EXPERTS,))
-        groups = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32)
         for rows in sizes:
             x = jax.ShapeDtypeStruct((rows, K), jnp.dtype(dtype))
             scale = None
@@ -146,10 +151,10 @@ def programs(sizes: tuple[int, ...] = SIZES) -> Iterator[Program]:
                 scale = jax.ShapeDtypeStruct((rows, K // 128), jnp.float32)
             yield Program(
                 f"{spec.kind} of experts, {rows} rows of {dtype}",
-                partial(_experts, spec),
+                partial(_experts, product, spec),
                 (x, groups, arrays, scale),
             )
 
 
-def _experts(spec, x, sizes, arrays, scale):
-    return grouped.product(x, sizes, spec, arrays, x_scale=scale)
+def _experts(product, spec, x, sizes, arrays, scale):
+    return product(x, sizes, spec, arrays, x_scale=scale)
