@@ -105,8 +105,10 @@ class Engine:
                 f"prompt of {len(prompt_ids)} tokens and max_tokens of {max_tokens} do not fit "
                 f"the cache, which holds {held} tokens: shorten them or make the cache larger."
             )
-        own = params.seed is not None
-        seeds = np.random.SeedSequence([params.seed, sample]) if own else self._seeds.spawn(1)[0]
+        if params.seed is None:
+            seeds = self._seeds.spawn(1)[0]
+        else:
+            seeds = np.random.SeedSequence([params.seed, sample])
         request = Request(
             prompt_ids=tuple(prompt_ids),
             params=params,

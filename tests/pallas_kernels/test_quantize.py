@@ -197,6 +197,7 @@ def test_several_programs(implementation, monkeypatch):
     ("target", "platforms", "call"),
     [("h100", "cuda", "__gpu$xla.gpu.triton"), ("v6e", "tpu", "tpu_custom_call")],
 )
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.11 on
 def test_kernels_lower(target, platforms, call):
     """For the device itself, where they are preferred to XLA's loops."""
     for k, cases in (256, TOKEN | GROUP), (28672, {"nvfp4": CASES["nvfp4"]}):
