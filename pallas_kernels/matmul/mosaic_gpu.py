@@ -89,9 +89,7 @@ def product(
     )
     whole = operands.pop("global_scale", None)
     operands |= spread(operands, plan)
-    after = {}
-    if plan.scaling == "end":
-        after = {name: operands.pop(name) for name in ("scale", "zero") if name in operands}
+    after = taken_out(operands, plan)
     operands["x"] = padded(x, plan)
     if x_group is not None:
         groups, missing = -(-plan.planes.k // x_group), -len(x) % plan.blocks.rows
@@ -100,11 +98,7 @@ def product(
     from pallas_kernels.matmul import mosaic_gpu_kernel  # jax needs more than itself for it
 
     y = mosaic_gpu_kernel.product(plan, operands, interpret)[: len(x)]
-    if after:
-        x = x.astype(jnp.float32)
-        if x_scale is not None and x_group is not None:
-            x = x * jnp.repeat(x_scale, x_group, axis=1)
-        y = scaled(y, x, after, plan)
+    y = scaled(y, x, x_scale, after, plan)
     for factor in (x_after, whole):
         y = y if factor is None else y * factor
     return y
@@ -150,11 +144,29 @@ def spread(operands: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
     return found
 
 
-def scaled(y: jax.Array, x: jax.Array, after: dict[str, jax.Array], plan: Plan) -> jax.Array:
-    """Sums over codes, float32 [T, N], with the scale and the zero point of each output; x float32
-    [T, K]."""
+def taken_out(operands: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
+    """Those that act in the end, which the kernel does not read: removed from `operands`."""
+    if plan.scaling != "end":
+        return {}
+    return {name: operands.pop(name) for name in ("scale", "zero") if name in operands}
+
+
+def scaled(
+    y: jax.Array,
+    x: jax.Array,
+    x_scale: jax.Array | None,
+    after: dict[str, jax.Array],
+    plan: Plan,
+) -> jax.Array:
+    """Sums over codes, float32 [T, N], with what acts in the end: a scale and a zero point of each
+    output. x [T, K] and its scales are as `product` got them."""
+    if not after:
+        return y
     scale = planes_tile.scales(after["scale"], plan.scale)
     if "zero" not in after:
         return y * scale
+    x = x.astype(jnp.float32)
+    if x_scale is not None and plan.x_group is not None:
+        x = x * jnp.repeat(x_scale, plan.x_group, axis=1)
     shift = x.sum(axis=1, keepdims=True) * after["zero"].astype(jnp.float32)
     return y * scale + shift if plan.planes.zero == "add" else (y - shift) * scale

@@ -10,12 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.matmul.mosaic_gpu import check_device, padded, require_bfloat16, scaled, spread
+from pallas_kernels.matmul.mosaic_gpu import (
+    check_device,
+    padded,
+    require_bfloat16,
+    scaled,
+    spread,
+    taken_out,
+)
 from pallas_kernels.matmul.mosaic_gpu_plan import candidates, plan_of
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
 from pallas_kernels.matmul.triton import scaled_inputs, weight_operands
-from pallas_kernels.matmul_grouped.bias import add_bias, experts_of
-from pallas_kernels.matmul_grouped.tile_table import tile_table
+from pallas_kernels.matmul_grouped.bias import add_bias
+from pallas_kernels.matmul_grouped.tile_table import experts_of, places, tile_table
 
 __all__ = ["candidates", "matmul_grouped", "product"]
 
@@ -75,9 +82,7 @@ def product(
     operands |= jax.vmap(lambda each: spread(each, plan))(
         {name: operands[name] for name in ("scale", "zero") if name in operands}
     )
-    after = {}
-    if plan.scaling == "end":
-        after = {name: operands.pop(name) for name in ("scale", "zero") if name in operands}
+    after = {name: array[:, 0] for name, array in taken_out(operands, plan).items()}
     operands = {name: a.reshape(-1, a.shape[-1]) for name, a in operands.items()}
 
     tile = plan.blocks.rows
@@ -90,14 +95,7 @@ def product(
     from pallas_kernels.matmul import mosaic_gpu_kernel  # jax needs more than itself for it
 
     expert = experts_of(rows, group_sizes)
-    tiles = jnp.cumsum(-(-group_sizes // tile)) - -(-group_sizes // tile)
-    first = jnp.cumsum(group_sizes) - group_sizes
-    place = tiles[expert] * tile + jnp.arange(rows) - first[expert]
-    y = mosaic_gpu_kernel.product(plan, operands, interpret)[place]
-    if after:
-        x = x.astype(jnp.float32)
-        if x_scale is not None and x_group is not None:
-            x = x * jnp.repeat(x_scale, x_group, axis=1)
-        y = scaled(y, x, {name: array[expert, 0] for name, array in after.items()}, plan)
+    y = mosaic_gpu_kernel.product(plan, operands, interpret)[places(group_sizes, expert, tile)]
+    y = scaled(y, x, x_scale, {name: array[expert] for name, array in after.items()}, plan)
     y = y if x_after is None else y * x_after
     return y if whole is None else y * whole.reshape(experts, 1)[expert]
