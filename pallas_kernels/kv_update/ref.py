@@ -34,7 +34,7 @@ def kv_update(
     if any(isinstance(x, Tracer) for x in (k, block_table, query_start_loc, seq_lens)):
         raise NotImplementedError("the oracle runs outside jit only")
     table, starts, lens = (np.asarray(x) for x in (block_table, query_start_loc, seq_lens))
-    keys_of, values_of = Cache(k_pages, k_scale), Cache(v_pages, v_scale)
+    keys_of, values_of = Cache(k_pages, k_scale, keys=True), Cache(v_pages, v_scale)
     heads, page_size = k_pages.values.shape[1:3]
     keys, values = (np.asarray(x).reshape(len(x), heads, -1) for x in (k, v))
     for s in range(len(lens)):
@@ -43,11 +43,8 @@ def kv_update(
             page, slot = table[s, position // page_size], position % page_size
             own = None if rope is None else [np.asarray(x[t]) for x in rope]
             for h in range(heads):
-                key, value = turned(keys[t, h], own, k_norm, norm_eps), values[t, h]
-                key = spread(key) if keys_of.spreads_keys else key
-                value = spread(value) if values_of.spreads_values else value
-                keys_of.write((page, h, slot), key)
-                values_of.write((page, h, slot), value)
+                keys_of.write((page, h, slot), turned(keys[t, h], own, k_norm, norm_eps))
+                values_of.write((page, h, slot), values[t, h])
     return keys_of.pages(), values_of.pages()
 
 
@@ -70,15 +67,18 @@ def turned(
 
 
 class Cache:
-    """Pages on the host, to write to and to read as numbers."""
+    """Pages on the host, to write to and to read as numbers.
 
-    def __init__(self, pages: Pages, scale: jax.Array | None):
+    What is spread over its channels is brought together again when it is read.
+    """
+
+    def __init__(self, pages: Pages, scale: jax.Array | None, keys: bool = False):
         self._dtype = pages.dtype
         self._arrays = Pages(*(None if a is None else np.array(a) for a in pages))
         heads = pages.values.shape[1]
         self._scale = np.ones(heads, np.float32) * (1 if scale is None else np.asarray(scale))
-        self.spreads_keys = "int" in self._dtype or (self._dtype[:3] == "fp8" and scale is None)
-        self.spreads_values = self._dtype == "int4"
+        without_scale = self._dtype in ("fp8_e4m3", "fp8_e5m2") and scale is None
+        self._spread = self._dtype == "int4" or (keys and (self._dtype == "int8" or without_scale))
 
     def pages(self) -> Pages:
         return jax.tree.map(jnp.asarray, self._arrays)
@@ -86,6 +86,7 @@ class Cache:
     def write(self, at: tuple, x: np.ndarray) -> None:
         """A head of one token at (page, head, slot)."""
         values, scales, zeros = self._arrays
+        x = spread(x) if self._spread else x
         if self._dtype.startswith("fp8"):
             top = float(ml_dtypes.finfo(values.dtype).max)
             values[at] = np.clip(x / self._scale[at[1]], -top, top).astype(values.dtype)
@@ -94,8 +95,8 @@ class Cache:
             scales[at] = step
             values[at] = np.clip(np.rint(x / (step or 1)), -127, 127)
         elif self._dtype == "int4":
-            spread = max((x.max() - x.min()) / np.float32(15), np.abs(x).max() / np.float32(120))
-            step = _rounded_up(spread)
+            width = max((x.max() - x.min()) / np.float32(15), np.abs(x).max() / np.float32(120))
+            step = _rounded_up(width)
             scales[at], zeros[at] = step, np.rint(x.min() / (step or 1))
             codes = np.clip(np.rint(x / (step or 1)) - zeros[at], 0, 15).astype(np.uint8)
             half = len(codes) // 2
@@ -105,6 +106,10 @@ class Cache:
 
     def read(self, at: tuple) -> np.ndarray:
         """A head of many tokens, [N, head_dim], at (pages, head, slots)."""
+        x = self._decoded(at)
+        return spread(x) if self._spread else x
+
+    def _decoded(self, at: tuple) -> np.ndarray:
         values, scales, zeros = self._arrays
         if self._dtype == "int4":
             codes = np.concatenate([values[at] % 16, values[at] // 16], -1).astype(np.float32)
@@ -116,16 +121,16 @@ class Cache:
         return x * self._scale[at[1]] if self._dtype.startswith("fp8") else x
 
 
-def spread(row: np.ndarray) -> np.ndarray:
-    """A head times the Hadamard matrix; twice leaves it as it was."""
+def spread(heads: np.ndarray) -> np.ndarray:
+    """Heads [..., D] times the Hadamard matrix; twice leaves them as they were."""
     size = 1
-    while row.size % (2 * size) == 0:
+    while heads.shape[-1] % (2 * size) == 0:
         size *= 2
     index = np.arange(size)
     shared = index[:, None] & index
     odd = np.array([[bin(x).count("1") % 2 for x in line] for line in shared])
     matrix = np.where(odd, -1.0, 1.0) / np.sqrt(size)
-    return (row.reshape(-1, size) @ matrix).reshape(row.shape).astype(np.float32)
+    return (heads.reshape(-1, size) @ matrix).reshape(heads.shape).astype(np.float32)
 
 
 def _rounded_up(x: np.ndarray) -> np.float32:

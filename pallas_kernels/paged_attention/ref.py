@@ -37,7 +37,10 @@ def attend(
         raise NotImplementedError("the oracle runs outside jit only")
     page_size, group = k_pages.page_size, spec.num_heads // spec.num_kv_heads
     table, starts, lens = (np.asarray(x) for x in (block_table, query_start_loc, seq_lens))
-    keys_of, values_of = kv_update.Cache(k_pages, k_scale), kv_update.Cache(v_pages, v_scale)
+    keys_of, values_of = (
+        kv_update.Cache(k_pages, k_scale, keys=True),
+        kv_update.Cache(v_pages, v_scale),
+    )
     out = np.zeros(q.shape, np.float32)
     queries = np.asarray(q).reshape(len(q), -1, spec.head_dim)
     for s in range(len(lens)):
@@ -50,7 +53,6 @@ def attend(
             for h in range(spec.num_heads):
                 at = pages, h // group, slots
                 query = kv_update.turned(queries[t, h], own, q_norm, norm_eps)
-                query = kv_update.spread(query) if keys_of.spreads_keys else query
                 scores = keys_of.read(at) @ (query * np.float32(spec.scale))
                 if spec.soft_cap is not None:
                     scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
@@ -59,6 +61,5 @@ def attend(
                 weights = np.exp(scores - top)
                 total = weights.sum() + np.exp(sink - top)
                 row = weights / total @ values_of.read(at)
-                row = kv_update.spread(row) if values_of.spreads_values else row
                 out[t, h * spec.head_dim : (h + 1) * spec.head_dim] = row
     return jnp.asarray(out)

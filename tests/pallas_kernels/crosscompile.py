@@ -19,13 +19,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
-from pallas_kernels import platform
+from pallas_kernels import dispatch, platform
 
 ROOT = Path(__file__).resolve().parents[2]
 # Kind and name of the device for `pallas_kernels.platform`, and what jax calls the topology.
@@ -85,6 +86,20 @@ def compile_all(target: str, module: str, timeout: float = 900) -> dict[str, str
         last = next((name for name, error in found.items() if error == "begun"), "start")
         found[last] = f"the process ended with {run.returncode}: {run.stderr[-2000:]}"
     return found
+
+
+def lowered(target: str, function: Callable[..., Any], *arguments: Any, **rest: Any) -> str:
+    """The text of a function, jitted or not, as it is lowered for a target."""
+    kind = TARGETS[target][0]
+    with dispatch.use(None), assumed(target):
+        traced = jax.jit(function).trace(*arguments, **rest)
+        return traced.lower(lowering_platforms=("cuda" if kind == "gpu" else kind,)).as_text()
+
+
+def check_all(target: str, module: ModuleType) -> None:
+    """Compiles all programs of a module, none of which may fail or be missing."""
+    found = compile_all(target, module.__name__)
+    assert found == {program.name: None for program in module.programs()}
 
 
 @contextmanager
