@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ Logits = Callable[[np.ndarray], Iterator[jax.Array]]
 
 
 def of_qjax(params: Params, numerics: str, cache_dtype: str) -> Logits:
-    """Logits of a window by qjax, `ROWS` rows at a time."""
+    """Logits of a window by qjax, `ROWS` rows at a time, with a cache as the engine makes it."""
+    bases = qjax.key_bases(params, cache_dtype)
 
     def batch_of(length: int) -> Batch:
         ends = jnp.array([0, length], jnp.int32)
@@ -41,9 +43,10 @@ def of_qjax(params: Params, numerics: str, cache_dtype: str) -> Logits:
         return Batch(jnp.arange(length), ends, ends[1:], table, numerics)
 
     @jax.jit
-    def hidden_states(params: Params, tokens: jax.Array) -> jax.Array:
+    def hidden_states(params: Params, tokens: jax.Array, bases: Any) -> jax.Array:
         batch = batch_of(len(tokens))
-        cache = init_cache(params.config, batch.block_table.size, BLOCK_SIZE, cache_dtype)
+        pages = batch.block_table.size
+        cache = init_cache(params.config, pages, BLOCK_SIZE, cache_dtype, bases=bases)
         return functional.run(params.config, params.tree, tokens, batch, cache)[0]
 
     @jax.jit
@@ -51,7 +54,7 @@ def of_qjax(params: Params, numerics: str, cache_dtype: str) -> Logits:
         return functional.logits(params.config, params.tree, hidden, batch_of(len(hidden)))
 
     def logits(ids: np.ndarray) -> Iterator[jax.Array]:
-        hidden = hidden_states(params, ids)
+        hidden = hidden_states(params, ids, bases)
         for first in range(0, len(ids), ROWS):
             yield head(params, hidden[first : first + ROWS])
 

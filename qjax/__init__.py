@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         fault,
     )
     from qjax.forward import forward
+    from qjax.key_bases import key_bases
     from qjax.llm import LLM
     from qjax.params import Params
     from qjax.qarray import QArray
@@ -63,6 +64,7 @@ _HOMES = {
     "fault": "qjax.formats.base",
     "forward": "qjax.forward",
     "generate": "qjax.api",
+    "key_bases": "qjax.key_bases",
     "load": "qjax.api",
     "register_quantization_config": "qjax.registry",
     "sampling_defaults": "qjax.api",
@@ -90,6 +92,7 @@ __all__ = [
     "fault",
     "forward",
     "generate",
+    "key_bases",
     "load",
     "register_quantization_config",
     "sampling_defaults",

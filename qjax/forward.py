@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from qjax.kv_cache import Batch, cache_dtypes, init_cache
+from qjax.kv_cache import Basis, Batch, cache_dtypes, init_cache
 from qjax.models import functional
 from qjax.params import Params
 
@@ -21,6 +21,7 @@ def forward(
     *,
     kv_cache_dtype: str = "auto",
     kv_cache_dtype_skip_layers: Sequence[int | str] = (),
+    key_bases: Sequence[Basis | None] | None = None,
 ) -> jax.Array:
     """Logits after every token. Pure; works under `jax.jit` and `jax.vmap`.
 
@@ -30,6 +31,8 @@ def forward(
       numerics: "exact" (activations stay float32), or how they may be rounded: "bfloat16",
         "int16" or "int8".
       kv_cache_dtype, kv_cache_dtype_skip_layers: see `qjax.generate`; "auto" is float32 here.
+      key_bases: what `qjax.key_bases(params, kv_cache_dtype)` gives, to cache keys as the engine
+        does; without it they are turned by a Hadamard matrix alone.
 
     Returns:
       float32 [B, T, V] or [T, V].
@@ -42,6 +45,7 @@ def forward(
             numerics,
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
+            key_bases=key_bases,
         )[0]
     rows, length = tokens.shape
     pages = -(-length // _PAGE_SIZE)
@@ -53,7 +57,7 @@ def forward(
         numerics=numerics,
     )
     dtypes = cache_dtypes(params.config, kv_cache_dtype, "float32", kv_cache_dtype_skip_layers)
-    cache = init_cache(params.config, rows * pages, _PAGE_SIZE, dtypes)
+    cache = init_cache(params.config, rows * pages, _PAGE_SIZE, dtypes, bases=key_bases)
     hidden, _ = functional.run(params.config, params.tree, tokens.reshape(-1), batch, cache)
     logits = functional.logits(params.config, params.tree, hidden, batch)
     return logits.reshape(rows, length, -1)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_update.pages import CACHE_DTYPES, Pages, empty
+from pallas_kernels.kv_update.pages import CACHE_DTYPES, Basis, Pages, empty
 from qjax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -19,10 +19,26 @@ if TYPE_CHECKING:
 
 NUMERICS = ("exact", "bfloat16", "int16", "int8")
 
-LayerCache = tuple[Pages, Pages]  # keys and values of one layer
-KVCache = tuple[LayerCache, ...]
-
 KV_CACHE_DTYPES = ("auto", "fp8", *CACHE_DTYPES)
+
+
+class LayerCache(NamedTuple):
+    """Of one layer; a pytree.
+
+    Attributes:
+      keys, values: their pages.
+      basis: of keys and queries, where the cache has one (see `qjax.key_bases`).
+      seen: () asks for the batch's own keys and queries, float32 [T, num_kv_heads, head_dim] and
+        [T, num_heads, head_dim], normed but not rotated, which the layer leaves here.
+    """
+
+    keys: Pages
+    values: Pages
+    basis: Basis | None = None
+    seen: tuple[jax.Array, ...] | None = None
+
+
+KVCache = tuple[LayerCache, ...]
 
 
 @partial(
@@ -62,17 +78,24 @@ def init_cache(
     page_size: int,
     dtypes: str | Sequence[str],
     zeros: Callable[[tuple[int, ...], Any], Any] = jnp.zeros,
+    bases: Sequence[Basis | None] | None = None,
 ) -> KVCache:
     """An empty cache of `num_pages` pages of `page_size` tokens for every layer.
 
     Args:
       dtypes: one of `CACHE_DTYPES`, or one for each layer.
+      bases: of each layer, see `qjax.key_bases`.
       zeros: makes its arrays; on the host, `numpy.zeros` starts many times faster.
     """
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+    count = config.num_layers
     return tuple(
-        (empty(shape, dtype, zeros), empty(shape, dtype, zeros))
-        for dtype in ([dtypes] * config.num_layers if isinstance(dtypes, str) else dtypes)
+        LayerCache(empty(shape, dtype, zeros), empty(shape, dtype, zeros), basis)
+        for dtype, basis in zip(
+            [dtypes] * count if isinstance(dtypes, str) else dtypes,
+            [None] * count if bases is None else bases,
+            strict=True,
+        )
     )
 
 

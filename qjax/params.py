@@ -99,12 +99,14 @@ class Host:
       generation_config: the checkpoint's own defaults for generation, maybe empty.
       origin: how it was stored (a `qjax.checkpoint.plan.Origin`), or None for a model that was made
         in memory.
+      key_bases: what `qjax.key_bases` found for this model, by its config.
     """
 
     source: str = ""
     load_tokenizer: Callable[[], Any] | None = None
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     origin: Any = None
+    key_bases: dict[Any, Any] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Host)

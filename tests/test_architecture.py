@@ -40,7 +40,7 @@ FLOORS = {
     "layers": ["qjax.layers", "qjax.sampler"],
     "models": ["qjax.models"],
     "checkpoint": ["qjax.checkpoint"],
-    "running": ["qjax.engine", "qjax.compress", "qjax.forward"],
+    "running": ["qjax.engine", "qjax.compress", "qjax.forward", "qjax.key_bases"],
     "api": ["qjax.api", "qjax.llm", "qjax.distributed", "qjax.evaluate"],
     "measuring": ["qjax.bench", "qjax.tune"],
     "programs": ["qjax.cli", "qjax.server", "qjax.__main__", "qjax.bench.__main__"],

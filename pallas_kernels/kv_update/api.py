@@ -6,7 +6,7 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.kv_update import ref, tpu, triton, xla
-from pallas_kernels.kv_update.pages import Pages
+from pallas_kernels.kv_update.pages import Basis, Pages
 
 IMPLEMENTATIONS: dispatch.Implementations = (
     ("triton", triton.kv_update),
@@ -30,6 +30,7 @@ def kv_update(
     norm_eps: float = 0.0,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    basis: Basis | None = None,
     implementation: str | None = None,
 ) -> tuple[Pages, Pages]:
     """Writes the keys and values of new tokens into the cache, in the canonical order of `Pages`.
@@ -72,5 +73,6 @@ def kv_update(
         norm_eps=norm_eps,
         k_scale=k_scale,
         v_scale=v_scale,
+        basis=basis,
         implementation=implementation,
     )

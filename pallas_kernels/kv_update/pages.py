@@ -7,14 +7,17 @@ with the model (1 where none did), and x / scale is cut to what the type holds.
 
 int8: a scale for each token and head, absmax / 127, rounded up to bfloat16.
 
-int4: a scale and a zero point for each token and head. With low = min x and high = max x, scale =
-max((high - low) / 15, absmax / 120) rounded up to bfloat16, zero = round(low / scale), code =
-clip(round(x / scale) - zero, 0, 15); what is cached is (code + zero) * scale.
+int4: a scale for each token and head, and a zero point in sixteenths. With middle = (min x + max x)
+/ 2, scale = max((max x - min x) / 15, |middle| * 16 / 127) rounded up to bfloat16, start = round(16
+middle / scale), code = clip(round(x / scale - start / 16 + 7.5), 0, 15), zero = round(16 mean(x /
+scale - code + 7.5)); what is cached is (code - 7.5 + zero / 16) * scale, whose mean over the
+channels is that of x within a 32nd of the scale.
 
 Keys of int8 and int4, and of float8 where no scale came with the model, are turned by a Hadamard
 matrix first, and queries with them: that spreads outliers over all channels and changes no score
-(QuaRot, arXiv 2404.00456). Values of int4 are turned as well, and what attention makes of them is
-turned back: the matrix is its own inverse.
+(QuaRot, arXiv 2404.00456). A `Basis` made for the model takes the place of that matrix. Values of
+int4 are turned as well, and what attention makes of them is turned back: the matrix is its own
+inverse.
 """
 
 from __future__ import annotations
@@ -65,6 +68,20 @@ class Pages(NamedTuple):
         return self.values.shape[2]
 
 
+class Basis(NamedTuple):
+    """What keys and queries of one layer are multiplied by, for pages that `turns_keys`; a pytree.
+
+    Scores stay what they were if keys @ queries^T is the unit matrix; beyond that the choice is
+    free. Channels are to be alike in this basis: a key has one scale for all of them.
+
+    Attributes:
+      keys, queries: float32 [num_kv_heads, head_dim, head_dim], which rows are multiplied by.
+    """
+
+    keys: Any
+    queries: Any
+
+
 def empty(
     shape: tuple[int, int, int, int],
     dtype: str,
@@ -106,9 +123,18 @@ def encode(x: jax.Array, dtype: str, scale: jax.Array | None = None) -> Pages:
     return encode_parts(jnp.split(x, 2, axis=-1) if dtype == "int4" else [x], dtype, scale)
 
 
-def encode_parts(parts: Sequence[jax.Array], dtype: str, scale: jax.Array | None = None) -> Pages:
+def encode_parts(
+    parts: Sequence[jax.Array],
+    dtype: str,
+    scale: jax.Array | None = None,
+    width: int | None = None,
+) -> Pages:
     """What `encode` makes of x, given whole, or in two halves [..., H, D / 2] for int4. Nothing in
-    here moves an element, so that kernels can use it."""
+    here moves an element, so that kernels can use it.
+
+    Args:
+      width: how many channels of each part count; those beyond repeat one that does.
+    """
     x = parts[0]
     if dtype in FP8:
         top = float(jnp.finfo(FP8[dtype]).max)
@@ -121,13 +147,19 @@ def encode_parts(parts: Sequence[jax.Array], dtype: str, scale: jax.Array | None
     if dtype == "int4":
         low = jnp.minimum(*(part.min(-1) for part in parts))
         high = jnp.maximum(*(part.max(-1) for part in parts))
-        step = _round_up(jnp.maximum((high - low) / 15, jnp.maximum(-low, high) / 120))
-        zero = round_half_even(low / _nonzero(step))
-        codes = [
-            round_half_even(part / _nonzero(step)[..., None]) - zero[..., None] for part in parts
-        ]
-        first, second = (jnp.clip(code, 0, 15).astype(jnp.uint8) for code in codes)
-        return Pages(first | second << 4, step.astype(jnp.bfloat16), zero.astype(jnp.int8))
+        middle = (low + high) * 0.5
+        step = _round_up(jnp.maximum((high - low) / 15, jnp.abs(middle) * (16 / 127)))
+        divisor = _nonzero(step)
+        start = round_half_even(middle / divisor * 16) * (1 / 16)
+        steps = [part / divisor[..., None] + 7.5 for part in parts]
+        codes = [jnp.clip(round_half_even(x - start[..., None]), 0, 15) for x in steps]
+        off = (steps[0] - codes[0]) + (steps[1] - codes[1])
+        if width is not None and width < off.shape[-1]:
+            off = jnp.where(jnp.arange(off.shape[-1]) < width, off, 0.0)
+        mean = off.sum(-1) / (2 * (width or off.shape[-1]))
+        zero = jnp.clip(round_half_even(mean * 16), -128, 127).astype(jnp.int8)
+        first, second = (code.astype(jnp.uint8) for code in codes)
+        return Pages(first | second << 4, step.astype(jnp.bfloat16), zero)
     return Pages(x.astype(dtype))
 
 
@@ -136,12 +168,17 @@ def decode(pages: Pages, scale: jax.Array | None = None) -> jax.Array:
     dtype, values = pages.dtype, pages.values
     if dtype == "int4":
         codes = jnp.concatenate([values & 15, values >> 4], axis=-1).astype(jnp.float32)
-        codes = codes + pages.zero[..., None].astype(jnp.float32)
+        codes = codes + zero_points(pages.zero)[..., None]
         return codes * pages.scale[..., None].astype(jnp.float32)
     x = values.astype(jnp.float32)
     if dtype == "int8":
         return x * pages.scale[..., None].astype(jnp.float32)
     return x * scale[:, None] if dtype in FP8 and scale is not None else x
+
+
+def zero_points(zero: jax.Array) -> jax.Array:
+    """What is added to codes of int4, float32, from what `Pages.zero` holds of it."""
+    return zero.astype(jnp.float32) * (1 / 16) - 7.5
 
 
 def turns_keys(dtype: str, k_scale: jax.Array | None) -> bool:
@@ -159,6 +196,13 @@ def turned(heads: jax.Array) -> jax.Array:
     the normalized Hadamard matrix. Its own inverse."""
     head_dim = heads.shape[-1]
     return hadamard(heads, head_dim & -head_dim)
+
+
+def in_basis(heads: jax.Array, matrices: jax.Array) -> jax.Array:
+    """Heads [T, H, D], H a multiple of N, times `matrices` [N, D, D], each for a run of heads."""
+    runs = heads.reshape(len(heads), len(matrices), -1, heads.shape[-1])
+    out = jnp.einsum("thgd,hde->thge", runs, matrices, precision=lax.Precision.HIGHEST)
+    return out.reshape(heads.shape)
 
 
 def _round_up(x: jax.Array) -> jax.Array:

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_update.pages import Pages, turned, turns_keys, turns_values
+from pallas_kernels.kv_update.pages import (
+    Pages,
+    in_basis,
+    turned,
+    turns_keys,
+    turns_values,
+)
 from pallas_kernels.kv_update.turn import turn
 
 
@@ -62,19 +68,23 @@ def heads_of(
     weight: jax.Array | None,
     eps: float,
     k_scale: jax.Array | None,
+    basis: jax.Array | None,
 ) -> jax.Array:
     """Heads of queries or keys as they meet: normed, turned by rope, and by a Hadamard matrix where
-    the pages are such.
+    the pages are such, or taken to a basis of their own.
 
     Args:
       x: float32 [T, H * head_dim].
       dtype: of the pages.
       k_scale: of float8 pages, where it came with the model.
+      basis: the half of a `Basis` that is theirs.
 
     Returns:
       float32 [T, H, head_dim].
     """
     heads = turn(x.reshape(len(x), -1, head_dim), rope, weight, eps)
+    if basis is not None:
+        return in_basis(heads, basis)
     return turned(heads) if turns_keys(dtype, k_scale) else heads
 
 

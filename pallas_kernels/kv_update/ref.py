@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
-from pallas_kernels.kv_update.pages import Pages
+from pallas_kernels.kv_update.pages import Basis, Pages
 
 
 def kv_update(
@@ -29,12 +29,13 @@ def kv_update(
     norm_eps: float,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    basis: Basis | None = None,
 ) -> tuple[Pages, Pages]:
     """See `pallas_kernels.kv_update.api.kv_update`."""
     if any(isinstance(x, Tracer) for x in (k, block_table, query_start_loc, seq_lens)):
         raise NotImplementedError("the oracle runs outside jit only")
     table, starts, lens = (np.asarray(x) for x in (block_table, query_start_loc, seq_lens))
-    keys_of, values_of = Cache(k_pages, k_scale, keys=True), Cache(v_pages, v_scale)
+    keys_of, values_of = Cache(k_pages, k_scale, True, basis), Cache(v_pages, v_scale)
     heads, page_size = k_pages.values.shape[1:3]
     keys, values = (np.asarray(x).reshape(len(x), heads, -1) for x in (k, v))
     for s in range(len(lens)):
@@ -69,16 +70,23 @@ def turned(
 class Cache:
     """Pages on the host, to write to and to read as numbers.
 
-    What is spread over its channels is brought together again when it is read.
+    What is spread over its channels, or in a basis of its own, is as it was when it is read.
     """
 
-    def __init__(self, pages: Pages, scale: jax.Array | None, keys: bool = False):
+    def __init__(
+        self,
+        pages: Pages,
+        scale: jax.Array | None,
+        keys: bool = False,
+        basis: Basis | None = None,
+    ):
         self._dtype = pages.dtype
         self._arrays = Pages(*(None if a is None else np.array(a) for a in pages))
         heads = pages.values.shape[1]
         self._scale = np.ones(heads, np.float32) * (1 if scale is None else np.asarray(scale))
         without_scale = self._dtype in ("fp8_e4m3", "fp8_e5m2") and scale is None
         self._spread = self._dtype == "int4" or (keys and (self._dtype == "int8" or without_scale))
+        self._basis = None if basis is None else Basis(*map(np.asarray, basis))
 
     def pages(self) -> Pages:
         return jax.tree.map(jnp.asarray, self._arrays)
@@ -86,7 +94,10 @@ class Cache:
     def write(self, at: tuple, x: np.ndarray) -> None:
         """A head of one token at (page, head, slot)."""
         values, scales, zeros = self._arrays
-        x = spread(x) if self._spread else x
+        if self._basis is not None:
+            x = x @ self._basis.keys[at[1]]
+        elif self._spread:
+            x = spread(x)
         if self._dtype.startswith("fp8"):
             top = float(ml_dtypes.finfo(values.dtype).max)
             values[at] = np.clip(x / self._scale[at[1]], -top, top).astype(values.dtype)
@@ -95,11 +106,14 @@ class Cache:
             scales[at] = step
             values[at] = np.clip(np.rint(x / (step or 1)), -127, 127)
         elif self._dtype == "int4":
-            width = max((x.max() - x.min()) / np.float32(15), np.abs(x).max() / np.float32(120))
-            step = _rounded_up(width)
-            scales[at], zeros[at] = step, np.rint(x.min() / (step or 1))
-            codes = np.clip(np.rint(x / (step or 1)) - zeros[at], 0, 15).astype(np.uint8)
-            half = len(codes) // 2
+            middle = (x.max() + x.min()) / np.float32(2)
+            width = max((x.max() - x.min()) / np.float32(15), abs(middle) * np.float32(16 / 127))
+            scales[at] = step = _rounded_up(width)
+            steps = x / (step or 1) + np.float32(7.5)
+            start = np.rint(middle / (step or 1) * 16) / np.float32(16)
+            codes = np.clip(np.rint(steps - start), 0, 15)
+            zeros[at] = np.clip(np.rint((steps - codes).mean() * 16), -128, 127)
+            codes, half = codes.astype(np.uint8), len(codes) // 2
             values[at] = codes[:half] + 16 * codes[half:]
         else:
             values[at] = x.astype(values.dtype)
@@ -107,13 +121,15 @@ class Cache:
     def read(self, at: tuple) -> np.ndarray:
         """A head of many tokens, [N, head_dim], at (pages, head, slots)."""
         x = self._decoded(at)
+        if self._basis is not None:
+            return x @ self._basis.queries[at[1]].T
         return spread(x) if self._spread else x
 
     def _decoded(self, at: tuple) -> np.ndarray:
         values, scales, zeros = self._arrays
         if self._dtype == "int4":
             codes = np.concatenate([values[at] % 16, values[at] // 16], -1).astype(np.float32)
-            codes = codes + zeros[at].astype(np.float32)[..., None]
+            codes = codes + zeros[at].astype(np.float32)[..., None] / 16 - np.float32(7.5)
             return codes * scales[at].astype(np.float32)[..., None]
         x = values[at].astype(np.float32)
         if self._dtype == "int8":

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.kv_update.pages import Pages, encode
+from pallas_kernels.kv_update.pages import Basis, Pages, encode
 from pallas_kernels.kv_update.places import heads_of, owners, values_of
 
 
@@ -75,6 +75,7 @@ def kv_update(
     norm_eps: float,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    basis: Basis | None = None,
 ) -> tuple[Pages, Pages]:
     """See `pallas_kernels.kv_update.api.kv_update`."""
     interpret = platform.interprets("tpu")
@@ -82,7 +83,8 @@ def kv_update(
     head_dim = k.shape[1] // k_pages.values.shape[1]
     if not tokens:
         return k_pages, v_pages
-    keys = heads_of(k, head_dim, dtype, rope, k_norm, norm_eps, k_scale)
+    own = None if basis is None else basis.keys
+    keys = heads_of(k, head_dim, dtype, rope, k_norm, norm_eps, k_scale, own)
     values = values_of(v, head_dim, dtype)
     new = encode(keys, dtype, k_scale), encode(values, dtype, v_scale)
     at = windows(tokens, page_size, block_table, query_start_loc, seq_lens)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.kv_update.pages import Pages
+from pallas_kernels.kv_update.pages import Basis, Pages
 from pallas_kernels.kv_update.places import heads_of, places, values_of
 
 
@@ -27,6 +27,7 @@ def kv_update(
     norm_eps: float,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    basis: Basis | None = None,
 ) -> tuple[Pages, Pages]:
     """See `pallas_kernels.kv_update.api.kv_update`."""
     interpret = platform.interprets("gpu")
@@ -37,7 +38,8 @@ def kv_update(
     tokens, heads = len(k), k_pages.values.shape[1]
     head_dim = k.shape[1] // heads
     at = places(tokens, k_pages, block_table, query_start_loc, seq_lens)
-    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale)
+    own = None if basis is None else basis.keys
+    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale, own)
     values = values_of(v, head_dim, v_pages.dtype)
     scales = [jnp.ones(1) if scale is None else scale for scale in (k_scale, v_scale)]
     scales = [jnp.broadcast_to(scale, heads) for scale in scales]

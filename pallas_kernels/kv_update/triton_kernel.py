@@ -66,7 +66,7 @@ def _kernel(page_ref, slot_ref, k_ref, k_scale_ref, v_ref, v_scale_ref, *refs, d
             plt.load(ref.at[(token, *grid(near_head, near_column + i * width))])
             for i in range(parts)
         ]
-        new = encode_parts(rows, dtype, plt.load(scale_ref.at[near_head]))
+        new = encode_parts(rows, dtype, plt.load(scale_ref.at[near_head]), width)
         rows_at, columns_at = grid(head, column)
         plt.store(pages.values.at[page, rows_at, slot, columns_at], new.values, mask=mask)
         for target, value in zip(pages[1:], new[1:], strict=True):

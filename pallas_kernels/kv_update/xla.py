@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 
-from pallas_kernels.kv_update.pages import Pages, encode
+from pallas_kernels.kv_update.pages import Basis, Pages, encode
 from pallas_kernels.kv_update.places import Places, heads_of, places, values_of
 
 
@@ -24,11 +24,13 @@ def kv_update(
     norm_eps: float,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    basis: Basis | None = None,
 ) -> tuple[Pages, Pages]:
     """See `pallas_kernels.kv_update.api.kv_update`."""
     head_dim = k.shape[1] // k_pages.values.shape[1]
     at = places(len(k), k_pages, block_table, query_start_loc, seq_lens)
-    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale)
+    own = None if basis is None else basis.keys
+    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale, own)
     values = values_of(v, head_dim, v_pages.dtype)
     new = encode(keys, k_pages.dtype, k_scale), encode(values, v_pages.dtype, v_scale)
     return jax.tree.map(partial(scatter, at), (k_pages, v_pages), new)

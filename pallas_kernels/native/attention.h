@@ -40,6 +40,22 @@ inline void hadamard(float* x, int64_t n, int64_t size) {
       }
 }
 
+// x [n] times a matrix [n][n], n a multiple of 16.
+inline void row_times(const float* x, const float* matrix, int64_t n, float* y) {
+  for (int64_t first = 0; first < n; first += 64) {
+    const int64_t count = std::min<int64_t>(4, (n - first) / 16);
+    v16f total[4] = {};
+    auto add = [&](auto columns) {
+      for (int64_t i = 0; i < n; ++i)
+        for (int c = 0; c < columns; ++c)
+          total[c] += load(matrix + i * n + first + 16 * c) * x[i];
+    };
+    if (count == 4) add(std::integral_constant<int, 4>{});
+    else add(int(count));
+    for (int c = 0; c < count; ++c) store(y + first + 16 * c, total[c]);
+  }
+}
+
 // E: the arithmetic; P: what pages hold.
 template <class E, class P>
 struct AttentionRun {
@@ -119,15 +135,18 @@ struct AttentionRun {
     return scale ? scale[count > 1 ? head : 0] : 1;
   }
 
-  // kv_update/pages.py says which heads of a cache are turned by a Hadamard matrix.
+  // kv_update/pages.py says which heads of a cache are turned by a Hadamard matrix, unless keys and
+  // queries come in a basis of their own.
   static constexpr bool kTurnsValues = P::shifted;
   bool turns_keys() const {
     return P::scaled || (sizeof(typename P::Storage) == 1 && !a.k_scale);
   }
   void turn(float* y) const { hadamard(y, a.head_dim, a.head_dim & -a.head_dim); }
 
-  // RMSNorm and rotary embedding (half-split) of one head of queries or keys, and their turn.
-  void rotate(const float* x, const float* norm, int64_t token, float* y) const {
+  // RMSNorm and rotary embedding (half-split) of one head of queries or keys, and their turn, or the
+  // product with a matrix [head_dim][head_dim].
+  void rotate(const float* x, const float* norm, int64_t token, const float* basis, float* to) const {
+    float* y = basis ? reinterpret_cast<float*>(scratch<3>(a.head_dim * 4)) : to;
     if (norm) rms_norm(x, norm, a.eps, a.head_dim, y);
     else std::memcpy(y, x, a.head_dim * 4);
     if (a.cos) {
@@ -139,14 +158,18 @@ struct AttentionRun {
         y[half + i] = x2 * cos[i] + x1 * sin[i];
       }
     }
-    if (turns_keys()) turn(y);
+    if (basis) row_times(y, basis, a.head_dim, to);
+    else if (turns_keys()) turn(y);
+  }
+  const float* of_head(const float* bases, int head) const {
+    return bases ? bases + int64_t(head) * a.head_dim * a.head_dim : nullptr;
   }
 
   void write(int64_t seq, int64_t token) {
     float* y = reinterpret_cast<float*>(scratch<2>(a.head_dim * 4));
     const int64_t d = a.head_dim, pos = position(seq, token);
     for (int h = 0; h < a.heads; ++h) {
-      rotate(a.q + (token * a.heads + h) * d, a.q_norm, token, y);
+      rotate(a.q + (token * a.heads + h) * d, a.q_norm, token, of_head(a.q_basis, h / group), y);
       const float scale = a.scale * P::factor * scale_of(a.k_scale, a.k_scales, h / group);
       for (int64_t c = 0; c < d; c += 16) store(y + c, load(y + c) * scale);
       Scalar* q = queries + (token * a.heads + h) * groups;
@@ -162,7 +185,7 @@ struct AttentionRun {
       head_of(pages, p, h).put(keys, slot, y);
     };
     for (int h = 0; h < a.kv_heads; ++h) {
-      rotate(a.k + (token * a.kv_heads + h) * d, a.k_norm, token, y);
+      rotate(a.k + (token * a.kv_heads + h) * d, a.k_norm, token, of_head(a.k_basis, h), y);
       put(a.k_pages, true, h, scale_of(a.k_scale, a.k_scales, h));
       std::memcpy(y, a.v + (token * a.kv_heads + h) * d, d * 4);
       if (kTurnsValues) turn(y);
@@ -228,7 +251,8 @@ struct AttentionRun {
         if constexpr (P::scaled)
           store((keys ? t.k_scale : t.v_scale) + to, bf16_16((const uint8_t*)(head.scale + c)));
         if constexpr (P::shifted)
-          store((keys ? t.k_zero : t.v_zero) + to, signed_bytes16((const uint8_t*)head.zero + c));
+          store((keys ? t.k_zero : t.v_zero) + to,
+                signed_bytes16((const uint8_t*)head.zero + c) * (1.0f / 16) - 7.5f);
       }
     }
     return found;

@@ -162,24 +162,29 @@ struct HeadOfPage {
         top = vmax(top, load(x + c));
       }
       const float low = -max(-bottom), high = max(top), most = std::max(-low, high);
-      const float step = bf16_above(P::shifted ? std::max((high - low) / 15, most / 120) : most / 127);
+      const float middle = (low + high) * 0.5f;
+      const float width = std::max((high - low) / 15, std::fabs(middle) * (16.0f / 127));
+      const float step = bf16_above(P::shifted ? width : most / 127);
       const float divisor = step == 0 ? 1 : step;
       scale[slot] = to_bf16(step);
-      for (int64_t c = 0; c < d; c += 16) {
-        const v16f codes = load(x + c) / divisor;
-        store(x + c, (codes + 12582912.0f) - 12582912.0f);
-      }
       if constexpr (P::shifted) {
-        const float least = nearest(low / divisor);
-        zero[slot] = int8_t(clipped(least, -128, 127));
-        for (int64_t c = 0; c < d / 2; ++c) {
-          const int first = int(clipped(x[c] - least, 0, 15));
-          const int second = int(clipped(x[c + d / 2] - least, 0, 15));
-          values[at(keys, slot, c, d / 2)] = uint8_t(first | second << 4);
+        const float start = nearest(middle / divisor * 16) / 16;
+        v16f off = {};
+        for (int64_t c = 0; c < d; c += 16) {
+          const v16f steps = load(x + c) / divisor + 7.5f;
+          v16f codes = ((steps - start) + 12582912.0f) - 12582912.0f;
+          codes = vmin(vmax(codes, v16f{}), v16f{} + 15.0f);
+          off += steps - codes;
+          store(x + c, codes);
         }
+        zero[slot] = int8_t(clipped(nearest(sum(off) / float(d) * 16), -128, 127));
+        for (int64_t c = 0; c < d / 2; ++c)
+          values[at(keys, slot, c, d / 2)] =
+              uint8_t(int(clipped(x[c], 0, 15)) | int(clipped(x[c + d / 2], 0, 15)) << 4);
       } else {
         for (int64_t c = 0; c < d; ++c)
-          values[at(keys, slot, c, d)] = uint8_t(int(clipped(x[c], -127, 127)) + P::offset);
+          values[at(keys, slot, c, d)] =
+              uint8_t(int(clipped(nearest(x[c] / divisor), -127, 127)) + P::offset);
       }
     }
   }

@@ -207,6 +207,7 @@ ffi::Error embedding_call(Ints ids, ffi::RemainingArgs args, ffi::Result<Floats>
 
 enum AttentionFlags {
   kHasRope = 1, kHasQNorm = 2, kHasKNorm = 4, kHasSinks = 8, kHasKScale = 16, kHasVScale = 32,
+  kHasBasis = 64,
 };
 
 // What pages of a type are made of.
@@ -259,8 +260,8 @@ struct AttentionArguments {
 };
 
 // Arguments after the batch: the values of pages of k and of v, then their scales and then their
-// zero points where the type has such; cos and sin, q_norm, k_norm, sinks, and scales of the whole
-// cache as `flags` says. The pages are donated: results after the first alias them.
+// zero points where the type has such; cos and sin, q_norm, k_norm, sinks, scales of the whole cache
+// and the bases of keys and of queries as `flags` says. The pages are donated: results after the first alias them.
 ffi::Error attention_call(Floats q, Floats k, Floats v, Ints block_table, Ints query_start,
                           Ints seq_lens, ffi::RemainingArgs args, ffi::Result<Floats> out,
                           ffi::RemainingRets rets, int32_t heads, int32_t rotary_dim, int32_t flags,
@@ -328,6 +329,10 @@ ffi::Error attention_call(Floats q, Floats k, Floats v, Ints block_table, Ints q
   if (flags & kHasSinks) a.sinks = read.floats(heads);
   if (flags & kHasKScale) a.k_scale = read.floats(a.kv_heads, &a.k_scales);
   if (flags & kHasVScale) a.v_scale = read.floats(a.kv_heads, &a.v_scales);
+  if (flags & kHasBasis) {
+    a.k_basis = read.floats(a.kv_heads * d * d);
+    a.q_basis = read.floats(a.kv_heads * d * d);
+  }
   if (!read.problem.empty()) return invalid(read.problem);
   attention(a);
   return ffi::Error::Success();

@@ -58,6 +58,7 @@ struct Attention {
   const float* sinks;              // [heads] or null
   const float *k_scale, *v_scale;  // [1] or [kv_heads], or null
   int64_t k_scales, v_scales;      // how many
+  const float *k_basis, *q_basis;  // [kv_heads, head_dim, head_dim] or null
   float* out;                      // [T, heads * head_dim]
 };
 

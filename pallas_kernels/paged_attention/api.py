@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.kv_update import api as kv_update
-from pallas_kernels.kv_update.pages import FP8, Pages, empty
+from pallas_kernels.kv_update.pages import FP8, Basis, Pages, empty, turns_keys
 from pallas_kernels.paged_attention import native, ref, tpu, triton, xla
 from pallas_kernels.paged_attention.after_update import after_update
 from pallas_kernels.paged_attention.spec import AttentionSpec
@@ -37,6 +37,7 @@ def paged_attention(
     sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    basis: Basis | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Pages, Pages]:
     """Writes the keys and values of new tokens into the cache, then attends with their queries.
@@ -60,6 +61,8 @@ def paged_attention(
       sinks: float32 [num_heads]. A score of each head that enters the sum of its softmax, and has
         no value (attention sinks, arXiv 2309.17453, as gpt-oss learns them).
       k_scale, v_scale: float32 [1] or [num_kv_heads], of float8 pages; None is 1.
+      basis: what keys and queries are multiplied by in place of a Hadamard matrix, for pages whose
+        keys are turned. All calls on a cache take the same.
       implementation: "native", "triton", "tpu", "xla" or "ref"; None for the first that takes it.
 
     Returns:
@@ -83,6 +86,8 @@ def paged_attention(
             expected[name] = weight, (spec.head_dim,)
     if sinks is not None:
         expected["sinks"] = sinks, (spec.num_heads,)
+    for name, array in {} if basis is None else basis._asdict().items():
+        expected[f"basis of {name}"] = array, (spec.num_kv_heads, spec.head_dim, spec.head_dim)
     for name, (array, shape) in expected.items():
         if array.shape != shape or array.dtype != jnp.float32:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
@@ -97,6 +102,8 @@ def paged_attention(
                 f"{name} is {scale.dtype} {scale.shape}, expected float32 (1,) or "
                 f"({spec.num_kv_heads},)"
             )
+    if basis is not None and not turns_keys(k_pages.dtype, k_scale):
+        raise ValueError(f"a basis for keys that {k_pages.dtype} pages hold as they are")
     sequences = seq_lens.shape[0]
     if query_start_loc.shape != (sequences + 1,) or block_table.shape[0] != sequences:
         raise ValueError(
@@ -122,6 +129,7 @@ def paged_attention(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
+        basis=basis,
         implementation=implementation,
         preferred=_preferred(tokens, k_pages, spec, block_table),
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native
-from pallas_kernels.kv_update.pages import Pages
+from pallas_kernels.kv_update.pages import Basis, Pages
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 MAX_PAGE_SIZE = 128  # one block of keys, kBlockKeys of native/attention.h
@@ -39,6 +39,7 @@ def paged_attention(
     sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    basis: Basis | None = None,
 ) -> tuple[jax.Array, Pages, Pages]:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
     native.require()
@@ -48,7 +49,7 @@ def paged_attention(
     if spec.head_dim % 16:
         raise NotImplementedError(f"head_dim {spec.head_dim} is not a multiple of 16")
     arrays = [a for pair in zip(k_pages, v_pages, strict=True) for a in pair if a is not None]
-    given = (rope, q_norm, k_norm, sinks, k_scale, v_scale)  # in the order of AttentionFlags
+    given = (rope, q_norm, k_norm, sinks, k_scale, v_scale, basis)  # in the order of AttentionFlags
     flags = sum((array is not None) << bit for bit, array in enumerate(given))
     call = jax.ffi.ffi_call(
         "qjax_attention",

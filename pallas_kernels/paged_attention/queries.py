@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_update.pages import turned, turns_values
+from pallas_kernels.kv_update.pages import Basis, turned, turns_values
 from pallas_kernels.kv_update.places import heads_of
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
@@ -23,6 +23,7 @@ def scaled_queries(
     weight: jax.Array | None,
     eps: float,
     k_scale: jax.Array | None,
+    basis: Basis | None,
 ) -> jax.Array:
     """Queries that meet the numbers, or codes, in pages of `dtype`: normed, turned, and times the
     scale of the scores and `k_scale`, which is [1] or [num_kv_heads].
@@ -31,7 +32,8 @@ def scaled_queries(
       [T, num_kv_heads, group, head_dim], float32 where products are exact, otherwise bfloat16. The
       kernels' products are of this type.
     """
-    heads = heads_of(q, spec.head_dim, dtype, rope, weight, eps, k_scale)
+    own = None if basis is None else basis.queries
+    heads = heads_of(q, spec.head_dim, dtype, rope, weight, eps, k_scale, own)
     heads = heads.reshape(len(q), spec.num_kv_heads, -1, spec.head_dim) * spec.scale
     if k_scale is not None:
         heads = heads * k_scale[:, None, None]

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from pallas_kernels.kv_update import ref as kv_update
-from pallas_kernels.kv_update.pages import Pages
+from pallas_kernels.kv_update.pages import Basis, Pages
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 
@@ -31,6 +31,7 @@ def attend(
     sinks: jax.Array | None,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    basis: Basis | None,
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.after_update.after_update`."""
     if any(isinstance(x, Tracer) for x in (q, block_table, query_start_loc, seq_lens)):
@@ -38,7 +39,7 @@ def attend(
     page_size, group = k_pages.page_size, spec.num_heads // spec.num_kv_heads
     table, starts, lens = (np.asarray(x) for x in (block_table, query_start_loc, seq_lens))
     keys_of, values_of = (
-        kv_update.Cache(k_pages, k_scale, keys=True),
+        kv_update.Cache(k_pages, k_scale, True, basis),
         kv_update.Cache(v_pages, v_scale),
     )
     out = np.zeros(q.shape, np.float32)

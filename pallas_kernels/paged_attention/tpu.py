@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform, tuning
-from pallas_kernels.kv_update.pages import Pages
+from pallas_kernels.kv_update.pages import Basis, Pages
 from pallas_kernels.kv_update.places import owners
 from pallas_kernels.paged_attention.queries import outputs, scaled_queries
 from pallas_kernels.paged_attention.spec import AttentionSpec
@@ -96,13 +96,14 @@ def attend(
     sinks: jax.Array | None,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    basis: Basis | None,
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.after_update.after_update`."""
     interpret = platform.interprets("tpu")
     dtype, tokens = k_pages.dtype, len(q)
     sizes = _sizes(spec, k_pages, tokens, block_table.shape[1] * k_pages.page_size)
     block_pages = sizes.keys // k_pages.page_size
-    queries = scaled_queries(q, dtype, spec, rope, q_norm, norm_eps, k_scale)
+    queries = scaled_queries(q, dtype, spec, rope, q_norm, norm_eps, k_scale, basis)
     group = spec.num_heads // spec.num_kv_heads
     per_tile = tokens_per_tile(tokens, len(seq_lens), group, sizes.rows)
     table, first_tile = tiles(tokens, per_tile, query_start_loc, seq_lens)

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.kv_update.pages import Pages
+from pallas_kernels.kv_update.pages import Pages, zero_points
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiles import Tiles
 
@@ -276,8 +276,9 @@ def _update(refs, out_ref, scratch, tile, seen, first_key, buffer, *, spec, per_
 
     # Rows of numbers narrower than 32 bits lie two or four to a row, which no head can pick.
     for index, (k, v) in enumerate(_side(scratch.k, scratch.v)):
-        scratch.side[2 * index] = k[buffer].astype(jnp.float32)
-        scratch.side[2 * index + 1] = v[buffer].astype(jnp.float32)
+        wide = zero_points if index else partial(jnp.asarray, dtype=jnp.float32)
+        scratch.side[2 * index] = wide(k[buffer])
+        scratch.side[2 * index + 1] = wide(v[buffer])
 
     def side(index, head):
         """Of the block, [1, keys]: scales of keys, of values, zero points of keys, of values."""

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform, tuning
-from pallas_kernels.kv_update.pages import Pages
+from pallas_kernels.kv_update.pages import Basis, Pages
 from pallas_kernels.paged_attention.queries import outputs, scaled_queries
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiles import tiles, tokens_per_tile
@@ -92,11 +92,12 @@ def attend(
     sinks: jax.Array | None,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    basis: Basis | None,
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.after_update.after_update`."""
     interpret = platform.interprets("gpu")
     dtype = k_pages.dtype
-    queries = scaled_queries(q, dtype, spec, rope, q_norm, norm_eps, k_scale)
+    queries = scaled_queries(q, dtype, spec, rope, q_norm, norm_eps, k_scale, basis)
     tokens, group = len(q), spec.num_heads // spec.num_kv_heads
     slots = block_table.shape[1] * k_pages.page_size
     sizes = _sizes(spec, k_pages, tokens, slots)

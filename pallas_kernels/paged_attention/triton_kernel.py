@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.kv_update.pages import Pages
+from pallas_kernels.kv_update.pages import Pages, zero_points
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiles import Tiles
 
@@ -131,7 +131,8 @@ def _kernel(*refs, tree, spec, dtype, sizes, per_tile, length):
         else:
             values = [values]
         values = [x.astype(q[0].dtype) for x in values]
-        return values, *(None if x is None else x.astype(jnp.float32) for x in (scale, zero))
+        scale = None if scale is None else scale.astype(jnp.float32)
+        return values, scale, None if zero is None else zero_points(zero)
 
     def step(block, carry):
         top, total, offset, out = carry

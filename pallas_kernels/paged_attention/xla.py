@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_update.pages import Pages, decode, turned, turns_values
+from pallas_kernels.kv_update.pages import Basis, Pages, decode, turned, turns_values
 from pallas_kernels.kv_update.places import heads_of, places
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
@@ -33,10 +33,12 @@ def attend(
     sinks: jax.Array | None,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    basis: Basis | None,
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.after_update.after_update`."""
     tokens, page_size = q.shape[0], k_pages.page_size
-    q = heads_of(q, spec.head_dim, k_pages.dtype, rope, q_norm, norm_eps, k_scale)
+    own = None if basis is None else basis.queries
+    q = heads_of(q, spec.head_dim, k_pages.dtype, rope, q_norm, norm_eps, k_scale, own)
     at = places(tokens, k_pages, block_table, query_start_loc, seq_lens)
 
     keys_at = jnp.arange(block_table.shape[1] * page_size)

@@ -18,20 +18,24 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 
 from pallas_kernels import platform
-from qjax.kv_cache import KVCache, init_cache
+from qjax.kv_cache import Basis, KVCache, init_cache
 from qjax.models.config import ModelConfig
 
 
 def device_cache(
-    config: ModelConfig, num_pages: int, page_size: int, dtypes: str | Sequence[str]
+    config: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtypes: str | Sequence[str],
+    bases: Sequence[Basis | None] | None = None,
 ) -> tuple[KVCache, Any]:
     """An empty cache on the default device, and its `cache_formats`."""
     make = partial(init_cache, config, num_pages, page_size, dtypes)
-    formats = cache_formats(make(jax.ShapeDtypeStruct), jax.device_put(0).sharding)
+    formats = cache_formats(make(jax.ShapeDtypeStruct, bases), jax.device_put(0).sharding)
     if formats is None:
         # Copied, since a donated array must be the device's own.
-        return jax.device_put(make(np.zeros), may_alias=False), None
-    return jax.jit(make, out_shardings=formats)(), formats
+        return jax.device_put(make(np.zeros, bases), may_alias=False), None
+    return jax.jit(lambda bases: make(bases=bases), out_shardings=formats)(bases), formats
 
 
 def cache_formats(cache: KVCache, sharding: Any) -> Any:

@@ -77,8 +77,7 @@ class Engine:
         )
         widest = min(num_blocks, -(-self.max_model_len // block_size))
         self.runner = Runner(
-            params.config,
-            params.tree,
+            params,
             num_blocks=num_blocks,
             block_size=block_size,
             max_num_seqs=max_num_seqs,

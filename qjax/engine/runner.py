@@ -20,8 +20,9 @@ from qjax.engine.device_cache import cache_shapes, device_cache
 from qjax.engine.scheduler import Plan
 from qjax.engine.step import Rows, State, StepOutput, StepSpec, step_program, step_results
 from qjax.errors import RequestError
+from qjax.key_bases import key_bases
 from qjax.kv_cache import Batch, cache_dtypes
-from qjax.models.config import ModelConfig
+from qjax.params import Params
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Runner:
     """Runs plans on the device, without waiting for their results.
 
     Args:
-      config, tree: the model.
+      params: the model.
       num_blocks, block_size: of the paged cache.
       max_num_seqs: number of slots.
       table_width: most pages of one sequence.
@@ -88,8 +89,7 @@ class Runner:
 
     def __init__(
         self,
-        config: ModelConfig,
-        tree: Any,
+        params: Params,
         *,
         num_blocks: int,
         block_size: int,
@@ -99,8 +99,8 @@ class Runner:
         kv_cache_dtype: str = "auto",
         kv_cache_dtype_skip_layers: Sequence[int | str] = (),
     ):
-        self.config = config
-        self.tree = tree
+        self.config = config = params.config
+        self.tree = params.tree
         self.num_slots = max_num_seqs
         self.table_width = table_width
         self.compile_seconds = 0.0  # time spent waiting for compilers
@@ -115,7 +115,8 @@ class Runner:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._cache, self._formats = device_cache(config, num_blocks, block_size, dtypes)
+        bases = key_bases(params, dtypes, self._numerics.prefill)
+        self._cache, self._formats = device_cache(config, num_blocks, block_size, dtypes, bases)
         self._state = jax.device_put(State(last=np.zeros(max_num_seqs, np.int32)), may_alias=False)
         self._near: dict[tuple, Future] = {}
         # The batch that the last decode step left on the device, and the plan that it continues.

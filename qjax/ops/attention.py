@@ -32,7 +32,7 @@ def paged_attention(
 
     Args:
       q: float32 [T, num_heads * head_dim]. k, v: float32 [T, num_kv_heads * head_dim].
-      layer_cache: (k_pages, v_pages) of this layer.
+      layer_cache: of this layer.
       rope: (cos, sin), float32 [T, rotary_dim / 2].
       q_norm, k_norm: float32 [head_dim], norms of each head before rope, with `norm_eps`.
       cache_scales: of k and of v, float32 [1] or [num_kv_heads], for a cache of an 8-bit float;
@@ -43,13 +43,14 @@ def paged_attention(
       float32 [T, num_heads * head_dim], and the layer's cache.
     """
     k_scale = v_scale = None
-    if layer_cache[0].dtype in FP8:
+    if layer_cache.keys.dtype in FP8:
         k_scale, v_scale = cache_scales or (None, None)
     out, k_pages, v_pages = kernels.paged_attention(
         q,
         k,
         v,
-        *layer_cache,
+        layer_cache.keys,
+        layer_cache.values,
         spec=replace(spec, exact=batch.numerics == "exact"),
         block_table=batch.block_table,
         query_start_loc=batch.query_start_loc,
@@ -61,8 +62,15 @@ def paged_attention(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
+        basis=layer_cache.basis,
     )
-    return out, (k_pages, v_pages)
+    seen = layer_cache.seen
+    if seen is not None:
+        seen = tuple(
+            turn(x.reshape(len(x), -1, spec.head_dim), None, weight, norm_eps)
+            for x, weight in ((k, k_norm), (q, q_norm))
+        )
+    return out, layer_cache._replace(keys=k_pages, values=v_pages, seen=seen)
 
 
 def rotate(heads: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

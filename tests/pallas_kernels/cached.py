@@ -34,6 +34,20 @@ def spreads_keys(dtype, scale):
     return dtype in ("int8", "int4") or (dtype.startswith("fp8") and scale is None)
 
 
+def basis_of(random, heads, size):
+    """Matrices [heads, size, size] for keys, and for queries those that leave scores as they are;
+    they make some channels of keys up to 16 times as long as others."""
+    turn = np.linalg.qr(random.standard_normal((heads, size, size)))[0]
+    lengths = 2 ** random.uniform(-2, 2, (heads, 1, size))
+    return (turn * lengths).astype(np.float32), (turn / lengths).astype(np.float32)
+
+
+def in_basis(x, matrices):
+    """x [T, H, D], each run of heads by its own matrix [D, D] of float64."""
+    matrices = np.repeat(matrices.astype(float), x.shape[1] // len(matrices), 0)
+    return np.einsum("thd,hde->the", x, matrices)
+
+
 def rounded_up(step):
     """The next bfloat16 at or above it, as float64."""
     near = step.astype(ml_dtypes.bfloat16)
@@ -52,7 +66,10 @@ def cached(x, dtype, scale):
         return np.clip(np.round(x / step), -127, 127) * step
     if dtype == "int4":
         low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-        step = rounded_up(np.maximum((high - low) / 15, np.abs(x).max(-1, keepdims=True) / 120))
-        zero = np.round(low / step)
-        return (np.clip(np.round(x / step) - zero, 0, 15) + zero) * step
+        middle = (low + high) / 2
+        step = rounded_up(np.maximum((high - low) / 15, np.abs(middle) * 16 / 127))
+        start = np.round(16 * middle / step) / 16
+        code = np.clip(np.round(x / step - start + 7.5), 0, 15) - 7.5
+        zero = np.clip(np.round(16 * (x / step - code).mean(-1, keepdims=True)), -128, 127)
+        return (code + zero / 16) * step
     return x.astype(dtype).astype(float)

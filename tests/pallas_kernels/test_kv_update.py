@@ -11,9 +11,18 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.kv_update import kv_update
-from pallas_kernels.paged_attention import CACHE_DTYPES, empty
+from pallas_kernels.paged_attention import CACHE_DTYPES, Basis, empty
 from tests.pallas_kernels import crosscompile
-from tests.pallas_kernels.cached import EPS, QUICKLY, cached, spread, spreads_keys, turned
+from tests.pallas_kernels.cached import (
+    EPS,
+    QUICKLY,
+    basis_of,
+    cached,
+    in_basis,
+    spread,
+    spreads_keys,
+    turned,
+)
 
 HEADS, DIM, PAGE = 3, 80, 16
 IMPLEMENTATIONS = ("triton", "tpu", "xla", "ref")
@@ -26,7 +35,7 @@ def numbers(pages, scale):
     """What stored bits stand for, float64 [P, H, page, D]."""
     if pages.dtype == "int4":
         codes = np.concatenate([pages.values & 15, pages.values >> 4], -1).astype(float)
-        codes = codes + np.asarray(pages.zero, float)[..., None]
+        codes = codes - 7.5 + np.asarray(pages.zero, float)[..., None] / 16
         return codes * np.asarray(pages.scale, float)[..., None]
     x = np.asarray(pages.values).astype(float)
     if pages.dtype == "int8":
@@ -34,7 +43,7 @@ def numbers(pages, scale):
     return x * scale[:, None, None] if pages.dtype.startswith("fp8") else x
 
 
-def arguments(dtype) -> tuple[Any, dict[str, Any]]:
+def arguments(dtype, basis=False) -> tuple[Any, dict[str, Any]]:
     random = np.random.default_rng(0)
     k, v = random.standard_normal((2, TOKENS, HEADS * DIM)).astype(np.float32)
     k[STARTS[-1] :] = v[STARTS[-1] :] = np.nan
@@ -44,7 +53,9 @@ def arguments(dtype) -> tuple[Any, dict[str, Any]]:
         lambda a: jnp.full(a.shape, 3, a.dtype), empty((7, HEADS, PAGE, DIM), dtype)
     )
     scales = {}
-    if dtype.startswith("fp8"):
+    if basis:
+        scales = {"basis": Basis(*basis_of(random, HEADS, DIM))}
+    elif dtype.startswith("fp8"):
         scales = {"k_scale": jnp.array([0.01, 0.02, 0.005]), "v_scale": jnp.array([0.01])}
     return (k, v, pages, pages), scales | {
         "block_table": jnp.asarray(TABLE),
@@ -55,10 +66,13 @@ def arguments(dtype) -> tuple[Any, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "basis"),
+    [*((dtype, False) for dtype in CACHE_DTYPES), ("fp8_e4m3", True), ("int4", True)],
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_new_tokens(implementation, dtype):
-    (k, v, *pages), rest = arguments(dtype)
+def test_new_tokens(implementation, dtype, basis):
+    (k, v, *pages), rest = arguments(dtype, basis)
     update = partial(kv_update, norm_eps=EPS, implementation=implementation)
     if implementation != "ref":
         options = None if implementation == "xla" else QUICKLY
@@ -67,7 +81,10 @@ def test_new_tokens(implementation, dtype):
 
     keys, values = (x.reshape(TOKENS, HEADS, DIM).astype(float) for x in (k, v))
     keys = turned(keys, rest["k_norm"], *rest["rope"])
-    keys = spread(keys) if spreads_keys(dtype, rest.get("k_scale")) else keys
+    if basis:
+        keys = in_basis(keys, rest["basis"].keys)
+    elif spreads_keys(dtype, rest.get("k_scale")):
+        keys = spread(keys)
     values = spread(values) if dtype == "int4" else values
     for x, new, name in zip((keys, values), out, ("k_scale", "v_scale"), strict=True):
         scale = np.broadcast_to(rest.get(name, np.ones(1)), HEADS)

@@ -12,8 +12,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import AttentionSpec, empty, paged_attention
-from tests.pallas_kernels.cached import EPS, QUICKLY, cached, spread, spreads_keys, turned
+from pallas_kernels.paged_attention import AttentionSpec, Basis, empty, paged_attention
+from tests.pallas_kernels.cached import (
+    EPS,
+    QUICKLY,
+    basis_of,
+    cached,
+    in_basis,
+    spread,
+    spreads_keys,
+    turned,
+)
 
 PAGE = 16
 ALL_DTYPES = ("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
@@ -48,6 +57,7 @@ class Case:
     sinks: bool = False
     scale_per_head: bool = False
     exact: bool = False
+    basis: bool = False
 
     @property
     def spec(self):
@@ -83,15 +93,18 @@ CASES = {
         head_dim=256, rotary_dim=256, heads=4, kv_heads=1, chunks=((3, 1), (1, 3))
     ),
     "several blocks of keys": Case(chunks=((300, 1),), heads=2),
+    "basis": Case(basis=True, norms=True, head_dim=80, rotary_dim=32),
     "exact": Case(exact=True, heads=2, chunks=((9, 1),)),
 }
 
 
 # Every case in float32, which is exact anyway, and in other dtypes those where these matter.
-FULL = {"float32": tuple(name for name in CASES if name != "exact")}
+FULL = {"float32": tuple(name for name in CASES if name not in ("basis", "exact"))}
 FULL |= dict.fromkeys(ALL_DTYPES[1:], ("norms", "head_dim 80", "several blocks of keys", "exact"))
 # Whatever the pages, these know no blocks of keys and round nothing.
 WHOLE = FULL | dict.fromkeys(ALL_DTYPES[1:], ("norms", "head_dim 80"))
+for names in (FULL, WHOLE):
+    names |= {dtype: (*names[dtype], "basis") for dtype in ("fp8_e4m3", "fp8_e5m2", "int8", "int4")}
 # Interpreted kernels take seconds to compile, and share norms and rope with the XLA form.
 INTERPRETED = {
     "float32": ("all at once", "head_dim 256", "several blocks of keys"),
@@ -99,7 +112,7 @@ INTERPRETED = {
     "fp8_e4m3": ("norms",),
     "fp8_e5m2": ("norms",),
     "int8": ("norms",),
-    "int4": ("head_dim 80", "exact"),
+    "int4": ("head_dim 80", "basis", "exact"),
 }
 NAMES = {"native": FULL, "triton": INTERPRETED, "tpu": INTERPRETED, "xla": WHOLE, "ref": WHOLE}
 RUNS = [
@@ -110,10 +123,12 @@ RUNS = [
 ]
 
 
-def oracle(case, dtype, scales, q, k, v, weights, tables, sinks):
+def oracle(case, dtype, scales, q, k, v, weights, tables, sinks, basis):
     """Attention of one whole sequence: q [T, Hq, D], k and v [T, Hkv, D], all float64."""
     q, k = turned(q, weights[0], *tables), turned(k, weights[1], *tables)
-    if spreads_keys(dtype, scales[0]):
+    if basis is not None:
+        q, k = in_basis(q, basis.queries), in_basis(k, basis.keys)
+    elif spreads_keys(dtype, scales[0]):
         q, k = spread(q), spread(k)
     v = spread(v) if dtype == "int4" else v
     ones = np.ones(1)
@@ -164,12 +179,14 @@ def test_chunks_equal_whole_sequences(implementation, name, dtype):
     if case.scale_per_head and dtype.startswith("fp8"):
         scales = list(random.uniform(0.004, 0.02, (2, case.kv_heads)).astype(np.float32))
 
+    basis = Basis(*basis_of(random, case.kv_heads, case.head_dim)) if case.basis else None
+
     wanted = []
     for n, sequence in zip(lengths, sequences, strict=True):
         q, k, v = (x.astype(np.float64) for x in sequence)
         own = [t if t is None else t[:n].astype(np.float64) for t in tables]
-        wanted.append(oracle(case, dtype, scales, q, k, v, weights, own, sinks))
-    given = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+        wanted.append(oracle(case, dtype, scales, q, k, v, weights, own, sinks, basis))
+    given = dict(zip(("k_scale", "v_scale"), scales, strict=True), basis=basis)
     call = partial(paged_attention, spec=case.spec, norm_eps=EPS, sinks=sinks, **given)
     if implementation != "ref":
         interpreted = implementation in ("triton", "tpu")
