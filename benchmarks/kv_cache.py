@@ -26,6 +26,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import (
     CACHE_DTYPES,
     AttentionSpec,
+    Basis,
     Pages,
     empty,
     paged_attention,
@@ -75,7 +76,15 @@ def prepare(load: Load, dtype: str) -> Callable[[], float]:
     def inputs(tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         return draw(tokens, heads), draw(tokens, kv_heads), draw(tokens, kv_heads)
 
-    def attend(inputs, k_pages: Pages, v_pages: Pages, tokens: int, length: int):
+    def basis() -> Basis | None:
+        """Of one layer, where the engine would have one (see `qjax.key_bases`)."""
+        if dtype != "int4" and not dtype.startswith("fp8"):
+            return None
+        matrix = random.standard_normal((kv_heads, head_dim, head_dim))
+        turn = jnp.asarray(np.linalg.qr(matrix)[0], jnp.float32)
+        return Basis(turn, turn)
+
+    def attend(inputs, k_pages: Pages, v_pages: Pages, basis, tokens: int, length: int):
         q, k, v = inputs
         return paged_attention(
             q,
@@ -87,19 +96,20 @@ def prepare(load: Load, dtype: str) -> Callable[[], float]:
             block_table=table,
             query_start_loc=jnp.arange(load.sequences + 1, dtype=jnp.int32) * tokens,
             seq_lens=jnp.full(load.sequences, length, jnp.int32),
+            basis=basis,
         )
 
     @partial(jax.jit, static_argnums=(2, 3), donate_argnums=1)
-    def step(inputs, cache: list[tuple[Pages, Pages]], tokens: int, length: int):
+    def step(inputs, cache: list[tuple[Pages, Pages, Basis | None]], tokens: int, length: int):
         """The layers one after the other, as those of a model are."""
         q, k, v = inputs
-        for layer, pages in enumerate(cache):
-            out, k_pages, v_pages = attend((q, k, v), *pages, tokens, length)
-            cache[layer] = k_pages, v_pages
+        for layer, (k_pages, v_pages, own) in enumerate(cache):
+            out, k_pages, v_pages = attend((q, k, v), k_pages, v_pages, own, tokens, length)
+            cache[layer] = k_pages, v_pages, own
             q = q + 1e-3 * out
         return q, cache
 
-    cache = [(load.empty(dtype), load.empty(dtype)) for _ in range(layers)]
+    cache = [(load.empty(dtype), load.empty(dtype), basis()) for _ in range(layers)]
     chunk = min(1024, load.context)
     for end in range(chunk, load.context + 1, chunk):
         cache = step(inputs(load.sequences * chunk), cache, chunk, end)[1]
@@ -120,7 +130,7 @@ def whole_model(
     params: qjax.Params, context: int, sequences: int, dtype: str
 ) -> Callable[[], float]:
     """A function that decodes with a whole model and returns the seconds of one step."""
-    steps = decode.prepare(params.config, params.tree, sequences, context, dtype, BLOCK_SIZE)
+    steps = decode.prepare(params, sequences, context, dtype, BLOCK_SIZE)
 
     def run() -> float:
         start = time.perf_counter()

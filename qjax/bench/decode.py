@@ -16,9 +16,11 @@ from qjax.bench.weights import KINDS, on_device
 from qjax.engine.device_cache import device_cache
 from qjax.engine.runner import numerics_for
 from qjax.engine.step import DECODE_STEPS, Rows, State, StepSpec, step_program
+from qjax.key_bases import key_bases
 from qjax.kv_cache import Batch, bytes_per_token
 from qjax.models.config import ModelConfig
 from qjax.models.functional import parameter_shapes
+from qjax.params import Params
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -68,8 +70,7 @@ def _canonical(n: int, k: int) -> Any:
 
 
 def prepare(
-    config: ModelConfig,
-    tree: Any,
+    params: Params,
     batch_size: int,
     context: int,
     cache_dtype: str,
@@ -80,8 +81,10 @@ def prepare(
     Args:
       context: tokens that each sequence has when the first step ends, each time anew.
     """
+    config, numerics = params.config, numerics_for("fast", batch_size)
     width = -(-(context + DECODE_STEPS) // page_size)
-    cache, formats = device_cache(config, batch_size * width, page_size, cache_dtype)
+    bases = key_bases(params, cache_dtype, numerics.prefill)
+    cache, formats = device_cache(config, batch_size * width, page_size, cache_dtype, bases)
     table = np.arange(batch_size * width, dtype=np.int32).reshape(batch_size, width)
     rows = np.arange(batch_size, dtype=np.int32)
     batch = Batch(
@@ -89,7 +92,7 @@ def prepare(
         np.arange(batch_size + 1, dtype=np.int32),
         np.full(batch_size, context, np.int32),
         table,
-        numerics=numerics_for("fast", batch_size).decode,
+        numerics=numerics.decode,
     )
     batch, slots = jax.device_put((batch, Rows(rows, np.ones(batch_size, bool), rows, None)))
     state = State(last=jnp.zeros(batch_size, jnp.int32))
@@ -99,21 +102,21 @@ def prepare(
     def decode() -> None:
         nonlocal cache, state
         _, cache, state, _ = jax.block_until_ready(
-            run(tree, cache, state, None, None, batch, slots, count)
+            run(params.tree, cache, state, None, None, batch, slots, count)
         )
 
     return decode
 
 
 def seconds(
-    config: ModelConfig, tree: Any, batch_size: int, context: int, cache_dtype: str, timing: Timing
+    params: Params, batch_size: int, context: int, cache_dtype: str, timing: Timing
 ) -> tuple[float, int]:
     """Median time of one decode step, and the bytes of weights and cache that it reads.
 
     Args:
       context: see `prepare`.
     """
-    decode = prepare(config, tree, batch_size, context, cache_dtype)
+    decode = prepare(params, batch_size, context, cache_dtype)
     samples: list[float] = []
     begin = timing.now()
     # The first time compiles.
@@ -123,7 +126,10 @@ def seconds(
         start = timing.now()
         decode()
         samples.append(timing.now() - start)
+    tree = params.tree
     embedding = sum(x.nbytes for x in jax.tree.leaves(tree["model"]["embed_tokens"]))
     weights = sum(x.nbytes for x in jax.tree.leaves(tree)) - embedding
-    cached = batch_size * (context + DECODE_STEPS // 2) * bytes_per_token(config, cache_dtype)
+    cached = (
+        batch_size * (context + DECODE_STEPS // 2) * bytes_per_token(params.config, cache_dtype)
+    )
     return float(np.median(samples[1:])) / DECODE_STEPS, weights + cached

@@ -21,6 +21,7 @@ from qjax.bench.grid import Grid
 from qjax.bench.result import Result
 from qjax.errors import QjaxError
 from qjax.models.config import model_config
+from qjax.params import Params
 
 PEER_SECONDS = 600
 
@@ -187,7 +188,7 @@ def _decode(
     """Whole steps: `n` is the number of layers, `k` the context, `rows` the sequences."""
     config = model_config(decode.TINY if quick else decode.LLAMA_8B)
     wanted = grid.kinds_of(grid.DECODE, sizes)
-    held: tuple[str, Any] = "", None
+    held, params = "", None
     for kind, cache_dtype in sizes.decode_kinds:
         for batch in sizes.sequences if kind in wanted else ():
             label = kind if cache_dtype == "bfloat16" else f"{kind}, {cache_dtype} cache"
@@ -198,11 +199,12 @@ def _decode(
             try:
                 # Not every operation of a model has each implementation.
                 with dispatch.use(name and f"{name},xla"):
-                    if held[0] != kind:
-                        held = "", None  # two trees at once may not fit
-                        held = kind, decode.random_tree(config, kind)
+                    if params is None or held != kind:
+                        params = None  # two trees at once may not fit
+                        params = Params(decode.random_tree(config, kind), config)
+                        held = kind
                     seconds, nbytes = decode.seconds(
-                        config, held[1], batch, sizes.decode_context, cache_dtype, timing
+                        params, batch, sizes.decode_context, cache_dtype, timing
                     )
             except Exception as error:  # see `_measured`
                 row = key | {"failed": f"{type(error).__name__}: {str(error)[:500]}"}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import CACHE_DTYPES
+from pallas_kernels.paged_attention import CACHE_DTYPES, Basis
 from qjax.bench.decode import TINY, random_tree
 from qjax.engine.device_cache import cache_formats
 from qjax.engine.step import Rows, State, StepSpec, step
@@ -34,7 +34,10 @@ def program(dtype: str, head_dim: int, *, free: bool = False) -> Program:
     with dispatch.use("xla"):
         tree = random_tree(config, "BF16")
     pages = SEQUENCES * PAGES
-    cache = init_cache(config, pages, PAGE_SIZE, dtype, jax.ShapeDtypeStruct)
+    matrices = jax.ShapeDtypeStruct((config.num_kv_heads, head_dim, head_dim), jnp.float32)
+    based = dtype == "int4" or dtype.startswith("fp8")
+    bases = [Basis(matrices, matrices) if based else None] * config.num_layers
+    cache = init_cache(config, pages, PAGE_SIZE, dtype, jax.ShapeDtypeStruct, bases)
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -52,7 +55,7 @@ def program(dtype: str, head_dim: int, *, free: bool = False) -> Program:
 
     def copied(compiled: Any) -> str | None:
         least = min(
-            prod(x.shape) * x.dtype.itemsize for pair in cache for x in (p.values for p in pair)
+            prod(x.values.shape) * x.values.dtype.itemsize for layer in cache for x in layer[:2]
         )
         found = []
         for match in COPIES.finditer(compiled.as_text()):
