@@ -80,9 +80,10 @@ ALSO = {
         "pallas_kernels.user_cache",
         "qjax.ops",
     ],  # prepare: the layout of this machine, as a weight is read
-    # Which implementation was named, and which ran; on what.
+    # Which implementation was named, and which ran; on what; what caches hold.
     "running": [
-        f"pallas_kernels.{name}" for name in ("dispatch", "platform", "tuning", "user_cache")
+        f"pallas_kernels.{name}"
+        for name in ("dispatch", "platform", "tuning", "user_cache", "kv_update.pages")
     ],
     "api": ["pallas_kernels.dispatch"],
 }
