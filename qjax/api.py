@@ -113,6 +113,8 @@ def generate(
         each token and head, the one to try first), "fp8_e4m3" or "fp8" (with the scales that came
         with the model, else 1), "fp8_e5m2" (not with such scales) or "int4". "auto" is fp8_e4m3
         where scales for it came with the model, otherwise bfloat16, and float32 in exact numerics.
+        For int4, and 8-bit floats without scales, the model first runs once over 256 tokens, see
+        `qjax.key_bases`.
       kv_cache_dtype_skip_layers: layers whose cache is not quantized: their numbers, negative ones
         from the end, or "sliding_window".
 

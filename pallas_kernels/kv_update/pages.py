@@ -51,7 +51,7 @@ class Pages(NamedTuple):
       values: [P, num_kv_heads, page_size, head_dim] of float32, bfloat16, a float8 or int8; uint8
         [P, num_kv_heads, page_size, head_dim / 2] of int4.
       scale: bfloat16 [P, num_kv_heads, page_size], of int8 and int4.
-      zero: int8 [P, num_kv_heads, page_size], of int4.
+      zero: int8 [P, num_kv_heads, page_size], of int4, in sixteenths (see `zero_points`).
     """
 
     values: Any
