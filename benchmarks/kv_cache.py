@@ -82,7 +82,7 @@ def prepare(load: Load, dtype: str) -> Callable[[], float]:
             return None
         matrix = random.standard_normal((kv_heads, head_dim, head_dim))
         turn = jnp.asarray(np.linalg.qr(matrix)[0], jnp.float32)
-        return Basis(turn, turn)
+        return Basis(turn, turn.copy())  # both are donated
 
     def attend(inputs, k_pages: Pages, v_pages: Pages, basis, tokens: int, length: int):
         q, k, v = inputs
