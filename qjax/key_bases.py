@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.errors import RequestError
 from qjax.kv_cache import Basis, Batch, init_cache
 from qjax.layers.rope import rope_tables
 from qjax.models import functional
@@ -44,12 +45,16 @@ def key_bases(
 ) -> tuple[Basis | None, ...]:
     """A basis for each layer whose cache gains by it, to make a cache with.
 
-    The model runs once, over 256 tokens; what was found is kept with `params.host`.
+    The model runs once, over 256 tokens, outside `jax.jit`; what was found is kept with
+    `params.host`.
 
     Args:
       dtypes: of the cache, one for all layers or one for each. Those of 4 bits gain, and 8-bit
         floats where no scales came with the model.
       numerics: as in `Batch`.
+
+    Raises:
+      RequestError: the model gives keys or queries that are not finite.
     """
     config = params.config
     names = [dtypes] * config.num_layers if isinstance(dtypes, str) else dtypes
@@ -76,6 +81,11 @@ def _find(config: ModelConfig, tree: object, numerics: str) -> tuple[Basis, ...]
     positions = np.exp(share * np.log(config.max_position_embeddings)).astype(np.int32) - 1
     bases = []
     for layer, heads in enumerate(records):
+        if not all(np.isfinite(x).all() for x in heads):
+            raise RequestError(
+                f"layer {layer} gives keys or queries that are not finite: no cache of 4 bits, nor "
+                "of 8-bit floats, can be made for this model; check its weights."
+            )
         bases.append(_basis(*(_moments(x, config, layer, positions) for x in heads)))
     return tuple(bases)
 

@@ -112,6 +112,14 @@ def test_other_models(golden, name):
         np.testing.assert_allclose(unit, wanted, atol=1e-4)
 
 
+def test_a_model_that_is_not_finite(golden):
+    params = qjax.load(golden / "base-tiny-gemma3")
+    weight = params.tree["model"]["layers"]["1"]["input_layernorm"]
+    weight["weight"] = weight["weight"].at[0].set(jnp.nan)
+    with pytest.raises(qjax.RequestError, match="layer 1 gives keys or queries that are not fini"):
+        find(params, "int4")
+
+
 def test_engine_caches_in_the_basis(params, golden):
     reference = np.load(golden / "gguf-Q4_1" / "reference.npz")
     engine = Engine(params, num_blocks=4, numerics="exact", kv_cache_dtype="int4")

@@ -7,13 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_update.pages import (
-    Pages,
-    in_basis,
-    turned,
-    turns_keys,
-    turns_values,
-)
+from pallas_kernels.kv_update.pages import Pages, in_basis, turned, turns_keys, turns_values
 from pallas_kernels.kv_update.turn import turn
 
 
