@@ -10,9 +10,8 @@ has llama-cpp-python) on the same weights. All see the same windows of the text,
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,44 +20,10 @@ from worker import Worker
 
 import qjax
 from qjax.checkpoint import source
-from qjax.engine.engine import BLOCK_SIZE
 from qjax.engine.runner import NUMERICS
 from qjax.errors import QjaxError
-from qjax.kv_cache import Batch, init_cache
-from qjax.models import functional
+from qjax.evaluate.logits import ROWS, Logits, rounded_logits
 from qjax.params import Params
-
-ROWS = 128  # of logits at a time: a large vocabulary makes them large
-
-Logits = Callable[[np.ndarray], Iterator[jax.Array]]
-
-
-def of_qjax(params: Params, numerics: str, cache_dtype: str) -> Logits:
-    """Logits of a window by qjax, `ROWS` rows at a time, with a cache as the engine makes it."""
-    bases = qjax.key_bases(params, cache_dtype)
-
-    def batch_of(length: int) -> Batch:
-        ends = jnp.array([0, length], jnp.int32)
-        table = jnp.arange(-(-length // BLOCK_SIZE), dtype=jnp.int32)[None]
-        return Batch(jnp.arange(length), ends, ends[1:], table, numerics)
-
-    @jax.jit
-    def hidden_states(params: Params, tokens: jax.Array, bases: Any) -> jax.Array:
-        batch = batch_of(len(tokens))
-        pages = batch.block_table.size
-        cache = init_cache(params.config, pages, BLOCK_SIZE, cache_dtype, bases=bases)
-        return functional.run(params.config, params.tree, tokens, batch, cache)[0]
-
-    @jax.jit
-    def head(params: Params, hidden: jax.Array) -> jax.Array:
-        return functional.logits(params.config, params.tree, hidden, batch_of(len(hidden)))
-
-    def logits(ids: np.ndarray) -> Iterator[jax.Array]:
-        hidden = hidden_states(params, ids, bases)
-        for first in range(0, len(ids), ROWS):
-            yield head(params, hidden[first : first + ROWS])
-
-    return logits
 
 
 def of_llamacpp(worker: Worker, folder: str) -> Logits:
@@ -114,10 +79,10 @@ def main() -> None:
     params = qjax.load(options.model)
     ids = windows(params, options.text.read_text(), options.window, options.windows)
     exact, fast = NUMERICS["exact"], NUMERICS["fast"]
-    exactly = of_qjax(params, exact.prefill, exact.cache_dtype)
+    exactly = rounded_logits(params, exact.prefill, exact.cache_dtype)
     others = {
-        "fast, prompt": of_qjax(params, fast.prefill, fast.cache_dtype),
-        "fast, decoding": of_qjax(params, fast.decode, fast.cache_dtype),
+        "fast, prompt": rounded_logits(params, fast.prefill, fast.cache_dtype),
+        "fast, decoding": rounded_logits(params, fast.decode, fast.cache_dtype),
     }
     with tempfile.TemporaryDirectory() as folder:
         if options.peer_python:

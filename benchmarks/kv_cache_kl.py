@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from kl_divergence import compare, of_qjax, table_line, windows
+from kl_divergence import compare, table_line, windows
 
 import qjax
 from qjax.errors import QjaxError
+from qjax.evaluate.logits import rounded_logits
 from qjax.kv_cache import bytes_per_token
 
 DTYPES = ("float32", "int8", "fp8_e4m3", "fp8_e5m2", "int4")
@@ -30,8 +31,8 @@ def main() -> None:
 
     params = qjax.load(options.model)
     ids = windows(params, options.text.read_text(), options.window, options.windows)
-    plain = of_qjax(params, "exact", "bfloat16")
-    others = {dtype: of_qjax(params, "exact", dtype) for dtype in DTYPES}
+    plain = rounded_logits(params, "exact", "bfloat16")
+    others = {dtype: rounded_logits(params, "exact", dtype) for dtype in DTYPES}
     found: dict[str, list] = {dtype: [] for dtype in DTYPES}
     for window in ids:
         rows = list(plain(window))

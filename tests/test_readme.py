@@ -42,6 +42,7 @@ def default_model(
     golden: Path,
 ) -> None:
     """Has the default model in the cache: a tiny one in a cache of its own, or the real one."""
+    monkeypatch.chdir(ROOT)
     name = builtin.DEFAULT
     if request.param == "real":
         if not builtin.cached_path(name).is_file():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from pallas_kernels.measurements import TableError
-from qjax.cli import bench, chat, doctor, generate, inspect, methods, pull, tune
+from qjax.cli import bench, chat, doctor, evaluate, generate, inspect, methods, pull, tune
 from qjax.errors import QjaxError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 for command in (generate, chat, pull, inspect, methods, bench, tune, doctor):
     app.command()(command.command)
+app.add_typer(evaluate.app, name="eval")
 
 
 @app.callback()

@@ -1,0 +1,140 @@
+"""Perplexity and divergence, against float64 numpy on logits that other tools gave."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax import evaluate
+from qjax.cli.main import main
+from qjax.evaluate.divergence import compare
+from qjax.evaluate.logits import logits_of
+from qjax.evaluate.perplexity import window_losses
+from qjax.evaluate.windows import windows
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 12
+
+
+@pytest.fixture(scope="module")
+def params(golden) -> qjax.Params:
+    return qjax.load(golden / "gguf-Q4_1" / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    found = np.load(golden / "gguf-Q4_1" / "reference.npz")
+    return found["ids_0"], found["logits_0"].astype(np.float64)
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def rows_of(logits, size=128):
+    """A function as `logits_of` gives it, of logits that are there already."""
+    return lambda tokens: (
+        jnp.asarray(logits[first : first + size], jnp.float32)
+        for first in range(0, len(tokens), size)
+    )
+
+
+def test_losses_of_a_window(params, reference):
+    ids, logits = reference
+    half = len(ids) // 2
+    right = -log_softmax(logits)[np.arange(half, len(ids) - 1), ids[half + 1 :]]
+    np.testing.assert_allclose(window_losses(logits_of(params), ids), right, atol=1e-4)
+
+
+def test_windows_are_those_of_llama_perplexity(params, monkeypatch):
+    """Each begins anew, the tokens go on, and the rest is left out."""
+    whole = params.tokenizer.encode(TEXT)
+    found = windows(params, TEXT, 32)
+    begin = params.tokenizer.encode("")
+    flat = np.array(whole[: len(whole) // 32 * 32]).reshape(-1, 32)
+    np.testing.assert_array_equal(found[:, 1:], flat[:, 1:])
+    np.testing.assert_array_equal(found[:, 0], begin[0] if begin else flat[:, 0])
+    np.testing.assert_array_equal(windows(params, TEXT, 32, 2), found[:2])
+
+
+def test_perplexity(params):
+    found = evaluate.perplexity(params, TEXT, window=48, max_windows=2)
+    ids = windows(params, TEXT, 48, 2)
+    logits = np.asarray(qjax.forward(params, ids), np.float64)
+    losses = -np.take_along_axis(log_softmax(logits)[:, 24:-1], ids[:, 25:, None], -1).reshape(-1)
+    assert (found.tokens, found.windows, found.window) == (46, 2, 48)
+    assert found.value == pytest.approx(np.exp(losses.mean()), rel=1e-4)
+    spread = np.exp(losses.mean()) * losses.std(ddof=1) / np.sqrt(46)
+    assert found.error == pytest.approx(spread, rel=1e-3)
+
+
+def test_divergence_of_known_logits():
+    """More positions than go at a time, where the two agree on some of the likeliest tokens."""
+    random = np.random.default_rng(0)
+    base = random.standard_normal((300, 50)) * 2
+    other = base + random.standard_normal(base.shape)
+    tokens = random.integers(0, 50, 300).astype(np.int32)
+    divergence, same, *losses = compare(rows_of(base), rows_of(other), tokens)
+    p, q = log_softmax(base)[150:-1], log_softmax(other)[150:-1]
+    np.testing.assert_allclose(divergence, (np.exp(p) * (p - q)).sum(-1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(same, p.argmax(-1) == q.argmax(-1))
+    assert 0 < same.mean() < 1
+    for loss, x in zip(losses, (p, q), strict=True):
+        np.testing.assert_allclose(loss, -x[np.arange(149), tokens[151:]], rtol=1e-5)
+
+
+def test_divergence_of_a_model(params, golden):
+    same = evaluate.kl_divergence(params, params, TEXT, window=48)
+    assert same.mean < 1e-9
+    assert (same.same_top, same.delta_rms) == (1, 0)
+    rounded = evaluate.kl_divergence(params, params, TEXT, window=48, kv_cache_dtype="int4")
+    assert 1e-6 < rounded.mean < rounded.quantiles[1.0]
+    assert rounded.base == same.base
+    assert list(rounded.quantiles.values()) == sorted(rounded.quantiles.values())
+    other = qjax.load(golden / "gguf-mixtral-F32")
+    with pytest.raises(qjax.RequestError, match="do not have the same tokens"):
+        evaluate.kl_divergence(params, other, TEXT, window=16)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"window": 512}, "tokens, which is less than two windows of 512"),
+        ({"window": 3}, "a window must have 4 to"),
+        ({"window": 16, "max_windows": 0}, "number of windows must be at least 1, got 0"),
+        ({"window": 16, "numerics": "quick"}, "numerics must be 'fast' or 'exact'"),
+        ({"window": 16, "kv_cache_dtype": "int3"}, "kv_cache_dtype must be one of"),
+    ],
+)
+def test_errors(params, keywords, message):
+    with pytest.raises(qjax.RequestError, match=message):
+        evaluate.perplexity(params, TEXT, **keywords)
+
+
+def test_command_line(params, golden, tmp_path, capsys):
+    model = str(golden / "gguf-Q4_1" / "model.gguf")
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    common = ("-f", str(file), "--window", "48", "--max-windows", "2")
+
+    def run(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as info:
+            main(args)
+        return int(info.value.code or 0), *capsys.readouterr()
+
+    found = evaluate.perplexity(params, TEXT, window=48, max_windows=2)
+    code, out, _ = run("eval", "ppl", model, *common)
+    assert (code, out) == (
+        0,
+        f"perplexity {found.value:.4f} ± {found.error:.4f} (46 tokens, 2 windows of 48)\n",
+    )
+    code, out, _ = run("eval", "ppl", model, *common, "--output", "json")
+    assert json.loads(out)["tokens"] == 46
+    code, out, _ = run("eval", "kld", model, model, *common, "--kv-cache-dtype", "int8")
+    assert code == 0
+    assert "| mean KL divergence, nats | 0.0" in out
+    code, out, err = run("eval", "ppl", model, "-f", str(tmp_path / "none"))
+    assert (code, out) == (1, "")
+    assert "qjax: cannot read the text" in err
