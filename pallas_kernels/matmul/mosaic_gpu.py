@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from pallas_kernels import platform
 from pallas_kernels.matmul import planes_tile
 from pallas_kernels.matmul.around import by_products
+from pallas_kernels.matmul.gpu_operands import scaled_inputs, weight_operands
 from pallas_kernels.matmul.mosaic_gpu_plan import Plan, candidates, plan_of
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul.triton import scaled_inputs, weight_operands
 
 __all__ = ["candidates", "matmul", "product"]
 

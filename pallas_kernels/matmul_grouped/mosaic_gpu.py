@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
+from pallas_kernels.matmul.gpu_operands import scaled_inputs, weight_operands
 from pallas_kernels.matmul.mosaic_gpu import (
     check_device,
     padded,
@@ -20,7 +21,6 @@ from pallas_kernels.matmul.mosaic_gpu import (
 )
 from pallas_kernels.matmul.mosaic_gpu_plan import candidates, plan_of
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul.triton import scaled_inputs, weight_operands
 from pallas_kernels.matmul_grouped.bias import add_bias
 from pallas_kernels.matmul_grouped.tile_table import experts_of, places, tile_table
 

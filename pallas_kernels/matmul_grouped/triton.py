@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
+from pallas_kernels.matmul.gpu_operands import scaled_inputs, weight_operands
 from pallas_kernels.matmul.spec import WeightArrays, WeightSpec
-from pallas_kernels.matmul.triton import padded, scaled_inputs, weight_operands
+from pallas_kernels.matmul.triton import padded
 from pallas_kernels.matmul.triton_plan import candidates, plan_of
 from pallas_kernels.matmul_grouped.bias import add_bias
 from pallas_kernels.matmul_grouped.tile_table import tile_table
