@@ -22,6 +22,7 @@ import qjax
 from qjax.checkpoint import source
 from qjax.engine.runner import NUMERICS
 from qjax.errors import QjaxError
+from qjax.evaluate.divergence import row_divergence
 from qjax.evaluate.logits import ROWS, Logits, rounded_logits
 from qjax.params import Params
 
@@ -37,14 +38,6 @@ def of_llamacpp(worker: Worker, folder: str) -> Logits:
             yield jnp.asarray(rows[first : first + ROWS])
 
     return logits
-
-
-@jax.jit
-def compare(exact: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """KL(exact || other) in nats, and whether the likeliest token is the same; both [R]."""
-    log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(other)
-    divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    return divergence, exact.argmax(-1) == other.argmax(-1)
 
 
 def windows(params: Params, text: str, length: int, count: int) -> np.ndarray:
@@ -93,7 +86,9 @@ def main() -> None:
         for window in ids:
             rows = list(exactly(window))
             for name, logits in others.items():
-                found[name] += [compare(a, b) for a, b in zip(rows, logits(window), strict=True)]
+                found[name] += [
+                    row_divergence(a, b) for a, b in zip(rows, logits(window), strict=True)
+                ]
 
     print(f"{len(ids)} windows of {ids.shape[1]} tokens; KL in nats from the exact model\n")
     print("| | mean ± standard error | median | 99 % quantile | same top token |")

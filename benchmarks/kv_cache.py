@@ -34,6 +34,7 @@ from pallas_kernels.paged_attention import (
 from qjax.bench import decode
 from qjax.engine.engine import BLOCK_SIZE
 from qjax.engine.step import DECODE_STEPS
+from qjax.key_bases import gains_by_basis
 from qjax.kv_cache import bytes_per_token
 
 # Query heads, KV heads, head_dim, layers.
@@ -78,7 +79,7 @@ def prepare(load: Load, dtype: str) -> Callable[[], float]:
 
     def basis() -> Basis | None:
         """Of one layer, where the engine would have one (see `qjax.key_bases`)."""
-        if dtype != "int4" and not dtype.startswith("fp8"):
+        if not gains_by_basis(dtype):
             return None
         matrix = random.standard_normal((kv_heads, head_dim, head_dim))
         turn = jnp.asarray(np.linalg.qr(matrix)[0], jnp.float32)

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from kl_divergence import compare, table_line, windows
+from kl_divergence import table_line, windows
 
 import qjax
 from qjax.errors import QjaxError
+from qjax.evaluate.divergence import row_divergence
 from qjax.evaluate.logits import rounded_logits
 from qjax.kv_cache import bytes_per_token
 
@@ -37,7 +38,9 @@ def main() -> None:
     for window in ids:
         rows = list(plain(window))
         for dtype, logits in others.items():
-            found[dtype] += [compare(a, b) for a, b in zip(rows, logits(window), strict=True)]
+            found[dtype] += [
+                row_divergence(a, b) for a, b in zip(rows, logits(window), strict=True)
+            ]
 
     print(f"{len(ids)} windows of {ids.shape[1]} tokens; KL in nats from a bfloat16 cache\n")
     print("| cache (bytes) | mean ± standard error | median | 99 % quantile | same top token |")

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from qjax.kv_cache import Basis, Batch, cache_dtypes, init_cache
+from qjax.kv_cache import PAGE_SIZE, Basis, cache_dtypes, init_cache, whole_sequences
 from qjax.models import functional
 from qjax.params import Params
-
-_PAGE_SIZE = 32
 
 
 def forward(
@@ -48,16 +46,9 @@ def forward(
             key_bases=key_bases,
         )[0]
     rows, length = tokens.shape
-    pages = -(-length // _PAGE_SIZE)
-    batch = Batch(
-        positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), rows),
-        query_start_loc=jnp.arange(rows + 1, dtype=jnp.int32) * length,
-        seq_lens=jnp.full((rows,), length, jnp.int32),
-        block_table=jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages),
-        numerics=numerics,
-    )
+    batch = whole_sequences(rows, length, numerics)
     dtypes = cache_dtypes(params.config, kv_cache_dtype, "float32", kv_cache_dtype_skip_layers)
-    cache = init_cache(params.config, rows * pages, _PAGE_SIZE, dtypes, bases=key_bases)
+    cache = init_cache(params.config, batch.block_table.size, PAGE_SIZE, dtypes, bases=key_bases)
     hidden, _ = functional.run(params.config, params.tree, tokens.reshape(-1), batch, cache)
     logits = functional.logits(params.config, params.tree, hidden, batch)
     return logits.reshape(rows, length, -1)

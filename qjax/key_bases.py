@@ -26,8 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.kv_update.pages import FP8, turned
+from qjax import ops
 from qjax.errors import RequestError
-from qjax.kv_cache import Basis, Batch, init_cache
+from qjax.kv_cache import PAGE_SIZE, Basis, init_cache, whole_sequences
 from qjax.layers.rope import rope_tables
 from qjax.models import functional
 from qjax.models.config import ModelConfig
@@ -35,7 +37,6 @@ from qjax.params import Params
 
 _TOKENS = 256  # of the prompt
 _POSITIONS = 8  # that each token's heads are rotated by
-_PAGE_SIZE = 32
 # Of the mean of the moments' eigenvalues, added to all of them: so much is left to chance.
 _UNSEEN = 0.3
 
@@ -58,17 +59,19 @@ def key_bases(
     """
     config = params.config
     names = [dtypes] * config.num_layers if isinstance(dtypes, str) else dtypes
-    gains = [_gains(dtype, config) for dtype in names]
+    gains = [gains_by_basis(dtype, config.kv_scales) for dtype in names]
     if not any(gains):
         return (None,) * config.num_layers
-    found = params.host.key_bases
-    if config not in found:
-        found[config] = _find(config, params.tree, numerics)
-    return tuple(basis if gain else None for basis, gain in zip(found[config], gains, strict=True))
+    found, which = params.host.key_bases, (config, numerics)
+    if which not in found:
+        found[which] = _find(config, params.tree, numerics)
+    return tuple(basis if gain else None for basis, gain in zip(found[which], gains, strict=True))
 
 
-def _gains(dtype: str, config: ModelConfig) -> bool:
-    return dtype == "int4" or (dtype.startswith("fp8") and not config.kv_scales)
+def gains_by_basis(dtype: str, kv_scales: int = 0) -> bool:
+    """Whether a cache of `dtype` gets a basis; `kv_scales` scales came with the model. int8 could,
+    but is near enough to spare a model the run."""
+    return dtype == "int4" or (dtype in FP8 and not kv_scales)
 
 
 def _find(config: ModelConfig, tree: object, numerics: str) -> tuple[Basis, ...]:
@@ -95,11 +98,8 @@ def _record(
     config: ModelConfig, numerics: str, tree: object, tokens: jax.Array
 ) -> list[tuple[jax.Array, ...] | None]:
     """Keys and queries of every layer, before they are rotated: float32 [T, H, D]."""
-    length = len(tokens)
-    ends = jnp.array([0, length], jnp.int32)
-    table = jnp.arange(-(-length // _PAGE_SIZE), dtype=jnp.int32)[None]
-    batch = Batch(jnp.arange(length, dtype=jnp.int32), ends, ends[1:], table, numerics)
-    cache = init_cache(config, table.size, _PAGE_SIZE, "float32")
+    batch = whole_sequences(1, len(tokens), numerics)
+    cache = init_cache(config, batch.block_table.size, PAGE_SIZE, "float32")
     asking = tuple(layer._replace(seen=()) for layer in cache)
     return [layer.seen for layer in functional.run(config, tree, tokens, batch, asking)[1]]
 
@@ -109,24 +109,16 @@ def _moments(
 ) -> np.ndarray:
     """Second moments of heads [T, H, D] for each KV head, float64 [num_kv_heads, D, D], of trace 1
     but for what is added to them. Of latent attention the heads were rotated already."""
-    runs = heads.astype(np.float64).reshape(len(heads), config.num_kv_heads, -1, heads.shape[-1])
     if config.mla is None:
-        rope = config.rope_for(config.layer_types[layer])
-        runs = _rotated(np.repeat(runs, _POSITIONS, 0), *rope_tables(rope, jnp.asarray(positions)))
+        tables = rope_tables(config.rope_for(config.layer_types[layer]), jnp.asarray(positions))
+        heads = np.asarray(ops.rotate(jnp.asarray(np.repeat(heads, _POSITIONS, 0)), tables))
+    runs = heads.astype(np.float64).reshape(len(heads), config.num_kv_heads, -1, heads.shape[-1])
     rows = runs.swapaxes(0, 1).reshape(runs.shape[1], -1, runs.shape[-1])
     moments = rows.swapaxes(1, 2) @ rows
     size = moments.shape[-1]
     trace = np.trace(moments, axis1=1, axis2=2)[:, None, None]
     moments = moments / np.where(trace > 0, trace, 1)
     return moments + np.eye(size) * _UNSEEN / size
-
-
-def _rotated(runs: np.ndarray, cos: jax.Array, sin: jax.Array) -> np.ndarray:
-    """Heads [T, H, G, D] by tables [T, rotary_dim / 2], pairs half apart."""
-    c, s = (np.asarray(table, np.float64)[:, None, None] for table in (cos, sin))
-    half = c.shape[-1]
-    x1, x2, rest = runs[..., :half], runs[..., half : 2 * half], runs[..., 2 * half :]
-    return np.concatenate([x1 * c - x2 * s, x2 * c + x1 * s, rest], -1)
 
 
 def _basis(keys: np.ndarray, queries: np.ndarray) -> Basis:
@@ -149,7 +141,7 @@ def _to_ones(direction: np.ndarray) -> np.ndarray:
     """Orthogonal matrices [H, D, D] that take the unit vectors `direction` [H, D] to equal
     channels: a reflection, then what spreads each channel over all."""
     size = direction.shape[-1]
-    spread = _spreading(size)
+    spread = np.asarray(turned(jnp.eye(size)), np.float64)
     ones = np.ones(size) / np.sqrt(size)
     first = ones @ spread.T  # what comes out as ones
     sign = np.where(direction @ first < 0, -1.0, 1.0)[:, None]
@@ -158,12 +150,3 @@ def _to_ones(direction: np.ndarray) -> np.ndarray:
     between = between / np.where(length < 1e-9, 1, length)
     reflection = np.eye(size) - 2 * between[:, :, None] * between[:, None]
     return reflection @ spread
-
-
-def _spreading(size: int) -> np.ndarray:
-    """An orthogonal matrix that makes channels alike: Hadamard matrices of runs of channels, as in
-    `pallas_kernels.kv_update.pages.turned`."""
-    run, matrix = size & -size, np.ones((1, 1))
-    while len(matrix) < run:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return np.kron(np.eye(size // run), matrix / np.sqrt(run))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NUMERICS = ("exact", "bfloat16", "int16", "int8")
 
+PAGE_SIZE = 32  # of caches that live for one call
 KV_CACHE_DTYPES = ("auto", "fp8", *CACHE_DTYPES)
 
 
@@ -72,6 +73,18 @@ class Batch:
             raise ValueError(f"numerics must be one of {known}, got {self.numerics!r}")
 
 
+def whole_sequences(rows: int, length: int, numerics: str) -> Batch:
+    """`rows` sequences of `length` tokens, all new, which fill pages of `PAGE_SIZE` in order."""
+    pages = -(-length // PAGE_SIZE)
+    return Batch(
+        positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), rows),
+        query_start_loc=jnp.arange(rows + 1, dtype=jnp.int32) * length,
+        seq_lens=jnp.full((rows,), length, jnp.int32),
+        block_table=jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages),
+        numerics=numerics,
+    )
+
+
 def init_cache(
     config: ModelConfig,
     num_pages: int,
@@ -84,8 +97,8 @@ def init_cache(
 
     Args:
       dtypes: one of `CACHE_DTYPES`, or one for each layer.
-      bases: of each layer, see `qjax.key_bases`.
       zeros: makes its arrays; on the host, `numpy.zeros` starts many times faster.
+      bases: of each layer, see `qjax.key_bases`.
     """
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
     count = config.num_layers

@@ -99,7 +99,8 @@ class Host:
       generation_config: the checkpoint's own defaults for generation, maybe empty.
       origin: how it was stored (a `qjax.checkpoint.plan.Origin`), or None for a model that was made
         in memory.
-      key_bases: what `qjax.key_bases` found for this model, by its config.
+      key_bases: what `qjax.key_bases` found for this model, by its config
+        and numerics.
     """
 
     source: str = ""

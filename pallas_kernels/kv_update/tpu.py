@@ -83,8 +83,7 @@ def kv_update(
     head_dim = k.shape[1] // k_pages.values.shape[1]
     if not tokens:
         return k_pages, v_pages
-    own = None if basis is None else basis.keys
-    keys = heads_of(k, head_dim, dtype, rope, k_norm, norm_eps, k_scale, own)
+    keys = heads_of(k, head_dim, dtype, rope, k_norm, norm_eps, k_scale, basis and basis.keys)
     values = values_of(v, head_dim, dtype)
     new = encode(keys, dtype, k_scale), encode(values, dtype, v_scale)
     at = windows(tokens, page_size, block_table, query_start_loc, seq_lens)

@@ -38,8 +38,9 @@ def kv_update(
     tokens, heads = len(k), k_pages.values.shape[1]
     head_dim = k.shape[1] // heads
     at = places(tokens, k_pages, block_table, query_start_loc, seq_lens)
-    own = None if basis is None else basis.keys
-    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale, own)
+    keys = heads_of(
+        k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale, basis and basis.keys
+    )
     values = values_of(v, head_dim, v_pages.dtype)
     scales = [jnp.ones(1) if scale is None else scale for scale in (k_scale, v_scale)]
     scales = [jnp.broadcast_to(scale, heads) for scale in scales]

@@ -29,8 +29,9 @@ def kv_update(
     """See `pallas_kernels.kv_update.api.kv_update`."""
     head_dim = k.shape[1] // k_pages.values.shape[1]
     at = places(len(k), k_pages, block_table, query_start_loc, seq_lens)
-    own = None if basis is None else basis.keys
-    keys = heads_of(k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale, own)
+    keys = heads_of(
+        k, head_dim, k_pages.dtype, rope, k_norm, norm_eps, k_scale, basis and basis.keys
+    )
     values = values_of(v, head_dim, v_pages.dtype)
     new = encode(keys, k_pages.dtype, k_scale), encode(values, v_pages.dtype, v_scale)
     return jax.tree.map(partial(scatter, at), (k_pages, v_pages), new)

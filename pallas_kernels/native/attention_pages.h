@@ -173,18 +173,20 @@ struct HeadOfPage {
         for (int64_t c = 0; c < d; c += 16) {
           const v16f steps = load(x + c) / divisor + 7.5f;
           v16f codes = ((steps - start) + 12582912.0f) - 12582912.0f;
-          codes = vmin(vmax(codes, v16f{}), v16f{} + 15.0f);
+          codes = vmin(vmax(codes, v16f{}), v16f{} + 15.0f);  // NaN: 0
           off += steps - codes;
           store(x + c, codes);
         }
         zero[slot] = int8_t(clipped(nearest(sum(off) / float(d) * 16), -128, 127));
         for (int64_t c = 0; c < d / 2; ++c)
-          values[at(keys, slot, c, d / 2)] =
-              uint8_t(int(clipped(x[c], 0, 15)) | int(clipped(x[c + d / 2], 0, 15)) << 4);
+          values[at(keys, slot, c, d / 2)] = uint8_t(int(x[c]) | int(x[c + d / 2]) << 4);
       } else {
+        for (int64_t c = 0; c < d; c += 16) {
+          const v16f codes = load(x + c) / divisor;
+          store(x + c, (codes + 12582912.0f) - 12582912.0f);
+        }
         for (int64_t c = 0; c < d; ++c)
-          values[at(keys, slot, c, d)] =
-              uint8_t(int(clipped(nearest(x[c] / divisor), -127, 127)) + P::offset);
+          values[at(keys, slot, c, d)] = uint8_t(int(clipped(x[c], -127, 127)) + P::offset);
       }
     }
   }

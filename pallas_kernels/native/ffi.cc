@@ -261,7 +261,8 @@ struct AttentionArguments {
 
 // Arguments after the batch: the values of pages of k and of v, then their scales and then their
 // zero points where the type has such; cos and sin, q_norm, k_norm, sinks, scales of the whole cache
-// and the bases of keys and of queries as `flags` says. The pages are donated: results after the first alias them.
+// and the bases of keys and of queries as `flags` says. The pages are donated: results after the
+// first alias them.
 ffi::Error attention_call(Floats q, Floats k, Floats v, Ints block_table, Ints query_start,
                           Ints seq_lens, ffi::RemainingArgs args, ffi::Result<Floats> out,
                           ffi::RemainingRets rets, int32_t heads, int32_t rotary_dim, int32_t flags,

@@ -32,8 +32,7 @@ def scaled_queries(
       [T, num_kv_heads, group, head_dim], float32 where products are exact, otherwise bfloat16. The
       kernels' products are of this type.
     """
-    own = None if basis is None else basis.queries
-    heads = heads_of(q, spec.head_dim, dtype, rope, weight, eps, k_scale, own)
+    heads = heads_of(q, spec.head_dim, dtype, rope, weight, eps, k_scale, basis and basis.queries)
     heads = heads.reshape(len(q), spec.num_kv_heads, -1, spec.head_dim) * spec.scale
     if k_scale is not None:
         heads = heads * k_scale[:, None, None]

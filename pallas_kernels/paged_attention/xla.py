@@ -37,8 +37,9 @@ def attend(
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.after_update.after_update`."""
     tokens, page_size = q.shape[0], k_pages.page_size
-    own = None if basis is None else basis.queries
-    q = heads_of(q, spec.head_dim, k_pages.dtype, rope, q_norm, norm_eps, k_scale, own)
+    q = heads_of(
+        q, spec.head_dim, k_pages.dtype, rope, q_norm, norm_eps, k_scale, basis and basis.queries
+    )
     at = places(tokens, k_pages, block_table, query_start_loc, seq_lens)
 
     keys_at = jnp.arange(block_table.shape[1] * page_size)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qjax.errors import RequestError
 from qjax.evaluate.logits import ROWS, Logits, logits_of
-from qjax.evaluate.perplexity import Perplexity, Progress, summary, targets_of
+from qjax.evaluate.perplexity import Perplexity, Progress, row_losses, summary, targets_of
 from qjax.evaluate.windows import scored, windows
 from qjax.params import Params
 
@@ -67,7 +67,9 @@ def kl_divergence(
     """
     ids = windows(base, text, window, max_windows)
     sizes = base.config.vocab_size, other.config.vocab_size
-    if sizes[0] != sizes[1] or not np.array_equal(ids, windows(other, text, window, max_windows)):
+    if other is not base and (
+        sizes[0] != sizes[1] or not np.array_equal(ids, windows(other, text, window, max_windows))
+    ):
         raise RequestError(
             f"the models do not have the same tokens (vocabularies of {sizes[0]} and {sizes[1]}): "
             "their predictions cannot be compared."
@@ -92,19 +94,19 @@ def kl_divergence(
 def compare(base: Logits, other: Logits, tokens: np.ndarray) -> np.ndarray:
     """Of each position of a window that is scored: KL divergence, whether the likeliest token is
     the same, and -log of the chance that each gives to the token that follows; float64 [4, R]."""
-    rows = [
-        _compare(p, q, jnp.asarray(targets_of(tokens, first)))
-        for first, p, q in zip(
-            range(0, len(tokens), ROWS), base(tokens), other(tokens), strict=True
-        )
-    ]
-    return np.concatenate(jax.device_get(rows), 1).astype(np.float64)[:, scored(len(tokens))]
+    parts = []
+    firsts = range(0, len(tokens), ROWS)
+    for first, p, q in zip(firsts, base(tokens), other(tokens), strict=True):
+        targets = jnp.asarray(targets_of(tokens, first))
+        parts.append((*row_divergence(p, q), row_losses(p, targets), row_losses(q, targets)))
+    found = np.array([np.concatenate(each) for each in zip(*parts, strict=True)], np.float64)
+    return found[:, scored(len(tokens))]
 
 
 @jax.jit
-def _compare(base: jax.Array, other: jax.Array, targets: jax.Array) -> jax.Array:
+def row_divergence(base: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """KL(base || other) in nats, and whether the likeliest token is the same, both [R], of logits
+    [R, V]."""
     log_p, log_q = jax.nn.log_softmax(base), jax.nn.log_softmax(other)
     divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    same = base.argmax(-1) == other.argmax(-1)
-    losses = [-jnp.take_along_axis(x, targets[:, None], 1)[:, 0] for x in (log_p, log_q)]
-    return jnp.stack([divergence, same.astype(jnp.float32), *losses])
+    return divergence, base.argmax(-1) == other.argmax(-1)

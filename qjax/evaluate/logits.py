@@ -11,12 +11,11 @@ import numpy as np
 
 from qjax.engine.runner import numerics_for
 from qjax.key_bases import key_bases
-from qjax.kv_cache import Batch, cache_dtypes, init_cache
+from qjax.kv_cache import PAGE_SIZE, cache_dtypes, init_cache, whole_sequences
 from qjax.models import functional
 from qjax.params import Params
 
 ROWS = 128  # of logits at a time: a large vocabulary makes them large
-_PAGE_SIZE = 32
 
 Logits = Callable[[np.ndarray], Iterator[jax.Array]]
 
@@ -50,21 +49,17 @@ def rounded_logits(params: Params, numerics: str, dtypes: str | Sequence[str]) -
     """The same by `numerics` of a `Batch` and the dtype of the cache, of all layers or of each."""
     bases = key_bases(params, dtypes, numerics)
 
-    def batch_of(length: int) -> Batch:
-        ends = jnp.array([0, length], jnp.int32)
-        table = jnp.arange(-(-length // _PAGE_SIZE), dtype=jnp.int32)[None]
-        positions = jnp.arange(length, dtype=jnp.int32)
-        return Batch(positions, ends, ends[1:], table, numerics)
-
     @jax.jit
     def hidden_states(params: Params, tokens: jax.Array, bases: Any) -> jax.Array:
-        batch = batch_of(len(tokens))
-        cache = init_cache(params.config, batch.block_table.size, _PAGE_SIZE, dtypes, bases=bases)
+        batch = whole_sequences(1, len(tokens), numerics)
+        cache = init_cache(params.config, batch.block_table.size, PAGE_SIZE, dtypes, bases=bases)
         return functional.run(params.config, params.tree, tokens, batch, cache)[0]
 
     @jax.jit
     def head(params: Params, hidden: jax.Array) -> jax.Array:
-        return functional.logits(params.config, params.tree, hidden, batch_of(len(hidden)))
+        return functional.logits(
+            params.config, params.tree, hidden, whole_sequences(1, len(hidden), numerics)
+        )
 
     def logits(tokens: np.ndarray) -> Iterator[jax.Array]:
         hidden = hidden_states(params, jnp.asarray(tokens, jnp.int32), bases)

@@ -64,7 +64,7 @@ def perplexity(
 def window_losses(logits: Logits, tokens: np.ndarray) -> np.ndarray:
     """float64 [R]: -log p of each token of a window that is scored."""
     rows = [
-        _losses(part, jnp.asarray(targets_of(tokens, first)))
+        row_losses(part, jnp.asarray(targets_of(tokens, first)))
         for first, part in zip(range(0, len(tokens), ROWS), logits(tokens), strict=True)
     ]
     return np.concatenate(jax.device_get(rows)).astype(np.float64)[scored(len(tokens))]
@@ -84,6 +84,7 @@ def summary(losses: np.ndarray, ids: np.ndarray) -> Perplexity:
 
 
 @jax.jit
-def _losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def row_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p [R] of tokens int32 [R], by logits [R, V]."""
     own = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits, axis=-1) - own

@@ -16,6 +16,7 @@ from pallas_kernels.paged_attention import CACHE_DTYPES, Basis
 from qjax.bench.decode import TINY, random_tree
 from qjax.engine.device_cache import cache_formats
 from qjax.engine.step import Rows, State, StepSpec, step
+from qjax.key_bases import gains_by_basis
 from qjax.kv_cache import Batch, init_cache
 from qjax.models.config import model_config
 from tests.pallas_kernels.crosscompile import Program
@@ -35,8 +36,8 @@ def program(dtype: str, head_dim: int, *, free: bool = False) -> Program:
         tree = random_tree(config, "BF16")
     pages = SEQUENCES * PAGES
     matrices = jax.ShapeDtypeStruct((config.num_kv_heads, head_dim, head_dim), jnp.float32)
-    based = dtype == "int4" or dtype.startswith("fp8")
-    bases = [Basis(matrices, matrices) if based else None] * config.num_layers
+    basis = Basis(matrices, matrices) if gains_by_basis(dtype) else None
+    bases = [basis] * config.num_layers
     cache = init_cache(config, pages, PAGE_SIZE, dtype, jax.ShapeDtypeStruct, bases)
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
