@@ -78,6 +78,7 @@ ALSO = {
     "models": ["pallas_kernels.paged_attention.spec"],
     "checkpoint": [
         "pallas_kernels.user_cache",
+        "pallas_kernels.inputs",
         "qjax.ops",
     ],  # prepare: the layout of this machine, as a weight is read
     # Which implementation was named, and which ran; on what; what caches hold.

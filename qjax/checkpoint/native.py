@@ -112,12 +112,15 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
 
 
 def _weight(static: Mapping[str, Any], parts: Mapping[str, Any], name: str, file: Any) -> QArray:
-    given = {key: tuple(v) if isinstance(v, list) else v for key, v in static.items()}
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in static.items()
+    }
     prefix = "/aux/"
     try:
         given["act"] = None if static["act"] is None else ActSpec(**static["act"])
+        given |= {key: parts.get(f"/{key}") for key in _ARRAYS}
         aux = {key.removeprefix(prefix): a for key, a in parts.items() if key.startswith(prefix)}
-        return QArray(**given, **{key: parts.get(f"/{key}") for key in _ARRAYS}, aux=aux)
+        return QArray(**given, aux=aux)
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"is described wrongly: {error}", file=file, field=name) from error
 
