@@ -42,7 +42,8 @@ def describe(tree: Any, *, on_host: bool = True) -> tuple[dict[str, Any], dict[s
     arrays: dict[str, Any] = {}
     leaves = []
     for path, leaf in _leaves(tree, ()):
-        name, entry = ".".join(path), {"path": list(path)}
+        name = ".".join(path)
+        entry: dict[str, Any] = {"path": list(path)}
         parts = {"": leaf}
         if isinstance(leaf, QArray):
             parts = {f"/{key}": getattr(leaf, key) for key in _ARRAYS}
