@@ -84,7 +84,7 @@ ALSO = {
     # Which implementation was named, and which ran; on what; what caches hold.
     "running": [
         f"pallas_kernels.{name}"
-        for name in ("dispatch", "platform", "tuning", "user_cache", "kv_update.pages")
+        for name in ("dispatch", "platform", "tuning", "user_cache", "kv_update.pages", "unpack")
     ],
     "api": ["pallas_kernels.dispatch"],
 }
