@@ -10,7 +10,7 @@ has llama-cpp-python) on the same weights. All see the same windows of the text,
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -23,11 +23,11 @@ from qjax.checkpoint import source
 from qjax.engine.runner import NUMERICS
 from qjax.errors import QjaxError
 from qjax.evaluate.divergence import row_divergence
-from qjax.evaluate.logits import ROWS, Logits, rounded_logits
+from qjax.evaluate.logits import ROWS, rounded_reader
 from qjax.params import Params
 
 
-def of_llamacpp(worker: Worker, folder: str) -> Logits:
+def of_llamacpp(worker: Worker, folder: str) -> Callable[[np.ndarray], Iterator[jax.Array]]:
     """Logits of a window by llama.cpp, through a file."""
 
     def logits(ids: np.ndarray) -> Iterator[jax.Array]:
@@ -72,10 +72,10 @@ def main() -> None:
     params = qjax.load(options.model)
     ids = windows(params, options.text.read_text(), options.window, options.windows)
     exact, fast = NUMERICS["exact"], NUMERICS["fast"]
-    exactly = rounded_logits(params, exact.prefill, exact.cache_dtype)
+    exactly = rounded_reader(params, exact.prefill, exact.cache_dtype)
     others = {
-        "fast, prompt": rounded_logits(params, fast.prefill, fast.cache_dtype),
-        "fast, decoding": rounded_logits(params, fast.decode, fast.cache_dtype),
+        "fast, prompt": rounded_reader(params, fast.prefill, fast.cache_dtype),
+        "fast, decoding": rounded_reader(params, fast.decode, fast.cache_dtype),
     }
     with tempfile.TemporaryDirectory() as folder:
         if options.peer_python:

@@ -16,7 +16,7 @@ from kl_divergence import table_line, windows
 import qjax
 from qjax.errors import QjaxError
 from qjax.evaluate.divergence import row_divergence
-from qjax.evaluate.logits import rounded_logits
+from qjax.evaluate.logits import rounded_reader
 from qjax.kv_cache import bytes_per_token
 
 DTYPES = ("float32", "int8", "fp8_e4m3", "fp8_e5m2", "int4")
@@ -32,8 +32,8 @@ def main() -> None:
 
     params = qjax.load(options.model)
     ids = windows(params, options.text.read_text(), options.window, options.windows)
-    plain = rounded_logits(params, "exact", "bfloat16")
-    others = {dtype: rounded_logits(params, "exact", dtype) for dtype in DTYPES}
+    plain = rounded_reader(params, "exact", "bfloat16")
+    others = {dtype: rounded_reader(params, "exact", dtype) for dtype in DTYPES}
     found: dict[str, list] = {dtype: [] for dtype in DTYPES}
     for window in ids:
         rows = list(plain(window))

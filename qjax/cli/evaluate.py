@@ -71,7 +71,7 @@ def ppl(
 @app.command()
 def kld(
     base: ModelArgument,
-    model: ModelArgument,
+    models: Annotated[list[str], typer.Argument(help="What is compared with it, one or more.")],
     file: File,
     window: Window = 512,
     max_windows: MaxWindows = None,
@@ -80,42 +80,31 @@ def kld(
     kv_cache_dtype_skip_layers: options.KVCacheSkipLayers = None,
     output: Output = Format.md,
 ) -> None:
-    """KL divergence of a model from its base, on a text; numerics and cache are the model's."""
+    """KL divergence of models from their base, on a text; numerics and cache are the models'."""
     import qjax
     from qjax import evaluate
 
     text = _read(file)
     params = qjax.load(base)
-    found = evaluate.kl_divergence(
-        params,
-        params if model == base else qjax.load(model),
-        text,
-        window=window,
-        max_windows=max_windows,
-        numerics=numerics.value,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
-        progress=_progress,
+    exactly = evaluate.reference(
+        params, text, window=window, max_windows=max_windows, progress=_progress
     )
+    found = {
+        model: evaluate.divergence(
+            exactly,
+            params if model == base else qjax.load(model),
+            numerics=numerics.value,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
+            progress=_progress,
+        )
+        for model in models
+    }
     if output is Format.json:
-        typer.echo(json.dumps(asdict(found), indent=2))
-        return
-    windows = f"{found.tokens} tokens, {found.base.windows} windows of {found.base.window}"
-    lines = [
-        ("perplexity of the base", f"{found.base.value:.4f} ± {found.base.error:.4f}"),
-        ("perplexity", f"{found.other.value:.4f} ± {found.other.error:.4f}"),
-        ("mean KL divergence, nats", f"{found.mean:.6f} ± {found.error:.6f}"),
-        *((f"{_share(q)}", f"{value:.6f}") for q, value in found.quantiles.items()),
-        ("same top token", f"{found.same_top:.2%}"),
-        ("RMS difference of p", f"{found.delta_rms:.3%}"),
-    ]
-    typer.echo(f"| {windows} | |\n| --- | ---: |")
-    for name, value in lines:
-        typer.echo(f"| {name} | {value} |")
-
-
-def _share(quantile: float) -> str:
-    return {0.5: "median", 1.0: "maximum"}.get(quantile, f"{quantile:.1%} of tokens have at most")
+        rows = [{"model": model, **asdict(one)} for model, one in found.items()]
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        typer.echo(evaluate.divergence_table(base, found))
 
 
 def _read(file: Path) -> str:

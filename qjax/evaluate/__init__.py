@@ -1,7 +1,23 @@
 """What quantization costs: perplexity of a text, and how far a model's predictions lie from those
 of another."""
 
-from qjax.evaluate.divergence import Divergence, kl_divergence
+from qjax.evaluate.divergence import (
+    Divergence,
+    Reference,
+    divergence,
+    divergence_table,
+    kl_divergence,
+    reference,
+)
 from qjax.evaluate.perplexity import Perplexity, perplexity
 
-__all__ = ["Divergence", "Perplexity", "kl_divergence", "perplexity"]
+__all__ = [
+    "Divergence",
+    "Perplexity",
+    "Reference",
+    "divergence",
+    "divergence_table",
+    "kl_divergence",
+    "perplexity",
+    "reference",
+]

@@ -1,9 +1,10 @@
-"""Logits of a window of tokens, some rows at a time."""
+"""What a model says of windows of tokens: hidden states, and logits of some of their rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +18,38 @@ from qjax.params import Params
 
 ROWS = 128  # of logits at a time: a large vocabulary makes them large
 
-Logits = Callable[[np.ndarray], Iterator[jax.Array]]
+
+class Reader(NamedTuple):
+    """A model with its numerics.
+
+    Attributes:
+      hidden: from tokens int32 [T] to hidden states float32 [T, E].
+      head: from hidden states [R, E] to logits float32 [R, V].
+    """
+
+    hidden: Callable[[np.ndarray], jax.Array]
+    head: Callable[[Any], jax.Array]
+
+    def rows(self, hidden: Any) -> Iterator[jax.Array]:
+        """Logits of hidden states [T, E], at most `ROWS` of them at a time."""
+        for first in range(0, len(hidden), ROWS):
+            yield self.head(hidden[first : first + ROWS])
+
+    def __call__(self, tokens: np.ndarray) -> Iterator[jax.Array]:
+        """The same of all tokens [T]."""
+        return self.rows(self.hidden(tokens))
 
 
-def logits_of(
+def reader(
     params: Params,
     numerics: str = "exact",
     kv_cache_dtype: str = "auto",
     kv_cache_dtype_skip_layers: Sequence[int | str] = (),
-) -> Logits:
-    """Logits as the engine has them while it reads a prompt.
+) -> Reader:
+    """A model as the engine has it while it reads a prompt.
 
     Args:
       numerics, kv_cache_dtype, kv_cache_dtype_skip_layers: see `qjax.generate`.
-
-    Returns:
-      A function from tokens int32 [T] to float32 [R, V], R at most `ROWS`, of all T one after the
-      other.
 
     Raises:
       RequestError: an argument is none of those.
@@ -42,28 +58,29 @@ def logits_of(
     dtypes = cache_dtypes(
         params.config, kv_cache_dtype, chosen.cache_dtype, kv_cache_dtype_skip_layers
     )
-    return rounded_logits(params, chosen.prefill, dtypes)
+    return rounded_reader(params, chosen.prefill, dtypes)
 
 
-def rounded_logits(params: Params, numerics: str, dtypes: str | Sequence[str]) -> Logits:
+def rounded_reader(params: Params, numerics: str, dtypes: str | Sequence[str]) -> Reader:
     """The same by `numerics` of a `Batch` and the dtype of the cache, of all layers or of each."""
+    dtypes = dtypes if isinstance(dtypes, str) else tuple(dtypes)
     bases = key_bases(params, dtypes, numerics)
+    return Reader(
+        lambda tokens: _hidden(numerics, dtypes, params, jnp.asarray(tokens, jnp.int32), bases),
+        lambda hidden: _head(numerics, params, jnp.asarray(hidden)),
+    )
 
-    @jax.jit
-    def hidden_states(params: Params, tokens: jax.Array, bases: Any) -> jax.Array:
-        batch = whole_sequences(1, len(tokens), numerics)
-        cache = init_cache(params.config, batch.block_table.size, PAGE_SIZE, dtypes, bases=bases)
-        return functional.run(params.config, params.tree, tokens, batch, cache)[0]
 
-    @jax.jit
-    def head(params: Params, hidden: jax.Array) -> jax.Array:
-        return functional.logits(
-            params.config, params.tree, hidden, whole_sequences(1, len(hidden), numerics)
-        )
+@partial(jax.jit, static_argnums=(0, 1))
+def _hidden(
+    numerics: str, dtypes: str | tuple[str, ...], params: Params, tokens: jax.Array, bases: Any
+) -> jax.Array:
+    batch = whole_sequences(1, len(tokens), numerics)
+    cache = init_cache(params.config, batch.block_table.size, PAGE_SIZE, dtypes, bases=bases)
+    return functional.run(params.config, params.tree, tokens, batch, cache)[0]
 
-    def logits(tokens: np.ndarray) -> Iterator[jax.Array]:
-        hidden = hidden_states(params, jnp.asarray(tokens, jnp.int32), bases)
-        for first in range(0, len(tokens), ROWS):
-            yield head(params, hidden[first : first + ROWS])
 
-    return logits
+@partial(jax.jit, static_argnums=0)
+def _head(numerics: str, params: Params, hidden: jax.Array) -> jax.Array:
+    batch = whole_sequences(1, len(hidden), numerics)
+    return functional.logits(params.config, params.tree, hidden, batch)

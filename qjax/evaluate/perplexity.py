@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.evaluate.logits import ROWS, Logits, logits_of
-from qjax.evaluate.windows import scored, windows
+from qjax.evaluate.logits import Reader, reader
+from qjax.evaluate.windows import scored, targets_of, windows
 from qjax.params import Params
 
 Progress = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]
@@ -31,6 +31,9 @@ class Perplexity:
     tokens: int
     windows: int
     window: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ± {self.error:.4f}"
 
 
 def perplexity(
@@ -56,24 +59,18 @@ def perplexity(
       RequestError: an argument is out of range, or the text is too short.
     """
     ids = windows(params, text, window, max_windows)
-    logits = logits_of(params, numerics, kv_cache_dtype, kv_cache_dtype_skip_layers)
-    losses = np.concatenate([window_losses(logits, tokens) for tokens in progress(ids)])
+    model = reader(params, numerics, kv_cache_dtype, kv_cache_dtype_skip_layers)
+    losses = np.concatenate([window_losses(model, tokens) for tokens in progress(ids)])
     return summary(losses, ids)
 
 
-def window_losses(logits: Logits, tokens: np.ndarray) -> np.ndarray:
-    """float64 [R]: -log p of each token of a window that is scored."""
-    rows = [
-        row_losses(part, jnp.asarray(targets_of(tokens, first)))
-        for first, part in zip(range(0, len(tokens), ROWS), logits(tokens), strict=True)
-    ]
-    return np.concatenate(jax.device_get(rows)).astype(np.float64)[scored(len(tokens))]
-
-
-def targets_of(tokens: np.ndarray, first: int) -> np.ndarray:
-    """The token after each of `ROWS` positions from `first` on; of the last one, the first token,
-    which is not scored."""
-    return np.roll(tokens, -1)[first : first + ROWS]
+def window_losses(model: Reader, tokens: np.ndarray) -> np.ndarray:
+    """float64 [R]: -log p of each token of a window that is predicted."""
+    targets, rows = targets_of(tokens), []
+    for block in model.rows(model.hidden(tokens)[scored(len(tokens))]):
+        own, targets = targets[: len(block)], targets[len(block) :]
+        rows.append(row_losses(block, jnp.asarray(own)))
+    return np.concatenate(jax.device_get(rows)).astype(np.float64)[:-1]
 
 
 def summary(losses: np.ndarray, ids: np.ndarray) -> Perplexity:

@@ -42,5 +42,12 @@ def windows(params: Params, text: str, length: int = 512, count: int | None = No
 
 
 def scored(length: int) -> slice:
-    """The positions of a window whose logits count: they predict the token after each."""
-    return slice(length // 2, length - 1)
+    """The positions of a window whose logits are read: its second half. Each predicts the token
+    after it, but for the last, which has none and does not count."""
+    return slice(length // 2, length)
+
+
+def targets_of(tokens: np.ndarray) -> np.ndarray:
+    """The tokens that the positions of a window [T] that are `scored` predict; of the last one some
+    token, which does not count."""
+    return np.roll(tokens, -1)[scored(len(tokens))]

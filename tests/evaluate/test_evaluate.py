@@ -10,9 +10,9 @@ import qjax
 from qjax import evaluate
 from qjax.cli.main import main
 from qjax.evaluate.divergence import compare
-from qjax.evaluate.logits import logits_of
+from qjax.evaluate.logits import reader
 from qjax.evaluate.perplexity import window_losses
-from qjax.evaluate.windows import windows
+from qjax.evaluate.windows import targets_of, windows
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 
@@ -33,19 +33,11 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def rows_of(logits, size=128):
-    """A function as `logits_of` gives it, of logits that are there already."""
-    return lambda tokens: (
-        jnp.asarray(logits[first : first + size], jnp.float32)
-        for first in range(0, len(tokens), size)
-    )
-
-
 def test_losses_of_a_window(params, reference):
     ids, logits = reference
     half = len(ids) // 2
     right = -log_softmax(logits)[np.arange(half, len(ids) - 1), ids[half + 1 :]]
-    np.testing.assert_allclose(window_losses(logits_of(params), ids), right, atol=1e-4)
+    np.testing.assert_allclose(window_losses(reader(params), ids), right, atol=1e-4)
 
 
 def test_windows_are_those_of_llama_perplexity(params, monkeypatch):
@@ -62,7 +54,7 @@ def test_windows_are_those_of_llama_perplexity(params, monkeypatch):
 def test_perplexity(params):
     found = evaluate.perplexity(params, TEXT, window=48, max_windows=2)
     ids = windows(params, TEXT, 48, 2)
-    logits = np.asarray(qjax.forward(params, ids), np.float64)
+    logits = np.asarray(qjax.forward(params, jnp.asarray(ids)), np.float64)
     losses = -np.take_along_axis(log_softmax(logits)[:, 24:-1], ids[:, 25:, None], -1).reshape(-1)
     assert (found.tokens, found.windows, found.window) == (46, 2, 48)
     assert found.value == pytest.approx(np.exp(losses.mean()), rel=1e-4)
@@ -73,25 +65,40 @@ def test_perplexity(params):
 def test_divergence_of_known_logits():
     """More positions than go at a time, where the two agree on some of the likeliest tokens."""
     random = np.random.default_rng(0)
-    base = random.standard_normal((300, 50)) * 2
-    other = base + random.standard_normal(base.shape)
+    base = (random.standard_normal((150, 50)) * 2).astype(np.float32)
+    other = base + random.standard_normal(base.shape).astype(np.float32)
     tokens = random.integers(0, 50, 300).astype(np.int32)
-    divergence, same, *losses = compare(rows_of(base), rows_of(other), tokens)
-    p, q = log_softmax(base)[150:-1], log_softmax(other)[150:-1]
+    pairs = [(jnp.asarray(base[i:j]), jnp.asarray(other[i:j])) for i, j in ((0, 128), (128, 150))]
+    found = compare(pairs, targets_of(tokens))
+    divergence, same, *losses, squares, base_squares, largest = found
+    base, other = base[:-1].astype(np.float64), other[:-1].astype(np.float64)
+    p, q = log_softmax(base), log_softmax(other)
     np.testing.assert_allclose(divergence, (np.exp(p) * (p - q)).sum(-1), rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(same, p.argmax(-1) == q.argmax(-1))
     assert 0 < same.mean() < 1
     for loss, x in zip(losses, (p, q), strict=True):
         np.testing.assert_allclose(loss, -x[np.arange(149), tokens[151:]], rtol=1e-5)
+    np.testing.assert_allclose(squares, ((other - base) ** 2).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(base_squares, (base**2).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(largest, np.abs(other - base).max(-1), rtol=1e-5)
 
 
 def test_divergence_of_a_model(params, golden):
     same = evaluate.kl_divergence(params, params, TEXT, window=48)
     assert same.mean < 1e-9
-    assert (same.same_top, same.delta_rms) == (1, 0)
+    assert (same.same_top, same.delta_rms, same.logit_error, same.logit_max) == (1, 0, 0, 0)
     rounded = evaluate.kl_divergence(params, params, TEXT, window=48, kv_cache_dtype="int4")
     assert 1e-6 < rounded.mean < rounded.quantiles[1.0]
     assert rounded.base == same.base
+    ids = windows(params, TEXT, 48)
+    int4 = {"kv_cache_dtype": "int4", "key_bases": qjax.key_bases(params, "int4")}
+    both = (qjax.forward(params, jnp.asarray(ids), **keywords) for keywords in ({}, int4))
+    p, q = (np.asarray(logits, np.float64)[:, 24:-1] for logits in both)
+    relative = np.sqrt(((q - p) ** 2).sum() / (p**2).sum())
+    assert rounded.logit_error == pytest.approx(relative, rel=1e-2)
+    assert rounded.logit_max == pytest.approx(np.abs(q - p).max(), rel=1e-2)
+    divergence = (np.exp(log_softmax(p)) * (log_softmax(p) - log_softmax(q))).sum(-1)
+    assert rounded.mean == pytest.approx(divergence.mean(), rel=1e-2)
     assert list(rounded.quantiles.values()) == sorted(rounded.quantiles.values())
     other = qjax.load(golden / "gguf-mixtral-F32")
     with pytest.raises(qjax.RequestError, match="do not have the same tokens"):
@@ -132,9 +139,18 @@ def test_command_line(params, golden, tmp_path, capsys):
     )
     code, out, _ = run("eval", "ppl", model, *common, "--output", "json")
     assert json.loads(out)["tokens"] == 46
-    code, out, _ = run("eval", "kld", model, model, *common, "--kv-cache-dtype", "int8")
+    other = str(golden / "gguf-Q4_1")
+    code, out, _ = run("eval", "kld", model, model, other, *common, "--kv-cache-dtype", "int8")
     assert code == 0
-    assert "| mean KL divergence, nats | 0.0" in out
+    assert f"| {model} (base) | {found} | | |" in out
+    assert [line.partition(" | ")[0] for line in out.splitlines()[-2:]] == [
+        f"| {model}",
+        f"| {other}",
+    ]
+    code, out, _ = run("eval", "kld", model, model, *common, "--output", "json")
+    assert [(row["model"], row["mean"] < 1e-9, row["tokens"]) for row in json.loads(out)] == [
+        (model, True, 46)
+    ]
     code, out, err = run("eval", "ppl", model, "-f", str(tmp_path / "none"))
     assert (code, out) == (1, "")
     assert "qjax: cannot read the text" in err
