@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         CheckpointError,
         DownloadError,
         QjaxError,
+        RecipeError,
         RequestError,
         UnsupportedError,
     )
@@ -57,6 +58,7 @@ _HOMES = {
     "QArray": "qjax.qarray",
     "QjaxError": "qjax.errors",
     "QuantizationConfig": "qjax.formats.base",
+    "RecipeError": "qjax.errors",
     "RequestError": "qjax.errors",
     "SamplingParams": "qjax.engine.sampling_params",
     "UnsupportedError": "qjax.errors",
@@ -85,6 +87,7 @@ __all__ = [
     "QArray",
     "QjaxError",
     "QuantizationConfig",
+    "RecipeError",
     "RequestError",
     "SamplingParams",
     "UnsupportedError",

@@ -6,7 +6,9 @@ also derives from the built-in error that a caller who has never heard of qjax w
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterable
 
 
 class QjaxError(Exception):
@@ -51,5 +53,15 @@ class RequestError(QjaxError, ValueError):
     """A prompt or a sampling parameter is out of range, or cannot fit."""
 
 
+class RecipeError(QjaxError, ValueError):
+    """A recipe for quantizing a model contradicts itself or does not fit the model."""
+
+
 class DownloadError(QjaxError, OSError):
     """A model could not be found or fetched; the message says what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question, " (did you mean 'x'?)", where a known name is near to this one, else ""."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -93,6 +93,9 @@ ALSO = {
 PLAIN_ARRAYS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 LIBRARIES = {"kernels": PLAIN_ARRAYS, "base": PLAIN_ARRAYS, "ops": PLAIN_ARRAYS}
 
+# Where a library is imported by another name.
+IMPORTED_AS = {"pyyaml": "yaml"}
+
 # Other engines and their libraries: tests may read the files they wrote, the package needs none.
 ENGINES = {
     *("torch", "transformers", "vllm", "llmcompressor", "compressed_tensors", "gptqmodel"),
@@ -215,7 +218,8 @@ def declared_libraries() -> tuple[set[str], set[str]]:
 
     def names(requirements: list[str]) -> set[str]:
         found = (re.match(r"[\w-]+", requirement) for requirement in requirements)
-        return {match.group().replace("-", "_") for match in found if match}
+        plain = {match.group().replace("-", "_") for match in found if match}
+        return {IMPORTED_AS.get(name, name) for name in plain}
 
     extras = project["optional-dependencies"]
     optional = set().union(*(names(extras[extra]) for extra in extras if extra != "dev"))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from qjax.errors import CheckpointError, UnsupportedError
+from qjax.errors import CheckpointError, UnsupportedError, nearest
 from qjax.qarray import QArray
 
 PLAIN = ("f32", "f16", "bf16")
@@ -270,8 +270,8 @@ class Keys:
         unknown = [name for name, value in left if name not in self.seen and value is not None]
         if unknown:
             raise UnsupportedError(
-                f"{self.file}: unknown key {self.prefix}{unknown[0]!r:.80} in the quantization "
-                f"config; known are {', '.join(sorted(self.seen))}"
+                f"{self.file}: unknown key {self.prefix}{unknown[0]!r:.80}"
+                f"{nearest(str(unknown[0]), self.seen)}; known are {', '.join(sorted(self.seen))}"
             )
 
     def error(self, name: str, reason: str) -> CheckpointError:

@@ -194,22 +194,23 @@ def read_args(keys: Keys, name: str) -> QuantizationArgs | None:
     if keys.get(name, dict) is None:
         return None
     args = keys.section(name)
-    args.ignore("observer", "observer_kwargs", "zp_dtype")
+    args.ignore("zp_dtype")
     size = args.get("group_size", int)
-    block = args.get("block_structure", (list, str))
+    block = args.get("block_structure", (list, tuple, str))
     if isinstance(block, str):
         block = block.split("x")
-    default = "tensor" if size is None else "channel" if size == -1 else "group"
     found = QuantizationArgs(
         num_bits=args.get("num_bits", int, 8),
         type=args.choice("type", ("int", "float"), "int"),
         symmetric=args.get("symmetric", bool, True),
-        strategy=args.choice("strategy", STRATEGIES, default),
-        group_size=size if size is not None and size > 0 else None,
+        strategy=args.choice("strategy", (None, *STRATEGIES)) or "",
+        group_size=size if size is not None and (size > 0 or size == -1) else None,
         block_structure=_pair(args, block),
         dynamic=args.choice("dynamic", (False, True, "local"), False),
         actorder=args.get("actorder", (str, bool)) or None,
         scale_dtype=args.get("scale_dtype", str),
+        observer=args.get("observer", str),
+        observer_kwargs=args.get("observer_kwargs", dict, {}),
     )
     args.done()
     bits = range(2, 9) if found.type == "int" else _FLOAT_TYPES
