@@ -84,8 +84,10 @@ ALSO = {
     # Which implementation was named, and which ran; on what; what caches hold.
     "running": [
         f"pallas_kernels.{name}"
-        for name in ("dispatch", "platform", "tuning", "user_cache", "kv_update.pages", "unpack")
-    ],
+        for name in ("dispatch", "platform", "tuning", "user_cache", "kv_update.pages")
+    ]
+    # What weights are rounded with.
+    + [f"pallas_kernels.{name}" for name in ("codes", "hadamard", "inputs", "quantize", "unpack")],
     "api": ["pallas_kernels.dispatch"],
 }
 

@@ -93,24 +93,24 @@ def _symmetric(
     if act.upper_bound is not None:
         largest = jnp.minimum(largest, act.upper_bound)
     if act.scale == "e8m0":
-        exponent = _exponent(largest) - FLOATS[act.dtype].max_exponent
-        return _power_of_two(jnp.where(largest > 0, exponent, -127))
+        exponent = exponent_of(largest) - FLOATS[act.dtype].max_exponent
+        return power_of_two(jnp.where(largest > 0, exponent, -127))
     if act.scale in ("e8m0_even", "e8m0_even4"):
         # absmax is rounded to the type's mantissa first: half of its last bit carries over.
         mantissa = 1 if act.scale == "e8m0_even4" else FLOATS[act.dtype].mantissa
         half = 1 << (22 - mantissa)
         bits = lax.bitcast_convert_type(largest, jnp.int32) + half
-        exponent = _exponent(lax.bitcast_convert_type(bits, jnp.float32))
-        return _power_of_two(exponent - FLOATS[act.dtype].max_exponent)
+        exponent = exponent_of(lax.bitcast_convert_type(bits, jnp.float32))
+        return power_of_two(exponent - FLOATS[act.dtype].max_exponent)
     scale = by.divide(largest, act.divisor or bounds(act.dtype)[1])
     if act.scale == "e8m0_ceil":
         scale = jnp.maximum(scale, 1e-38)
-        exponent = _exponent(scale)
-        return _power_of_two(exponent + (scale > _power_of_two(exponent)).astype(jnp.int32))
+        exponent = exponent_of(scale)
+        return power_of_two(exponent + (scale > power_of_two(exponent)).astype(jnp.int32))
     if act.scale == "fp8_e4m3":
         assert global_scale is not None
         local = jnp.clip(by.divide(scale, global_scale), 2.0**-9, 448.0)
-        return _to_float(local, "fp8_e4m3", by) * global_scale
+        return to_float(local, "fp8_e4m3", by) * global_scale
     if act.scale != "float32":
         scale = scale.astype(act.scale).astype(jnp.float32)
     return scale
@@ -125,26 +125,26 @@ def nearest(
     bottom, top = bounds(dtype)
     x = by.divide(x, jnp.where(scale == 0, 1, scale))
     if dtype in FLOATS:
-        return _to_float(x, dtype, by)
+        return to_float(x, dtype, by)
     return jnp.clip(by.round(x if zero is None else x + zero), bottom, top)
 
 
-def _to_float(x: jax.Array, dtype: str, by: Arithmetic) -> jax.Array:
+def to_float(x: jax.Array, dtype: str, by: Arithmetic = XLA) -> jax.Array:
     """The nearest number that the small float holds; those beyond its largest are cut to it."""
     bottom, top = bounds(dtype)
     x = jnp.clip(x, bottom, top)
     # How far apart neighbours lie at |x|, no less than subnormals do.
-    exponent = jnp.maximum(_exponent(jnp.abs(x)), FLOATS[dtype].min_exponent)
-    step = _power_of_two(exponent - FLOATS[dtype].mantissa)
+    exponent = jnp.maximum(exponent_of(jnp.abs(x)), FLOATS[dtype].min_exponent)
+    step = power_of_two(exponent - FLOATS[dtype].mantissa)
     return jnp.clip(by.round(x / step) * step, bottom, top)
 
 
-def _exponent(x: jax.Array) -> jax.Array:
+def exponent_of(x: jax.Array) -> jax.Array:
     """floor(log2 x) of positive normal numbers, int32; -127 of smaller ones."""
     return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
+def power_of_two(exponent: jax.Array) -> jax.Array:
     """2 ** exponent, exactly; float32, of exponents cut to -126 to 127."""
     bits = (jnp.clip(exponent, -126, 127) + 127) << 23
     return lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)

@@ -328,12 +328,15 @@ def _shaped(zero_point: np.ndarray, tensors: dict[str, np.ndarray]) -> np.ndarra
 
 
 def _divisor(scale: np.ndarray) -> np.ndarray:
-    """float32 numbers whose reciprocals are these, to the bit where there are such."""
+    """float32 numbers whose reciprocals are these, to the bit where there are such; of several, one
+    that bfloat16 holds, in which they are computed.
+    """
     result = middle = 1 / scale
     for direction in (np.inf, -np.inf):
         near = np.nextafter(middle, np.float32(direction))
         result = np.where((1 / result != scale) & (1 / near == scale), near, result)
-    return result
+    short = middle.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return np.where(1 / short == scale, short, result)
 
 
 def _to_words(stream: np.ndarray) -> np.ndarray:
