@@ -10,6 +10,7 @@ from qjax.formats.compressed_tensors import layer_class
 from qjax.scheme import QuantizationScheme, matches
 
 HEAD = "lm_head"
+ROUTERS = ("gate", "router")
 
 
 def assign(
@@ -20,7 +21,8 @@ def assign(
     """What each layer becomes, by its name; layers that stay as they are have no entry.
 
     A full name goes before a pattern, and a pattern before a class of layers. A GGUF type named for
-    linear layers goes for embeddings, too.
+    linear layers goes for embeddings, too. Routers of experts only go by their full name: a class
+    or a pattern leaves them as they are.
 
     Args:
       modules: shape (..., N, K) of each weight that can be quantized, by module name.
@@ -38,8 +40,9 @@ def assign(
     for module, shape in modules.items():
         if any(_rank(module, target) for target in modifier.ignore):
             continue
+        named = any(module in scheme.targets for scheme in modifier.schemes)
         scheme = _scheme(module, modifier.schemes)
-        if scheme is None:
+        if scheme is None or (module.rpartition(".")[2] in ROUTERS and not named):
             continue
         if not modifier.bypass_divisibility_checks:
             _check_group(module, shape[-1], scheme)

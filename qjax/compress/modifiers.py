@@ -33,7 +33,7 @@ class QuantizationMixin:
       scheme: name of a preset; or {preset: targets}; or the fields of a `QuantizationScheme`.
       kv_cache_scheme: what keys and values are rounded to, or None.
       weight_observer, input_observer: how ranges are found, for all groups; or observer with the
-        keys "weights" and "input".
+        keys "weights" and "input". ("imatrix_mse" serves GGUF types, too.)
       bypass_divisibility_checks: allow a last group that is smaller than the others.
       target_bits: bits a weight that all layers together may take; those of each are chosen by how
         much it suffers. The scheme then gives all but the bits. (LLM Compressor has no such field.)
@@ -82,12 +82,8 @@ class QuantizationMixin:
         return (
             self._always
             or self.kv_cache_scheme is not None
-            or any(
-                (scheme.weights is not None and "imatrix" in (scheme.weights.observer or ""))
-                or (inputs is not None and inputs.dynamic is not True)
-                for scheme in self.schemes
-                for inputs in (scheme.input_activations,)
-            )
+            or any(map(settings.observes_inputs, self.schemes))
+            or (self.weight_observer == "imatrix_mse" and bool(self.schemes))
         )
 
 

@@ -188,6 +188,13 @@ def with_observers(
     return scheme
 
 
+def observes_inputs(scheme: QuantizationScheme) -> bool:
+    """Whether settings of a scheme come from the inputs of its layers."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    importance = weights is not None and "imatrix" in (weights.observer or "")
+    return importance or (inputs is not None and inputs.dynamic is not True)
+
+
 def check_scheme(scheme: QuantizationScheme) -> None:
     names = ", ".join(scheme.targets)
     if not scheme.targets:

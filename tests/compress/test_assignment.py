@@ -64,6 +64,14 @@ def test_experts_go_by_the_name_of_the_first():
     assert bits(modifier, modules) == {"model.layers.0.mlp.experts.gate_proj": 4}
 
 
+def test_routers_go_by_their_name_alone():
+    modules = {**MODULES, "model.layers.0.mlp.gate": (8, 576)}
+    patterns = {"W8A8": ["Linear", "re:.*mlp.*"]}
+    assert "model.layers.0.mlp.gate" not in bits(QuantizationModifier(scheme=patterns), modules)
+    named = {"W8A8": ["model.layers.0.mlp.gate"]}
+    assert bits(QuantizationModifier(scheme=named), modules) == {"model.layers.0.mlp.gate": 8}
+
+
 def test_gguf_types_are_for_embeddings_too():
     found = assign(QuantizationModifier(scheme="Q4_K_M"), MODULES)
     assert set(found) == set(MODULES)
