@@ -60,26 +60,39 @@ def load(
 def save(
     params: Params,
     folder: str | PathLike[str],
-    quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
+    format: str | QuantizationConfig | Mapping[str, Any] | None = None,
+    *,
+    dtype: str | None = None,
+    dense: Sequence[str] = (),
+    lossy: bool = False,
 ) -> Path:
     """Saves a model as a folder of safetensors, with config.json and tokenizer.
 
     Args:
-      params: from `qjax.load`, of a folder (not of a GGUF file) that is still there.
+      params: from `qjax.load`, of files that are still there; its tree may hold other weights.
       folder: must not exist, or be empty. It appears complete or not at all.
-      quantization_config: another format, as an object or as the dict that config.json will hold;
-        None keeps the format that the weights are in.
+      format: "compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8" or "hqq": its settings are
+        derived from the weights. "safetensors" (or "dense") dequantizes them. A dict is taken for
+        the quantization_config of config.json, also of any other method that is saved. None keeps
+        the format that was loaded.
+      dtype: "float32", "bfloat16" or "float16": of all that is not quantized. None keeps that as
+        it is, with float32 for what is dequantized.
+      dense: layers to be dequantized where the format cannot hold them: names, "re:" and a pattern,
+        or a class ("Embedding").
+      lossy: allows that numbers are rounded where the format holds fewer digits of them, as 16 bits
+        of a float32 scale; else that is an error.
 
     Returns:
       The folder.
 
     Raises:
       CheckpointError: the folder holds something, or the source has gone.
-      UnsupportedError: the format cannot hold one of the weights, or is not written by qjax.
+      UnsupportedError: the format cannot hold one of the weights (which is named, with the formats
+        that could), or is not written by qjax.
     """
     from qjax.checkpoint import saver
 
-    return saver.save(params, folder, quantization_config)
+    return saver.save(params, folder, format, dtype=dtype, dense=dense, lossy=lossy).folder
 
 
 def generate(

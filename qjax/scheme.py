@@ -148,3 +148,25 @@ def scheme_for(
         if rank > best:
             best, found = rank, scheme
     return found
+
+
+def targets_of(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Targets that name some modules, and none of the others.
+
+    A kind of layer ("self_attn.q_proj", in whatever layer and expert) becomes one pattern where no
+    other module is of it; else each module is named.
+    """
+    foreign = {_kind(module) for module in others}
+    found: dict[str, None] = {}
+    for module in modules:
+        kind = _kind(module)
+        pattern = re.escape(kind).replace("NUMBER", r"\d+")
+        alone = kind != module and kind not in foreign
+        found[f"re:.*\\b{pattern}$" if alone else module] = None
+    return list(found)
+
+
+def _kind(module: str) -> str:
+    """What a module is called in every layer, with NUMBER for that of an expert."""
+    inside = re.sub(r"^(.*\.)?layers\.\d+\.", "", module)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "NUMBER", inside)

@@ -153,6 +153,28 @@ def fused_into(module: str, config: ModelConfig) -> list[str]:
     ]
 
 
+# Model types whose classes have them so.
+_JOINED = {"phi3": ("qkv_proj", "gate_up_proj"), "gpt_oss": ("gate_up_proj",)}
+_MIXTRAL_NAMES = {part: name for name, part in _MIXTRAL_PARTS.items()}
+
+
+def joined_module(module: str, config: ModelConfig) -> str | None:
+    """The joined module that holds a module in its Hugging Face class; None where it is alone."""
+    found = fused_into(module, config)
+    wanted = _JOINED.get(config.model_type, ())
+    return next((name for name in found if name.rpartition(".")[2] in wanted), None)
+
+
+def stored_name(module: str, last: str, config: ModelConfig) -> str:
+    """What safetensors of its Hugging Face class call a parameter: the way back of `hf_name`."""
+    if are_gpt_oss_experts(module, config):
+        return module if last == "weight" else f"{module}_{last}"
+    if config.model_type == "mixtral" and ".experts." in module:
+        parent, _, part = module.rpartition(".")
+        module = f"{parent}.{_MIXTRAL_NAMES[part]}"
+    return f"{module}.{last}"
+
+
 def rows_of(
     module: str, fused: str, config: ModelConfig, expected: Mapping[str, tuple[int, ...]]
 ) -> tuple[slice, int]:

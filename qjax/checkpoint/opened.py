@@ -67,6 +67,7 @@ class Opened:
             self.ignored,
             self.norm_offset,
             self.quantize_activations,
+            None if self.folder is not None else Path(self.files.path),
         )
 
 

@@ -66,6 +66,7 @@ class Origin:
 
     Attributes:
       folder: where the checkpoint lies; None for a GGUF file.
+      file: of a GGUF model; None for a folder.
       fields: of its config.json.
       quantization: its format.
       plan: where each parameter came from.
@@ -81,6 +82,7 @@ class Origin:
     ignored: frozenset[str]
     norm_offset: float
     quantize_activations: bool
+    file: Path | None = None
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes that each parameter takes in the checkpoint; a part of a joined one, its share."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from pallas_kernels import codes
 from qjax.errors import UnsupportedError
-from qjax.formats import weights
+from qjax.formats import exact, weights
 from qjax.formats.base import (
     PLAIN,
     Arrays,
@@ -27,8 +27,11 @@ from qjax.formats.base import (
     Stored,
     expect,
     fault,
+    is_embedding,
+    is_plain,
+    no_checkpoint,
 )
-from qjax.formats.dynamic import Dynamic, LayerSettings, find, read
+from qjax.formats.dynamic import Dynamic, LayerSettings, find, read, settings_for
 from qjax.formats.history import HISTORY
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
@@ -115,6 +118,41 @@ class AWQ(QuantizationConfig):
 
     def to_config(self) -> dict[str, Any]:
         return dict(self.values)
+
+    @classmethod
+    def adapted(cls, module: str, weight: QArray, lossy: bool, dtype: str) -> QArray:
+        return exact.with_zero_points(exact.integers(module, weight, lossy, ""))
+
+    @classmethod
+    def for_weights(cls, weights: Mapping[str, QArray], kv_scales: int = 0) -> Self:
+        """In AutoAWQ's gemm layout, with 4 bits and zero points (8 where there are none)."""
+        found = settings_for("AWQ", weights, kv_scales)
+        sizes = {
+            module: -1 if own.group_size == weights[module].shape[1] else own.group_size
+            for module, own in found.items()
+        }
+        first = next(iter(found))
+        for module, own in found.items():
+            if own.bits != 4 or own.desc_act:
+                what = "columns in another order" if own.desc_act else f"{own.bits} bits"
+                raise UnsupportedError(f"{module}: AWQ has no layout for {what}")
+            if sizes[module] != sizes[first]:
+                raise UnsupportedError(
+                    f"{module}: AWQ has one size of groups, but these have {own.group_size} columns"
+                    f" and those of {first} {found[first].group_size}"
+                )
+        # A name is taken for any that it is a part of: routers ("mlp.gate") are left out.
+        plain = [m for m, w in weights.items() if is_plain(w) and not is_embedding(m)]
+        excluded = [m for m in plain if not any(m in module for module in found)]
+        config = {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": sizes[first],
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": excluded or None,
+        }
+        return cls.from_config(config, no_checkpoint())
 
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
         if self.version != "gemm":

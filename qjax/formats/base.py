@@ -126,6 +126,37 @@ class QuantizationConfig:
         """
         return None
 
+    @classmethod
+    def adapted(cls, module: str, weight: QArray, lossy: bool, dtype: str) -> QArray:
+        """The same weight in the words that this format has for it, where it has some.
+
+        Args:
+          weight: canonical, on the host, not plain.
+          lossy: whether its numbers may be rounded to what the format holds.
+          dtype: of the model, as config.json will say it.
+
+        Raises:
+          UnsupportedError: they would have to be, and `lossy` is false.
+        """
+        return weight
+
+    @classmethod
+    def for_weights(cls, weights: Mapping[str, QArray], kv_scales: int = 0) -> Self:
+        """The settings with which this format holds a model: what `save` writes by its name.
+
+        Args:
+          weights: of all linear layers and the embedding by their names, plain ones too, as
+            `adapted` gave them. Arrays may be only shapes and dtypes.
+          kv_scales: how many scales each layer has for its keys and for its values.
+
+        Raises:
+          UnsupportedError: it cannot hold one of them, which is named, or not all in one model.
+        """
+        raise UnsupportedError(
+            f"{cls.name} can be saved with given settings only: `format` may be the dict that "
+            "config.json is to hold"
+        )
+
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
         """The tensors that `layer` would read this canonical weight from; what `save` writes.
 
@@ -143,6 +174,25 @@ class QuantizationConfig:
             f"qjax does not write {self.name} checkpoints; give `save` the quantization_config of "
             "another method that holds such weights (`qjax methods --support` lists what is saved)"
         )
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module is the table of token embeddings, by its name."""
+    return module.endswith("embed_tokens")
+
+
+def is_plain(weight: QArray) -> bool:
+    """Whether it is a float array as checkpoints without quantization have it."""
+    return weight.qtype in PLAIN and weight.act is None and not weight.aux
+
+
+def no_checkpoint(file: str = "quantization_config") -> Checkpoint:
+    """What a format may know of a checkpoint that is yet to be written: nothing."""
+
+    def read(name: str) -> np.ndarray:
+        raise UnsupportedError(f"{file}: {name} cannot be read before it is written")
+
+    return Checkpoint(file, {}, {}, read)
 
 
 @dataclass(frozen=True)

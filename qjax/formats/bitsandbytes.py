@@ -28,6 +28,9 @@ from qjax.formats.base import (
     Stored,
     expect,
     fault,
+    is_embedding,
+    is_plain,
+    no_checkpoint,
 )
 from qjax.qarray import ActSpec, QArray
 from qjax.registry import register_quantization_config
@@ -152,13 +155,46 @@ class BitsAndBytes(QuantizationConfig):
     def to_config(self) -> dict[str, Any]:
         return dict(self.values)
 
+    @classmethod
+    def for_weights(cls, weights: Mapping[str, QArray], kv_scales: int = 0) -> Self:
+        if kv_scales:
+            raise UnsupportedError("bitsandbytes: has no place for scales of a key-value cache")
+        kinds = {m: _kind_of(m, w) for m, w in weights.items() if not is_plain(w)}
+        if not kinds:
+            raise UnsupportedError("bitsandbytes: no weight of this model is quantized")
+        first, kind = next(iter(kinds.items()))
+        for module, other in kinds.items():
+            if other != kind:
+                raise UnsupportedError(
+                    f"{module}: bitsandbytes holds weights of one kind, but this is {other[0]} and "
+                    f"{first} is {kind[0]}"
+                )
+        name, threshold, rounded = kind
+        plain = [m for m, w in weights.items() if is_plain(w) and not is_embedding(m)]
+        config = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": name != "int8",
+            "load_in_8bit": name == "int8",
+            "llm_int8_threshold": threshold,
+            # The head is left alone where nothing is said.
+            "llm_int8_skip_modules": None if plain in ([], ["lm_head"]) else plain,
+        }
+        if name != "int8":
+            config |= {
+                "bnb_4bit_quant_type": name,
+                "bnb_4bit_use_double_quant": False,
+                "bnb_4bit_compute_dtype": rounded or "float32",
+                "bnb_4bit_quant_storage": "uint8",
+            }
+        return cls.from_config(config, no_checkpoint())
+
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
         n, k = weight.shape
         scale = np.asarray(weight.scale)
         if weight.qtype == "int8" and weight.group == (1, k) and weight.qvalue.ndim == 2:
             return {
                 "weight": np.asarray(weight.qvalue).view(np.int8),
-                "SCB": (scale * np.float32(127)).reshape(n),
+                "SCB": _largest(scale).reshape(n),
                 "weight_format": np.zeros((), np.uint8),
             }
         if weight.qtype != "lookup4" or weight.group is None or weight.qvalue.ndim != 2:
@@ -180,6 +216,49 @@ class BitsAndBytes(QuantizationConfig):
         }
 
 
+def _kind_of(module: str, weight: QArray) -> tuple[str, float, str | None]:
+    """ "nf4", "fp4" or "int8", the threshold of outliers, and what weights are rounded to.
+
+    Raises:
+      UnsupportedError: bitsandbytes has no such weights.
+    """
+    k = weight.shape[1]
+    odd = weight.zero_point is not None or weight.additive or any(weight.hadamard)
+    if not odd and weight.qtype == "int8" and weight.group == (1, k) and not weight.aux:
+        outliers = None if weight.act is None else weight.act.outliers
+        if weight.act == replace(_INT8, outliers=outliers):
+            return "int8", outliers or 0.0, None
+    if not odd and weight.qtype == "lookup4" and set(weight.aux) == {"codebook"} and not weight.act:
+        book = np.asarray(weight.aux["codebook"], np.float32).reshape(-1)
+        for name, values in _CODEBOOKS.items():
+            if np.allclose(book, values, rtol=0, atol=1e-6):
+                return name, 6.0, weight.rounded
+    inputs = "" if weight.act is None else f" with inputs in {weight.act.dtype}"
+    raise UnsupportedError(
+        f"{module}: bitsandbytes has no layout for {weight.qtype} in groups of {weight.group}"
+        f"{inputs}; it has nf4 and fp4 codebooks, and int8 rows whose inputs are int8 too"
+    )
+
+
+def _largest(scale: np.ndarray) -> np.ndarray:
+    """The largest values of rows, whose 127th parts are these scales, to the bit where there are
+    such numbers."""
+    scale = scale.astype(np.float32)
+    result = scale * np.float32(127)
+    for direction in (np.inf, -np.inf):
+        near = np.nextafter(result, np.float32(direction))
+        fits = (result / np.float32(127) != scale) & (near / np.float32(127) == scale)
+        result = np.where(fits, near, result)
+    return result
+
+
+# QLoRA, appendix E; and the sign, 2 bits of exponent and 1 of mantissa of fp4, by its largest.
+_NF4 = (
+    *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+)
+_FP4 = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
+_CODEBOOKS = {"nf4": np.array(_NF4), "fp4": np.array([*_FP4, *(-value for value in _FP4)])}
 # Of weights that the tool has dequantized.
 _DTYPES = {"float32": None, "bfloat16": "bfloat16", "float16": "float16"}
 

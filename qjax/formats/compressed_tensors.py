@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from qjax.errors import CheckpointError, UnsupportedError
-from qjax.formats import ct_layouts, weights
+from qjax.errors import UnsupportedError
+from qjax.formats import ct_config, ct_layouts, exact, weights
 from qjax.formats.base import (
     PLAIN,
     Arrays,
@@ -25,10 +25,12 @@ from qjax.formats.base import (
     dense_layer,
     expect,
     fault,
+    is_embedding,
+    no_checkpoint,
 )
 from qjax.formats.ct_frozen import frozen
 from qjax.formats.ct_transforms import Transform, read_transforms
-from qjax.qarray import ActSpec, QArray
+from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 from qjax.scheme import STRATEGIES, QuantizationArgs, QuantizationScheme, is_ignored, scheme_for
 
@@ -38,7 +40,6 @@ FORMATS = (
     *("mxfp6-pack-quantized", "mxfp8-quantized"),
 )
 _IN_BYTES = ("int-quantized", "naive-quantized")
-_FLOAT_TYPES = {4: "fp4_e2m1", 6: "fp6_e2m3", 8: "fp8_e4m3"}
 
 
 @register_quantization_config("compressed-tensors", "compressed_tensors", "sparseml")
@@ -139,6 +140,18 @@ class CompressedTensors(QuantizationConfig):
             (*plan.ignores, *known),
         )
 
+    @classmethod
+    def adapted(cls, module: str, weight: QArray, lossy: bool, dtype: str) -> QArray:
+        packed = exact.codes_only(module, weight, lossy)
+        # Bytes are packed where inputs are not rounded: other engines know them only so.
+        if weight.qtype == "int8" and weight.act is not None:
+            return replace(weight, rounded=packed.rounded)
+        return ct_layouts.with_divisors(module, packed, lossy)
+
+    @classmethod
+    def for_weights(cls, weights: Mapping[str, QArray], kv_scales: int = 0) -> Self:
+        return cls.from_config(ct_config.config_for(weights, kv_scales), no_checkpoint())
+
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
         """The tensors that `layer` reads, integers packed unless the config says otherwise."""
         scheme = scheme_for(module, self.schemes, layer_class(module))
@@ -156,7 +169,7 @@ class CompressedTensors(QuantizationConfig):
 
 def layer_class(module: str) -> str:
     """The class that targets name a module by."""
-    return "Embedding" if module.endswith("embed_tokens") else "Linear"
+    return "Embedding" if is_embedding(module) else "Linear"
 
 
 def _refuse_sparse(keys: Keys) -> None:
@@ -213,7 +226,7 @@ def read_args(keys: Keys, name: str) -> QuantizationArgs | None:
         observer_kwargs=args.get("observer_kwargs", dict, {}),
     )
     args.done()
-    bits = range(2, 9) if found.type == "int" else _FLOAT_TYPES
+    bits = range(2, 9) if found.type == "int" else ct_config.FLOAT_TYPES
     if found.num_bits not in bits:
         raise UnsupportedError(
             f"{args.file}: {args.prefix}num_bits {found.num_bits} of type {found.type} is not "
@@ -245,7 +258,7 @@ def _with_inputs(
     lead = shape[:-2]
     if args is None:
         return replace(plan, ignores=(*plan.ignores, *ct_layouts.INPUT_TENSORS))
-    act = act_spec(args, stored)
+    act = ct_config.act_spec(args, next(iter(stored.values())).file)
     reads = []
     one = (tuple(lead), (*lead, 1), (*lead, 1, 1))
     if not act.dynamic:
@@ -275,33 +288,3 @@ def _with_inputs(
 
     unused = tuple(s for s in ct_layouts.INPUT_TENSORS if s not in reads)
     return Layer((*plan.reads, *reads), with_inputs, (*plan.ignores, *unused))
-
-
-def act_spec(args: QuantizationArgs, stored: Stored) -> ActSpec:
-    """What `input_activations` means. Formulas: `calculate_qparams` of compressed-tensors."""
-    if args.strategy in ("channel", "block", "attn_head"):
-        record = next(iter(stored.values()))
-        raise CheckpointError(
-            f"input_activations have strategy {args.strategy!r}", file=record.file
-        )
-    if args.type == "int":
-        dtype, divisor = f"int{args.num_bits}", ((1 << args.num_bits) - 1) / 2
-    else:
-        dtype, divisor = _FLOAT_TYPES[args.num_bits], None
-    scale = "float32"
-    if args.strategy == "tensor_group":
-        scale = "fp8_e4m3"
-    elif args.scale_dtype == "torch.uint8" or (
-        args.strategy == "group" and args.type == "float" and args.num_bits < 8
-    ):
-        scale = "e8m0_even4"
-    grouped = args.strategy in ("group", "tensor_group")
-    return ActSpec(
-        dtype,
-        "group" if grouped else args.strategy,
-        bool(args.dynamic),
-        symmetric=args.symmetric,
-        group_size=(args.group_size or 16) if grouped else None,
-        scale=scale,
-        divisor=divisor,
-    )

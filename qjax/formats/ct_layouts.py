@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import ml_dtypes
@@ -10,7 +11,7 @@ import numpy as np
 
 from pallas_kernels import codes
 from qjax.errors import UnsupportedError
-from qjax.formats import marlin, weights
+from qjax.formats import exact, marlin, weights
 from qjax.formats.base import PLAIN, Arrays, Layer, Record, Stored, expect, fault
 from qjax.qarray import QArray
 from qjax.scheme import QuantizationArgs
@@ -316,7 +317,10 @@ def encode(module: str, weight: QArray, *, packed: bool = True) -> dict[str, np.
     for suffix, key in (("input_scale", "act_scale"), ("input_zero_point", "act_zero_point")):
         if key in weight.aux:
             value = np.asarray(weight.aux[key]).reshape(*lead, 1)
-            tensors[suffix] = value.astype(np.int8) if suffix == "input_zero_point" else value
+            # The tool holds the scales of a layer in one dtype.
+            short = np.float32 if scale.dtype.itemsize != 2 else scale.dtype
+            stored = value.astype(np.int8 if suffix == "input_zero_point" else short)
+            tensors[suffix] = stored if (stored == value).all() else value
     if "act_global_scale" in weight.aux:
         divisor = _divisor(np.asarray(weight.aux["act_global_scale"]))
         tensors["input_global_scale"] = divisor.reshape(*lead, 1)
@@ -337,6 +341,25 @@ def _divisor(scale: np.ndarray) -> np.ndarray:
         result = np.where((1 / result != scale) & (1 / near == scale), near, result)
     short = middle.astype(ml_dtypes.bfloat16).astype(np.float32)
     return np.where(1 / short == scale, short, result)
+
+
+def with_divisors(module: str, weight: QArray, lossy: bool) -> QArray:
+    """The weight with the scales of whole tensors that come of their stored reciprocals.
+
+    Raises:
+      UnsupportedError: these are others, and `lossy` is false.
+    """
+    aux = dict(weight.aux)
+    for key in ("global_scale", "act_global_scale"):
+        if key in aux:
+            aux[key] = 1 / _divisor(np.asarray(aux[key], np.float32))
+            change = exact.relative_change(weight.aux[key], aux[key])
+            if change and not lossy:
+                raise UnsupportedError(
+                    f"{module}: compressed-tensors stores the reciprocal of its {key}, which "
+                    f"changes it by {change:.1e}; lossy=True (--lossy) allows that"
+                )
+    return replace(weight, aux=aux)
 
 
 def _to_words(stream: np.ndarray) -> np.ndarray:

@@ -7,12 +7,19 @@ their settings. The first one that matches the beginning of a name counts.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from pallas_kernels import codes
 from qjax.errors import UnsupportedError
 from qjax.formats import weights
-from qjax.formats.base import Keys
+from qjax.formats.base import Keys, is_embedding, is_plain
 from qjax.formats.history import CALIBRATION
+from qjax.qarray import QArray
+from qjax.scheme import targets_of
 
 
 class LayerSettings(NamedTuple):
@@ -48,6 +55,76 @@ def read(keys: Keys, default: LayerSettings) -> Dynamic:
 def find(dynamic: Dynamic, module: str, default: LayerSettings) -> LayerSettings | None:
     """The settings of a layer, or None for one that is left unquantized."""
     return next((own for pattern, own in dynamic if pattern.match(module)), default)
+
+
+def settings_for(
+    name: str, weights: Mapping[str, QArray], kv_scales: int
+) -> dict[str, LayerSettings]:
+    """The settings of each quantized layer of a model, group_size in columns.
+
+    Args:
+      name: of the format, for messages.
+
+    Raises:
+      UnsupportedError: a weight is no integers in groups of columns, with nothing beside.
+    """
+    if kv_scales:
+        raise UnsupportedError(
+            f"{name} checkpoints say nothing of the key-value cache, but this model has scales of "
+            "its own; compressed-tensors holds them"
+        )
+    found = {}
+    for module, weight in weights.items():
+        if is_plain(weight):
+            continue
+        code, group = codes.CODES.get(weight.qtype), weight.group or (0, 0)
+        if code is None or code.kind != "uint" or group[0] != 1 or is_embedding(module):
+            what = "embedding" if is_embedding(module) else "layer"
+            raise UnsupportedError(
+                f"{module}: {name} has no layout for the {what} of {weight.qtype} in groups of "
+                f"{weight.group}"
+            )
+        odd = sorted(weight.aux.keys() - {"perm"})
+        zero = weight.zero_point
+        floats = weight.additive or (zero is not None and np.dtype(zero.dtype).kind not in "iu")
+        if odd or weight.act or floats or any(weight.hadamard):
+            what = "rounded inputs" if weight.act else odd[0] if odd else "float zero points"
+            raise UnsupportedError(f"{module}: {name} has no layout for weights with {what}")
+        sym, sorted_ = weight.zero_point is None, "perm" in weight.aux
+        found[module] = LayerSettings(code.bits, group[1], sym, sorted_)
+    if not found:
+        raise UnsupportedError(f"{name}: no weight of this model is quantized")
+    return found
+
+
+def config_for(name: str, weights: Mapping[str, QArray], kv_scales: int) -> dict[str, Any]:
+    """`bits`, `group_size`, `sym`, `desc_act` and `dynamic` that hold a model, see `settings_for`.
+
+    Most layers have the general settings; a group of whole rows is -1.
+    """
+    found = settings_for(name, weights, kv_scales)
+    named = {
+        module: own._replace(group_size=-1) if own.group_size == weights[module].shape[1] else own
+        for module, own in found.items()
+    }
+    (general, _), *_ = Counter(named.values()).most_common(1)
+    special: dict[LayerSettings, list[str]] = {}
+    for module, own in named.items():
+        if own != general:
+            special.setdefault(own, []).append(module)
+    entries: dict[str, Any] = {}
+    for own, modules in special.items():
+        others = [module for module in weights if module not in set(modules)]
+        entries |= {f"+:{pattern}": own._asdict() for pattern in _patterns(modules, others)}
+    left = [m for m, w in weights.items() if is_plain(w) and m != "lm_head" and not is_embedding(m)]
+    entries |= {f"-:{pattern}": {} for pattern in _patterns(left, found)}
+    return general._asdict() | ({"dynamic": entries} if entries else {})
+
+
+def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Regular expressions that match the beginning of these names, and of none of the others."""
+    targets = targets_of(modules, others)
+    return [t[3:] if t.startswith("re:") else "^" + re.escape(t) + "$" for t in targets]
 
 
 def bits_of(keys: Keys, bits: int | None) -> int:

@@ -28,6 +28,9 @@ from qjax.formats.base import (
     dense_layer,
     expect,
     fault,
+    is_embedding,
+    is_plain,
+    no_checkpoint,
 )
 from qjax.qarray import ActSpec, QArray
 from qjax.registry import register_quantization_config
@@ -35,6 +38,7 @@ from qjax.registry import register_quantization_config
 _SCALES = (*PLAIN, "f8_e8m0")
 _TOKEN = ActSpec("fp8_e4m3", "token", True)
 _STATIC = ActSpec("fp8_e4m3", "tensor", False)
+_BLOCK = ActSpec("fp8_e4m3", "group", True, group_size=128)
 _INPUT_SCALES = ("input_scale", "activation_scale")
 # Keys of GPTQModel that say nothing about how its 8-bit floats are read.
 _GPTQMODEL = (
@@ -163,8 +167,25 @@ class Fp8(QuantizationConfig):
             return _STATIC
         if block_columns is not None:
             scale = "e8m0_ceil" if self.powers_of_two else "float32"
-            return ActSpec("fp8_e4m3", "group", True, group_size=block_columns, scale=scale)
+            return replace(_BLOCK, group_size=block_columns, scale=scale)
         return replace(_TOKEN, upper_bound=self.upper_bound)
+
+    @classmethod
+    def for_weights(cls, weights: Mapping[str, QArray], kv_scales: int = 0) -> Self:
+        quantized = {m: w for m, w in weights.items() if not is_plain(w)}
+        kinds = {module: _config_of(module, weight) for module, weight in quantized.items()}
+        config = next(iter(kinds.values()), None)
+        if config is None:
+            raise UnsupportedError("fp8: no weight of this model is quantized")
+        for module, other in kinds.items():
+            if other != config:
+                raise UnsupportedError(
+                    f"{module}: fp8 holds weights of one kind, but this is {other} beside {config}"
+                )
+        plain = [m for m in weights if m not in quantized and not is_embedding(m)]
+        # vLLM reads the first, transformers the second.
+        excluded = {"ignored_layers": plain, "modules_to_not_convert": plain}
+        return cls.from_config(config | excluded, no_checkpoint())
 
     def to_config(self) -> dict[str, Any]:
         if self.online:
@@ -193,6 +214,45 @@ class Fp8(QuantizationConfig):
         if "act_scale" in weight.aux:
             tensors["input_scale"] = np.asarray(weight.aux["act_scale"]).reshape(lead)
         return tensors
+
+
+def _config_of(module: str, weight: QArray) -> dict[str, Any]:
+    """The config of a model of such weights, without the layers that are not quantized.
+
+    Raises:
+      UnsupportedError: there is none.
+    """
+    act, group = weight.act, weight.group
+    if weight.qtype != "fp8_e4m3" or group is None or is_embedding(module):
+        raise UnsupportedError(f"{module}: fp8 has no layout for {weight.qtype} weights")
+    odd = sorted(weight.aux.keys() - {"act_scale"})
+    if odd or weight.zero_point is not None or weight.rounded or any(weight.hadamard):
+        what = odd[0] if odd else "zero points, rotations or rounding"
+        raise UnsupportedError(f"{module}: fp8 has no layout for weights with {what}")
+    if act is None:
+        raise UnsupportedError(
+            f"{module}: fp8 checkpoints round inputs too, but those of this weight are not"
+        )
+    n, k = weight.shape
+    if act.strategy == "group":
+        config = {"activation_scheme": "dynamic", "weight_block_size": list(group)}
+        if act.scale == "e8m0_ceil":
+            config["scale_fmt"] = "ue8m0"
+        found = replace(_BLOCK, group_size=group[1], scale=act.scale)
+    elif group == (n, k):
+        config = {"activation_scheme": "dynamic" if act.dynamic else "static"}
+        found = _TOKEN if act.dynamic else _STATIC
+    elif group == (1, k) and act.upper_bound is not None:
+        config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": act.upper_bound}
+        found = replace(_TOKEN, upper_bound=act.upper_bound)
+    else:
+        raise UnsupportedError(
+            f"{module}: fp8 checkpoints have a scale a weight or a block, but this has groups of "
+            f"{group}"
+        )
+    if found != act or act.scale not in ("float32", "e8m0_ceil"):
+        raise UnsupportedError(f"{module}: fp8 has no words for inputs rounded by {act}")
+    return {"quant_method": "fp8"} | config
 
 
 def _inverted(decode: Callable[[Arrays], QArray]) -> Callable[[Arrays], QArray]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels import codes
 from qjax.errors import UnsupportedError
-from qjax.formats import awq, weights
+from qjax.formats import awq, exact, weights
 from qjax.formats.base import (
     PLAIN,
     Arrays,
@@ -26,8 +26,10 @@ from qjax.formats.base import (
     Stored,
     expect,
     fault,
+    is_plain,
+    no_checkpoint,
 )
-from qjax.formats.dynamic import Dynamic, LayerSettings, bits_of, find, read
+from qjax.formats.dynamic import Dynamic, LayerSettings, bits_of, config_for, find, read
 from qjax.formats.history import HISTORY
 from qjax.qarray import QArray
 from qjax.registry import quantization_config, register_quantization_config
@@ -135,6 +137,31 @@ class GPTQ(QuantizationConfig):
     def to_config(self) -> dict[str, Any]:
         return dict(self.values)
 
+    @classmethod
+    def adapted(cls, module: str, weight: QArray, lossy: bool, dtype: str) -> QArray:
+        return exact.integers(module, weight, lossy, dtype)
+
+    @classmethod
+    def for_weights(cls, weights: Mapping[str, QArray], kv_scales: int = 0) -> Self:
+        """In the first version of the format; with zero points in the second, since other tools do
+        not agree on how the first stores one of 0.
+        """
+        zeros = any(weight.zero_point is not None for weight in weights.values())
+        layout = "gptq_v2" if zeros else "gptq"
+        config = config_for("GPTQ", weights, kv_scales) | {
+            "quant_method": "gptq",
+            "checkpoint_format": layout,
+            "format": layout,
+            "pack_dtype": "int32",
+            "lm_head": "lm_head" in weights and not is_plain(weights["lm_head"]),
+        }
+        made = cls.from_config(config, no_checkpoint())
+        for module, weight in weights.items():
+            settings = made.settings_of(module)
+            if settings is not None and not is_plain(weight):
+                _require_layout(module, weight, settings)
+        return made
+
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
         settings = self.settings_of(module)
         if settings is None:
@@ -239,12 +266,11 @@ def scale_in(scale: np.ndarray, dtype: str) -> np.ndarray:
     return scale.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
 
 
-def encode(module: str, weight: QArray, settings: Settings) -> dict[str, np.ndarray]:
-    """The tensors that `layer` reads, for integers in groups of columns."""
+def _require_layout(module: str, weight: QArray, settings: Settings) -> None:
+    """Raises UnsupportedError for a weight that `encode` has no tensors for."""
     bits = settings.bits
     n, k = weight.shape
-    half = 1 << (bits - 1)
-    names = {f"uint{bits}", f"uint{bits}b{half}"}
+    names = {f"uint{bits}", f"uint{bits}b{1 << (bits - 1)}"}
     group = weight.group or (0, 0)
     if weight.qtype not in names or group[0] != 1 or weight.additive or bits in settings.planar:
         raise UnsupportedError(
@@ -256,9 +282,15 @@ def encode(module: str, weight: QArray, settings: Settings) -> dict[str, np.ndar
         )
     if k * bits % 32 or n * bits % 32 or weight.aux.keys() - {"perm"}:
         raise UnsupportedError(f"{module}: GPTQ has no layout for {(n, k)} weights as these")
+
+
+def encode(module: str, weight: QArray, settings: Settings) -> dict[str, np.ndarray]:
+    """The tensors that `layer` reads, for integers in groups of columns."""
+    _require_layout(module, weight, settings)
+    bits, n = settings.bits, weight.shape[0]
     stream, g_idx = weights.unsort_columns(weight)
     scale = np.asarray(weight.scale)
-    zero = np.full(scale.shape, half, np.uint8)
+    zero = np.full(scale.shape, 1 << (bits - 1), np.uint8)
     if weight.zero_point is not None:
         zero = np.asarray(weight.zero_point)
     if 32 % bits and settings.zero_offset:

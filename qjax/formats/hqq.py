@@ -17,7 +17,7 @@ import numpy as np
 
 from pallas_kernels import codes
 from qjax.errors import UnsupportedError
-from qjax.formats import weights
+from qjax.formats import exact, weights
 from qjax.formats.base import (
     PLAIN,
     Arrays,
@@ -29,6 +29,9 @@ from qjax.formats.base import (
     Stored,
     expect,
     fault,
+    is_embedding,
+    is_plain,
+    no_checkpoint,
 )
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
@@ -140,14 +143,51 @@ class HQQ(QuantizationConfig):
 
     def _said(self, module: str) -> _Settings | None:
         """What the config says of a layer, by the end of its name, or of all."""
-        tag = re.sub(r"^.*\blayers\.\d+\.", "", module)
-        return self.settings.get(tag, self.settings.get(""))
+        return self.settings.get(_tag(module), self.settings.get(""))
 
     def to_config(self) -> dict[str, Any]:
         return dict(self.values)
 
+    @classmethod
+    def adapted(cls, module: str, weight: QArray, lossy: bool, dtype: str) -> QArray:
+        weight = exact.codes_only(module, weight, lossy)
+        zero, scale = weight.zero_point, weight.scale
+        if zero is None or scale is None or (np.asarray(zero).astype(scale.dtype) == zero).all():
+            return weight
+        # Scales and zero points have one dtype, which has to hold both.
+        return exact.with_scales(module, weight, "float32", lossy)
+
+    @classmethod
+    def for_weights(cls, weights: Mapping[str, QArray], kv_scales: int = 0) -> Self:
+        if kv_scales:
+            raise UnsupportedError("hqq: has no place for scales of a key-value cache")
+        settings: dict[str, dict[str, Any]] = {}
+        for module, weight in weights.items():
+            if is_plain(weight):
+                continue
+            _require_layout(module, weight)
+            assert weight.group is not None
+            axis = 1 if weight.group[0] == 1 else 0
+            own = {"nbits": codes.CODES[weight.qtype].bits, "axis": axis}
+            own = {"weight_quant_params": own | {"group_size": weight.group[axis]}}
+            if settings.setdefault(_tag(module), own) != own:
+                raise UnsupportedError(
+                    f"{module}: hqq has one setting for all layers of this name, but some have "
+                    f"{settings[_tag(module)]} and this has {own}"
+                )
+        if not settings:
+            raise UnsupportedError("hqq: no weight of this model is quantized")
+        plain = [m for m, w in weights.items() if is_plain(w) and not is_embedding(m)]
+        config = {"quant_method": "hqq", "quant_config": settings, "skip_modules": plain}
+        return cls.from_config(config, no_checkpoint())
+
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
         return _encode(module, weight, self._said(module))
+
+
+def _tag(module: str) -> str:
+    """The end of a layer's name, by which it has settings of its own."""
+    return re.sub(r"^.*\blayers\.\d+\.", "", module)
 
 
 def _settings(keys: Keys) -> _Settings:
@@ -254,17 +294,10 @@ def _unpack(words: np.ndarray, packing: _Packing) -> np.ndarray:
     return np.concatenate(parts).astype(np.uint8)
 
 
-def _encode(module: str, weight: QArray, said: _Settings | None) -> dict[str, np.ndarray]:
-    """The tensors that a layer is read from, its settings among them.
-
-    Raises:
-      UnsupportedError: HQQ has no layout for such a weight, or the config says another.
-    """
-    code, (n, k), (rows, columns) = (
-        codes.CODES.get(weight.qtype),
-        weight.shape,
-        weight.group or (0, 0),
-    )
+def _require_layout(module: str, weight: QArray) -> str:
+    """The type of a weight; UnsupportedError where HQQ has no layout for it."""
+    code, (n, k) = codes.CODES.get(weight.qtype), weight.shape
+    rows, columns = weight.group or (0, 0)
     if (
         code is None
         or code.kind != "uint"
@@ -273,11 +306,24 @@ def _encode(module: str, weight: QArray, said: _Settings | None) -> dict[str, np
         or k % columns
         or weight.additive
         or weight.qvalue.ndim != 2
+        or weight.act is not None
+        or any(weight.hadamard)
         or weight.aux.keys() - {"output_perm"}
     ):
         raise UnsupportedError(
             f"{module}: HQQ has no layout for {weight.qtype} weights in groups of {weight.group}"
         )
+    return weight.qtype
+
+
+def _encode(module: str, weight: QArray, said: _Settings | None) -> dict[str, np.ndarray]:
+    """The tensors that a layer is read from, its settings among them.
+
+    Raises:
+      UnsupportedError: HQQ has no layout for such a weight, or the config says another.
+    """
+    code, (n, k) = codes.CODES[_require_layout(module, weight)], weight.shape
+    rows, columns = weight.group or (0, 0)
     axis, size = (1, columns) if rows == 1 else (0, rows)
     fitting = (name for name, each in _PACKINGS.items() if each.bits >= code.bits)
     name = min(fitting, key=lambda name: _PACKINGS[name].bits)
