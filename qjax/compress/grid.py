@@ -13,7 +13,7 @@ rounded once, which is nearer to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -203,6 +203,13 @@ def _extremes(w: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(low, 0), jnp.maximum(high, 0)
 
 
+def largest(w: jax.Array, grid: Grid) -> jax.Array:
+    """What the scale of each group is proportional to: the largest magnitude in it; of a grid with
+    zero points, half of the range. float32 [groups of rows, groups of columns]."""
+    low, high = _extremes(w, grid)
+    return jnp.maximum(-low, high) if grid.symmetric else (high - low) / 2
+
+
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """What another float dtype makes of float32 numbers. (Between plain casts there and back, XLA
     would keep the digits.)"""
@@ -302,23 +309,19 @@ def searched(
     Args:
       w: float [N, K], taken as float32.
       importance: float [K] or [N, K], not negative: what the square of each weight's error is
-        multiplied with, such as the mean square of its input.
+        multiplied with, such as the mean square of its input; or [groups of columns, columns,
+        columns], the second moments M of the inputs within each group: the errors e of a row's
+        group count e^T M e, what they do to the output.
       absmax: as in `minmax`.
     """
     w = w.astype(jnp.float32)
     absmax = jnp.abs(w).max() if absmax is None else absmax
-    weight = jnp.ones_like(w) if importance is None else importance.astype(jnp.float32)
-    weight = jnp.broadcast_to(weight, w.shape)
     low, high = _extremes(w, grid)
-
-    def total(x: jax.Array) -> jax.Array:
-        return _tiled(x, grid.group).sum((1, 3))
-
-    def error(scales: Scales) -> jax.Array:
-        return total(weight * jnp.square(w - rounded(w, scales, grid)))
+    product = _product(importance, grid, w)
 
     def better(best: tuple[Scales, jax.Array], scales: Scales) -> tuple[Scales, jax.Array]:
-        found = error(scales)
+        error = w - rounded(w, scales, grid)
+        found = product(error, error)
         kept = jax.tree.map(lambda new, old: jnp.where(found < best[1], new, old), scales, best[0])
         return kept._replace(global_scale=scales.global_scale), jnp.minimum(found, best[1])
 
@@ -328,7 +331,8 @@ def searched(
 
     least, most = _reach(grid)
     first = _scales(low, high, grid, jnp.float32, absmax)
-    best = lax.fori_loop(0, steps + 1, shrunk, (first, error(first)))
+    best = better((first, jnp.full(first.scale.shape, jnp.inf)), first)
+    best = lax.fori_loop(0, steps + 1, shrunk, best)
     if grid.scale == "e8m0":
         return best[0]
 
@@ -336,12 +340,39 @@ def searched(
         each = spread(best[0], grid, _sizes(w))
         codes = nearest(w, each.scale, each.zero, grid)
         plain = values(codes, jnp.float32(1), each.zero, grid)
-        energy = total(weight * plain * plain)
-        scale = total(weight * plain * w) / jnp.where(energy > 0, energy, 1)
+        energy = product(plain, plain)
+        scale = product(plain, w) / jnp.where(energy > 0, energy, 1)
         held = _nearest_scale(jnp.where(scale > 0, scale, best[0].scale), best[0], grid)
         return better(best, best[0]._replace(scale=held))
 
     return lax.fori_loop(0, 2, fitted, best)[0]
+
+
+def _product(
+    importance: jax.Array | None, grid: Grid, w: jax.Array
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The weighted sums of x * y over each group, [groups of rows, groups of columns]."""
+    if importance is not None and importance.ndim == 3:
+        moments = importance.astype(jnp.float32)
+
+        def within(x: jax.Array, y: jax.Array) -> jax.Array:
+            x, y = _tiled(x, grid.group), _tiled(y, grid.group)
+            through = jnp.einsum("arbc,bcd->arbd", x, moments, precision="highest")
+            return (through * y).sum((1, 3))
+
+        return within
+    weight = jnp.ones(()) if importance is None else importance.astype(jnp.float32)
+    weight = jnp.broadcast_to(weight, w.shape)
+    return lambda x, y: _tiled(weight * x * y, grid.group).sum((1, 3))
+
+
+def within_groups(moment: jax.Array, grid: Grid) -> jax.Array:
+    """The blocks of a moment matrix [K, K] that `searched` takes: [groups, columns, columns], of
+    groups that divide K."""
+    size = grid.group[1]
+    count = moment.shape[0] // size
+    blocks = moment.reshape(count, size, count, size)
+    return blocks[jnp.arange(count), :, jnp.arange(count)]
 
 
 def _reach(grid: Grid) -> tuple[float, float]:

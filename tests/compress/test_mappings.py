@@ -1,0 +1,125 @@
+"""Scales that go from one layer to others, and how SmoothQuant chooses them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax import ops
+from qjax.compress.algorithms import smoothquant
+from qjax.compress.mappings import Scaling, chosen, fold, scalings
+from qjax.compress.settings import AWQMapping
+from qjax.forward import forward
+from qjax.params import Params
+from qjax.qarray import QArray
+
+
+def floats(tree: Any) -> Any:
+    """Every weight as float32."""
+    if isinstance(tree, dict):
+        return {key: floats(value) for key, value in tree.items()}
+    if isinstance(tree, QArray):
+        return np.asarray(ops.unprepare(jax.tree.map(np.asarray, tree)).dequantize())
+    return np.asarray(tree)
+
+
+def weights(tree: Any, norm: bool = False) -> Any:
+    """Back to what a model runs on."""
+    if isinstance(tree, dict):
+        return {k: weights(v, "norm" in k or (norm and k == "weight")) for k, v in tree.items()}
+    return tree if norm or tree.ndim < 2 else QArray.from_dense(tree)
+
+
+def flat(tree: dict, at: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: value}
+    return found
+
+
+def put(tree: dict, name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    tree[last] = value
+
+
+def logits(params: Params, tree: dict) -> np.ndarray:
+    tokens = jnp.arange(3, 27, dtype=jnp.int32).reshape(1, 24)
+    return np.asarray(jax.jit(forward)(replace(params, tree=weights(tree)), tokens))
+
+
+@pytest.mark.parametrize(
+    ("name", "smooth"),
+    [
+        ("llama", {"input_layernorm", "post_attention_layernorm", "v_proj", "up_proj"}),
+        ("qwen2", {"input_layernorm", "post_attention_layernorm", "v_proj", "up_proj"}),
+        ("gemma3", {"input_layernorm", "pre_feedforward_layernorm", "v_proj", "up_proj"}),
+        ("qwen3moe", {"input_layernorm", "post_attention_layernorm", "v_proj", "up_proj"}),
+    ],
+)
+def test_scales_change_nothing(golden: Path, name: str, smooth: set[str]) -> None:
+    params = qjax.load(golden / f"base-tiny-{name}")
+    tree = floats(params.tree)
+    before = logits(params, tree)
+    rng = np.random.default_rng(0)
+    for layer in tree["model"]["layers"].values():
+        names = flat(layer)
+        found = scalings(params.config, names)
+        assert {each.smooth.rpartition(".")[2] for each in found} == smooth
+        for scaling in found:
+            names = flat(layer)
+            channels = names[f"{scaling.smooth}.weight"].shape
+            shape = channels if scaling.is_norm else channels[:-1]
+            s = np.exp(rng.standard_normal(shape)).astype(np.float32)
+            changed = fold(names, scaling, jnp.asarray(s))
+            assert changed.keys() <= names.keys()
+            for key, value in changed.items():
+                assert not np.allclose(value, names[key])
+                put(layer, key, np.asarray(value))
+    after = logits(params, tree)
+    np.testing.assert_allclose(after, before, atol=2e-3 * np.abs(before).max())
+
+
+def test_recipes_choose_by_name() -> None:
+    found = (
+        Scaling("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj")),
+        Scaling("mlp.up_proj", ("mlp.down_proj",)),
+    )
+    prefix = "model.layers.3."
+    assert chosen(found, None, prefix) == found
+    wanted = [AWQMapping("re:.*input_layernorm$", ("re:.*q_proj$", "re:.*v_proj$"))]
+    assert chosen(found, wanted, prefix) == found[:1]
+    assert chosen(found, [AWQMapping("re:.*up_proj$", ("re:.*o_proj$",))], prefix) == ()
+    assert chosen(found, [AWQMapping("re:.*layers.4.*", ("re:.*",))], prefix) == ()
+
+
+def test_channels_of_repeated_heads() -> None:
+    scaling = Scaling("v_proj", ("o_proj",), repeat=3, head_dim=2)
+    s = jnp.arange(4.0)
+    columns = scaling.columns(s)
+    np.testing.assert_array_equal(columns, [0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3])
+    np.testing.assert_array_equal(scaling.channels(columns), s)
+
+
+def test_smoothquant_against_float64() -> None:
+    rng = np.random.default_rng(0)
+    low, high = -rng.random(16) * 9, rng.random(16) * 4
+    w = [rng.standard_normal((8, 16)), rng.standard_normal((4, 16)) * 2]
+    w[0][:, 3] = w[1][:, 3] = 0
+    size = high - low
+    most = 2 * np.abs(np.concatenate(w)).max(0)
+    wanted = size**0.7 / np.maximum(most, 1e-30) ** 0.3
+    wanted[3] = size[3]
+    args = (jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32))
+    arrays = [jnp.asarray(each, jnp.float32) for each in w]
+    np.testing.assert_allclose(smoothquant.scales(*args, arrays, 0.7), wanted, rtol=1e-5)
+    found = smoothquant.scales(*args, arrays, algorithm="log_equalization")
+    np.testing.assert_allclose(found, size / np.log2(2 + size), rtol=1e-5)
+    # Inputs that are always 0 give no scale of 0.
+    assert (smoothquant.scales(args[0] * 0, args[1] * 0, arrays) > 0).all()
