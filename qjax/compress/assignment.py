@@ -4,13 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from qjax.compress.modifiers import QuantizationMixin
+from qjax.compress.modifiers import Modifier, QuantizationMixin
 from qjax.errors import CheckpointError, RecipeError, nearest
 from qjax.formats.compressed_tensors import layer_class
 from qjax.scheme import QuantizationScheme, matches
 
 HEAD = "lm_head"
 ROUTERS = ("gate", "router")
+
+
+def assign_all(
+    modifiers: Iterable[Modifier],
+    modules: Mapping[str, Sequence[int]],
+    others: Sequence[str] = (),
+) -> list[dict[str, QuantizationScheme]]:
+    """`assign` for each modifier of a recipe, nothing for those that do not quantize.
+
+    Raises:
+      RecipeError: see `assign`; or two modifiers claim the same layer.
+    """
+    claims: list[dict[str, QuantizationScheme]] = []
+    owner: dict[str, str] = {}
+    for modifier in modifiers:
+        own = isinstance(modifier, QuantizationMixin)
+        claims.append(assign(modifier, modules, others) if own else {})
+        name = type(modifier).__name__
+        twice = next((module for module in claims[-1] if module in owner), None)
+        if twice is not None:
+            raise RecipeError(
+                f"{twice} is claimed by two modifiers, {owner[twice]} and {name}: let one of them "
+                "ignore it, or name other targets"
+            )
+        owner |= dict.fromkeys(claims[-1], name)
+    return claims
 
 
 def assign(

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +84,36 @@ def _modifiers(recipe: Any) -> Iterator[Modifier]:
         raise RecipeError(f"a recipe is no {type(recipe).__name__}: give YAML, a path or modifiers")
 
 
-def _settled(modifiers: Iterator[Modifier]) -> Iterator[Modifier]:
-    """An AWQModifier that quantizes, too, as the two that it stands for."""
-    names = {field.name for field in fields(QuantizationMixin)}
+_OWN = tuple(field.name for field in fields(QuantizationMixin))
+
+
+def _settled(modifiers: Iterable[Modifier]) -> list[Modifier]:
+    """Modifiers that each say for themselves what they quantize.
+
+    An AWQModifier that quantizes, too, becomes the two that it stands for. One that says nothing of
+    what it quantizes (GPTQ, say) takes over the schemes of the QuantizationModifier before it.
+    """
+    found: list[Modifier] = []
     for modifier in modifiers:
-        if isinstance(modifier, AWQModifier) and modifier.quantizes:
+        if not isinstance(modifier, QuantizationMixin):
+            found.append(modifier)
+        elif isinstance(modifier, AWQModifier):
             settings = {f.name: getattr(modifier, f.name) for f in fields(modifier)}
-            yield AWQModifier(**{k: v for k, v in settings.items() if k not in names})
-            yield QuantizationModifier(**{k: v for k, v in settings.items() if k in names})
+            found.append(AWQModifier(**{k: v for k, v in settings.items() if k not in _OWN}))
+            if modifier.quantizes:
+                found.append(QuantizationModifier(**{name: settings[name] for name in _OWN}))
+        elif modifier.schemes or modifier.kv_cache_scheme is not None:
+            found.append(modifier)
         else:
-            yield modifier
+            before = [m for m in found if type(m) is QuantizationModifier and m.schemes]
+            if isinstance(modifier, QuantizationModifier) or not before:
+                raise RecipeError(
+                    f"{type(modifier).__name__} does not say what to quantize to: give scheme or "
+                    "config_groups"
+                )
+            found.remove(before[-1])
+            found.append(replace(modifier, **{name: getattr(before[-1], name) for name in _OWN}))
+    return found
 
 
 def _is_file(text: str) -> bool:

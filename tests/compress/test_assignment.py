@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from qjax.compress.assignment import assign
-from qjax.compress.modifiers import QuantizationModifier
+from qjax.compress.assignment import assign, assign_all
+from qjax.compress.modifiers import GPTQModifier, QuantizationModifier, SmoothQuantModifier
 from qjax.errors import RecipeError
 from qjax.scheme import QuantizationArgs, QuantizationScheme
 
@@ -130,3 +130,15 @@ def test_groups_that_conflict():
         assign(modifier, MODULES)
     same = {"a": group(4, 32, ("re:.*mlp.*",)), "b": group(4, 32, ("re:.*down.*",))}
     assert bits(QuantizationModifier(config_groups=same))
+
+
+def test_modifiers_share_the_layers():
+    gptq = GPTQModifier(scheme="W8A8", targets="re:.*self_attn.*")
+    rtn = QuantizationModifier(scheme=group(4), targets="re:.*mlp.*")
+    rest = QuantizationModifier(scheme=group(4, 32, ("re:.*mlp.*",)))
+    attention, none, mlp = assign_all([gptq, SmoothQuantModifier(), rest], MODULES, OTHERS)
+    assert none == {}
+    assert len(attention) == 8
+    assert len(mlp) == 6
+    with pytest.raises(RecipeError, match=r"q_proj is claimed by two .*GPTQ.*Quantization"):
+        assign_all([gptq, rtn], MODULES, OTHERS)

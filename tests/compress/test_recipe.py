@@ -265,6 +265,29 @@ def test_awq_of_earlier_versions_stands_for_two():
         assert settings(rtn.schemes[0].weights) == KNOWN["W4A16_ASYM"][0]
 
 
+def test_gptq_takes_over_the_schemes_before_it():
+    (gptq,) = parse("""
+    test_stage:
+      quant_modifiers:
+        QuantizationModifier:
+          ignore: ["lm_head", "model.layers.0.mlp.down_proj"]
+          config_groups:
+            group_0:
+              weights: {num_bits: 4, type: "int", symmetric: False, strategy: "group",
+                        group_size: 128}
+              input_activations: null
+              output_activations: null
+              targets: ["Linear"]
+        GPTQModifier:
+          block_size: 64
+    """)
+    assert type(gptq) is GPTQModifier
+    assert (gptq.block_size, gptq.ignore) == (64, ("lm_head", "model.layers.0.mlp.down_proj"))
+    weights: Any = gptq.schemes[0].weights
+    assert settings(weights) == KNOWN["W4A16_ASYM"][0]
+    assert weights.actorder == "weight"
+
+
 def test_mixed_floats_as_dicts_with_objects():
     """The example of NVFP4 beside FP8, in Python."""
     fp8, nvfp4 = PRESETS["FP8_DYNAMIC"], PRESETS["NVFP4"]
@@ -394,6 +417,8 @@ BAD = [
     ("QuantizationModifier: {scheme: W4A16, weight_observer: mmse}", RecipeError, "mmse.*mse"),
     ("SmoothQuantModifier: {smoothing_strength: 1.5}", RecipeError, "smoothing_strength"),
     ("SmoothQuantModifier: {mappings: [[a, b, c]]}", RecipeError, "mappings"),
+    ("GPTQModifier: {block_size: 64}", RecipeError, "does not say what to quantize to"),
+    ("QuantizationModifier: {targets: Linear}", RecipeError, "does not say what to quantize to"),
     ("AWQModifier: {duo_scaling: maybe}", RecipeError, "duo_scaling 'maybe'"),
     ("AWQModifier: {duo_scaling: true}", RecipeError, "add a QuantizationModifier"),
     ("SpinQuantModifier: {rotations: [R5]}", RecipeError, "R5"),
