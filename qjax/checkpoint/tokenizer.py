@@ -32,12 +32,14 @@ class Tokenizer:
     """Attributes:
     vocab_size: number of ids that have a text; a model's head may have more rows.
     bos_id: id that begins a text, or None.
+    eos_id: id that ends a text, or None.
     eos_ids: ids that end a reply.
     special_ids: ids that `decode` and `stream` leave out unless told otherwise.
     """
 
     vocab_size: int
     bos_id: int | None
+    eos_id: int | None
     eos_ids: frozenset[int]
     special_ids: frozenset[int] = field(repr=False)
     chat_template: ChatTemplate | None = field(repr=False)
@@ -153,6 +155,7 @@ def _from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
     return Tokenizer(
         vocab_size=len(tokens),
         bos_id=vocabulary.bos_id,
+        eos_id=vocabulary.eos_id,
         eos_ids=vocabulary.eos_ids,
         special_ids=vocabulary.special_ids,
         chat_template=None
@@ -196,6 +199,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     return Tokenizer(
         vocab_size=built.get_vocab_size(),
         bos_id=ids.get("bos_token"),
+        eos_id=ids.get("eos_token"),
         eos_ids=frozenset(i for i in eos_ids if i is not None),
         special_ids=frozenset(i for i, token in added.items() if token.special),
         chat_template=None if template is None else ChatTemplate(template[0], named, template[1]),

@@ -22,10 +22,20 @@ class Format(StrEnum):
     json = "json"
 
 
+class Convention(StrEnum):
+    llama_cpp = "llama.cpp"
+    lm_eval = "lm-eval"
+
+
 ModelArgument = Annotated[
     str, typer.Argument(help="A built-in name, a GGUF file, a folder, or org/name[:variant].")
 ]
-File = Annotated[Path, typer.Option("--file", "-f", help="The text, UTF-8.")]
+File = Annotated[
+    Path,
+    typer.Option(
+        "--file", "-f", help='The text, UTF-8; or documents, one {"text": ...} a line of a .jsonl.'
+    ),
+]
 Window = Annotated[int, typer.Option("--window", "-c", help="Tokens of a window.")]
 MaxWindows = Annotated[
     int | None, typer.Option("--max-windows", help="Only so many, from the start of the text.")
@@ -37,35 +47,54 @@ Output = Annotated[Format, typer.Option("--output", "-o", help="md or json.")]
 def ppl(
     model: ModelArgument,
     file: File,
-    window: Window = 512,
+    convention: Annotated[
+        Convention,
+        typer.Option(
+            "--convention",
+            help="llama.cpp: of tokens, in windows of equal length. lm-eval: of words and bytes, "
+            "document by document.",
+        ),
+    ] = Convention.llama_cpp,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            "-c",
+            help="Tokens of a window, by default 512, and for lm-eval what the model can read.",
+        ),
+    ] = None,
     max_windows: MaxWindows = None,
     numerics: options.NumericsOption = options.Numerics.exact,
     kv_cache_dtype: options.KVCacheDtype = "auto",
     kv_cache_dtype_skip_layers: options.KVCacheSkipLayers = None,
     output: Output = Format.md,
 ) -> None:
-    """Perplexity of a text, as llama-perplexity counts it."""
+    """Perplexity of a text, as llama-perplexity or as lm-eval counts it."""
     import qjax
     from qjax import evaluate
 
-    text = _read(file)
-    found = evaluate.perplexity(
-        qjax.load(model),
-        text,
-        window=window,
-        max_windows=max_windows,
-        numerics=numerics.value,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
-        progress=_progress,
-    )
-    if output is Format.json:
-        typer.echo(json.dumps(asdict(found), indent=2))
-        return
-    typer.echo(
-        f"perplexity {found.value:.4f} ± {found.error:.4f} ({found.tokens} tokens, "
-        f"{found.windows} windows of {found.window})"
-    )
+    documents = _read(file)
+    params = qjax.load(model)
+    rounding: dict[str, Any] = {
+        "numerics": numerics.value,
+        "kv_cache_dtype": kv_cache_dtype,
+        "kv_cache_dtype_skip_layers": kv_cache_dtype_skip_layers or (),
+        "progress": _progress,
+    }
+    if convention is Convention.lm_eval:
+        if max_windows is not None:
+            raise RequestError("--max-windows: lm-eval counts whole documents; shorten the file.")
+        found = evaluate.rolling_perplexity(params, documents, window=window, **rounding)
+        line = str(found)
+    else:
+        text = "\n\n".join(documents)
+        length = 512 if window is None else window
+        found = evaluate.perplexity(
+            params, text, window=length, max_windows=max_windows, **rounding
+        )
+        counts = f"{found.tokens} tokens, {found.windows} windows of {found.window}"
+        line = f"perplexity {found} ({counts})"
+    typer.echo(json.dumps(asdict(found), indent=2) if output is Format.json else line)
 
 
 @app.command()
@@ -84,7 +113,7 @@ def kld(
     import qjax
     from qjax import evaluate
 
-    text = _read(file)
+    text = "\n\n".join(_read(file))
     params = qjax.load(base)
     exactly = evaluate.reference(
         params, text, window=window, max_windows=max_windows, progress=_progress
@@ -107,14 +136,22 @@ def kld(
         typer.echo(evaluate.divergence_table(base, found))
 
 
-def _read(file: Path) -> str:
+def _read(file: Path) -> list[str]:
+    """The documents in a file: the lines of a .jsonl, or the one that any other file is."""
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".jsonl":
+            return [text]
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
         raise RequestError(f"cannot read the text {file}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not (isinstance(line, dict) and isinstance(line.get("text"), str)):
+            raise RequestError(f'{file}: document {number} is not {{"text": "..."}}')
+    return [line["text"] for line in lines]
 
 
 def _progress(windows: Iterable[Any]) -> Iterator[Any]:
     from tqdm import tqdm
 
-    return iter(tqdm(windows, desc="windows", unit="window", leave=False))
+    return iter(tqdm(windows, unit="window", leave=False, disable=None))

@@ -10,14 +10,17 @@ from qjax.evaluate.divergence import (
     reference,
 )
 from qjax.evaluate.perplexity import Perplexity, perplexity
+from qjax.evaluate.rolling import RollingPerplexity, rolling_perplexity
 
 __all__ = [
     "Divergence",
     "Perplexity",
     "Reference",
+    "RollingPerplexity",
     "divergence",
     "divergence_table",
     "kl_divergence",
     "perplexity",
     "reference",
+    "rolling_perplexity",
 ]

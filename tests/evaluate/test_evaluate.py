@@ -139,6 +139,18 @@ def test_command_line(params, golden, tmp_path, capsys):
     )
     code, out, _ = run("eval", "ppl", model, *common, "--output", "json")
     assert json.loads(out)["tokens"] == 46
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "One fox."}\n\n{"text": "Two dogs jump."}\n')
+    rolling = evaluate.rolling_perplexity(params, ["One fox.", "Two dogs jump."])
+    by_lm_eval = ("eval", "ppl", model, "-f", str(documents), "--convention", "lm-eval")
+    code, out, _ = run(*by_lm_eval)
+    assert (code, out) == (0, f"{rolling}\n")
+    assert "2 documents" in out
+    code, out, err = run(*by_lm_eval, "--max-windows", "2")
+    assert "qjax: --max-windows: lm-eval counts whole documents" in err
+    documents.write_text('{"text": "One fox."}\n{"page": "Two dogs jump."}\n')
+    code, out, err = run(*by_lm_eval)
+    assert 'document 2 is not {"text": "..."}' in err
     other = str(golden / "gguf-Q4_1")
     code, out, _ = run("eval", "kld", model, model, other, *common, "--kv-cache-dtype", "int8")
     assert code == 0
