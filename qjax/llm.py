@@ -11,13 +11,14 @@ from qjax.engine.engine import Engine, model_len, peak_memory
 from qjax.engine.request import GenerationResult
 from qjax.engine.sampling_params import SamplingParams
 from qjax.errors import RequestError
+from qjax.params import Params
 
 
 class LLM:
     """Generates for many prompts, one call after the other; cache and programs are kept.
 
     Args:
-      model, quantization: see `qjax.load`.
+      model, quantization: see `qjax.load`; or a model that is loaded already.
       kv_cache_dtype, kv_cache_dtype_skip_layers, numerics: see `qjax.generate`.
       max_model_len: most tokens of a sequence; None for the model's own limit.
       max_num_seqs: most sequences that run at a time. The cache is made for as many of full
@@ -31,7 +32,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | PathLike[str],
+        model: str | PathLike[str] | Params,
         *,
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
@@ -43,7 +44,8 @@ class LLM:
     ):
         if not 1 <= max_num_seqs <= MAX_NUM_SEQS:
             raise RequestError(f"max_num_seqs must be in [1, {MAX_NUM_SEQS}], got {max_num_seqs}.")
-        self.params = load(model, quantization=quantization)
+        loaded = isinstance(model, Params)
+        self.params = model if loaded else load(model, quantization=quantization)
         limit = model_len(self.params, max_model_len)
         longest = SamplingParams(max_tokens=None)
         self.engine: Engine = engine_for(

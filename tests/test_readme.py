@@ -32,6 +32,7 @@ def commands() -> list[str]:
 
 
 QJAX_COMMANDS = [command for command in commands() if command.startswith("qjax ")]
+NEED_LM_EVAL = ("qjax eval tasks",)
 
 
 @pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
@@ -66,7 +67,13 @@ def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("default_model")
-@pytest.mark.parametrize("command", QJAX_COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.peer if command.startswith(NEED_LM_EVAL) else ())
+        for command in QJAX_COMMANDS
+    ],
+)
 def test_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code: object = None
     try:

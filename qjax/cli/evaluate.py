@@ -136,6 +136,60 @@ def kld(
         typer.echo(evaluate.divergence_table(base, found))
 
 
+@app.command()
+def tasks(
+    model: ModelArgument,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="Names, parted by commas; by default four small tasks that need no network: "
+            "qjax_facts, qjax_sense, qjax_cloze, qjax_sums. lm-eval fetches the data of its own.",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            "--num-fewshot", help="Examples before each item, instead of the task's.", min=0
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Only so many items of each task.", min=1)
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put items through the chat template.")
+    ] = False,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="A folder with task files of your own.")
+    ] = None,
+    numerics: options.NumericsOption = options.Numerics.exact,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
+    output: Output = Format.md,
+) -> None:
+    """Tasks of lm-eval, which pip install 'qjax[eval]' brings."""
+    import qjax
+    from qjax.evaluate import harness
+    from qjax.evaluate import tasks as running
+
+    harness.model_class()  # says that lm-eval is missing before a model is loaded
+    names = [name.strip() for each in tasks or running.OFFLINE for name in each.split(",")]
+    found = running.run_tasks(
+        qjax.load(model),
+        names,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        numerics=numerics.value,
+        kv_cache_dtype=kv_cache_dtype,
+        include_path=None if include_path is None else str(include_path),
+    )
+    if output is Format.json:
+        typer.echo(json.dumps(found["results"], indent=2))
+    else:
+        typer.echo(running.table(found))
+
+
 def _read(file: Path) -> list[str]:
     """The documents in a file: the lines of a .jsonl, or the one that any other file is."""
     try:
