@@ -7,10 +7,12 @@ that they multiply with ("..._mla") beside those of the cache; older ones hold t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from qjax.checkpoint.gguf_io import GGUFFile
 from qjax.errors import UnsupportedError
+from qjax.models.config import ModelConfig
 from qjax.models.fields import Fields
 
 _SOFTMAX, _SIGMOID = 1, 2
@@ -78,3 +80,58 @@ def yarn_fields(fields: Fields, prefix: str) -> dict[str, Any]:
     """
     weight = fields.number(prefix + "yarn_log_multiplier", 0, 1e3) / 0.1
     return {"mscale": weight, "mscale_all_dim": weight, "attention_factor": 1.0}
+
+
+def deepseek_metadata(config: ModelConfig) -> dict[str, Any]:
+    """The keys below "deepseek2." that `deepseek_config` reads; matrices of keys and values joined.
+
+    Raises:
+      UnsupportedError: a setting that has no key.
+    """
+    mla, moe = config.mla, config.moe
+    assert mla is not None
+    if not mla.rope_interleave or mla.split:
+        raise UnsupportedError(f"GGUF files of {config.model_type} do not have this layout")
+    fields: dict[str, Any] = {
+        "attention.head_count_kv": config.num_heads,
+        "attention.key_length": mla.qk_head_dim,
+        "attention.value_length": mla.v_head_dim,
+        "attention.kv_lora_rank": mla.kv_lora_rank,
+        "rope.dimension_count": mla.qk_rope_head_dim,
+    }
+    if mla.q_lora_rank is not None:
+        fields["attention.q_lora_rank"] = mla.q_lora_rank
+    _, rope = config.rope[0]
+    if rope.rope_type == "yarn":
+        # Attention grows by its square, being for queries and for keys.
+        grown = math.sqrt(config.query_scale * math.sqrt(mla.qk_head_dim))
+        if rope.attention_factor != 1:
+            raise UnsupportedError(
+                f"GGUF files of {config.model_type} have one weight of yarn for tables and scores"
+            )
+        fields["rope.scaling.yarn_log_multiplier"] = (grown - 1) / math.log(rope.factor)
+        fields["rope.scaling.attn_factor"] = 1.0
+    if moe is None:
+        return fields | {"leading_dense_block_count": config.num_layers}
+    dense = moe.layers.index(True)
+    router = moe.router
+    if not all(moe.layers[dense:]) or (router.num_groups > 1 and router.group_best != 2):
+        raise UnsupportedError(
+            f"GGUF files of {config.model_type} have experts in every layer from one on, and "
+            "groups of them are judged by the two best of each; this model differs"
+        )
+    sigmoid = router.scoring == "sigmoid"
+    fields |= {
+        "leading_dense_block_count": dense,
+        "expert_count": router.num_experts,
+        "expert_used_count": router.top_k,
+        "expert_feed_forward_length": moe.intermediate_size,
+        "expert_shared_count": moe.shared_size // moe.intermediate_size,
+        "expert_weights_scale": float(router.weight_scale),
+        "expert_weights_norm": router.normalize,
+        "expert_gating_func": _SIGMOID if sigmoid else _SOFTMAX,
+    }
+    if router.num_groups > 1:
+        fields["expert_group_count"] = router.num_groups
+        fields["expert_group_used_count"] = router.top_groups
+    return fields

@@ -61,13 +61,13 @@ TYPES: dict[int, tuple[str, int, int]] = {
     42: ("q2_0", 64, 18),
 }
 
-_MAGIC = b"GGUF"
-_HEADER = struct.Struct("<4sIQQ")
+MAGIC = b"GGUF"
+HEADER = struct.Struct("<4sIQQ")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_STRING, _ARRAY = 8, 9
+STRING, ARRAY = 8, 9
 # Metadata value type -> format of one little-endian item, for numpy and struct alike.
-_SCALARS = {
+SCALARS = {
     0: "B",
     1: "b",
     2: "H",
@@ -103,7 +103,14 @@ class GGUFFile(TensorFiles):
         Of a split file, those of its first part.
       tensors: name -> TensorRecord; shapes are in numpy order, so a matrix is (N, K) with K
         contiguous.
+      value_types: key -> GGUF's number for the type of its value.
     """
+
+    value_types: dict[str, int]
+
+    def typed(self, key: str) -> np.generic:
+        """A number of the metadata in the type that it is stored in."""
+        return np.dtype(SCALARS[self.value_types[key]]).type(self.metadata[key])
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -138,7 +145,9 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     except BaseException:
         close_maps(maps.values())
         raise
-    return GGUFFile(path, maps, tensors, parts[0].metadata)
+    file = GGUFFile(path, maps, tensors, parts[0].metadata)
+    file.value_types = parts[0].value_types
+    return file
 
 
 class _Header:
@@ -146,16 +155,16 @@ class _Header:
 
     def __init__(self, path: Path, maps: dict[str, mmap.mmap]):
         self.file = os.fspath(path)
-        self.buffer = maps[self.file] = map_file(path, _HEADER.size)
+        self.buffer = maps[self.file] = map_file(path, HEADER.size)
         self.size = len(self.buffer)
         self.metadata: dict[str, Any] = {}
         self.value_types: dict[str, int] = {}
         self.offsets: dict[str, int] = {}
         self.tensors: dict[str, TensorRecord] = {}
 
-        magic, version, tensor_count, value_count = _HEADER.unpack_from(self.buffer, 0)
-        if magic != _MAGIC:
-            self.fail(f"starts with {magic!r}, not {_MAGIC!r}: not a GGUF file", "magic", 0)
+        magic, version, tensor_count, value_count = HEADER.unpack_from(self.buffer, 0)
+        if magic != MAGIC:
+            self.fail(f"starts with {magic!r}, not {MAGIC!r}: not a GGUF file", "magic", 0)
         if version & 0xFFFF == 0 and version:
             self.fail(
                 "big-endian file; only little-endian ones are read: convert it with "
@@ -165,7 +174,7 @@ class _Header:
             )
         if version not in (2, 3):
             self.fail(f"GGUF version {version}; versions 2 and 3 are read", "version", 4)
-        self.position = _HEADER.size
+        self.position = HEADER.size
         self.check_count("tensor_count", tensor_count, 8, _SMALLEST_TENSOR, _MOST_ENTRIES)
         self.check_count("kv_count", value_count, 16, _SMALLEST_VALUE, _MOST_ENTRIES)
         for index in range(value_count):
@@ -211,9 +220,9 @@ class _Header:
         if key in self.metadata:
             self.fail("key occurs twice", key, offset)
         value_type = self.read(_U32, key)
-        if value_type == _STRING:
+        if value_type == STRING:
             value = self.read_string(key)
-        elif value_type == _ARRAY:
+        elif value_type == ARRAY:
             value = self.read_array(key)
         else:
             value = self.read_numbers(key, value_type, 1).item()
@@ -225,17 +234,17 @@ class _Header:
         item_type = self.read(_U32, key)
         offset = self.position
         count = self.read(_U64, key)
-        if item_type == _STRING:
+        if item_type == STRING:
             self.check_count(key, count, offset, _U64.size, _MOST_STRINGS)
             return self.read_strings(key, count)
-        if item_type == _ARRAY:
+        if item_type == ARRAY:
             self.fail("array of arrays; none is defined for models", key, offset - 4)
         return self.read_numbers(key, item_type, count)
 
     def read_numbers(self, key: str, value_type: int, count: int) -> np.ndarray:
-        if value_type not in _SCALARS:
+        if value_type not in SCALARS:
             self.fail(f"unknown value type {value_type}", key, self.position - 4)
-        dtype = np.dtype(_SCALARS[value_type]).newbyteorder("<")
+        dtype = np.dtype(SCALARS[value_type]).newbyteorder("<")
         left = self.size - self.position
         if count > left // dtype.itemsize:
             self.fail(f"{count} values of {dtype.itemsize} bytes, but only {left} are left", key)

@@ -189,17 +189,17 @@ def _vector(opened: Opened, place: plan.Vector) -> np.ndarray:
     if place.name.endswith(".bias"):
         if not opened.rotated_pairs:
             return values
-        order = _pair_order(place.name, opened.config)
+        order = pair_order(place.name, opened.config)
         return values if order is None else values[order]
     return values + np.float32(opened.norm_offset)
 
 
 def _unrotate(name: str, weight: QArray, config: ModelConfig) -> QArray:
-    order = _pair_order(name, config)
+    order = pair_order(name, config)
     return weight if order is None else weight.take_rows(order)
 
 
-def _pair_order(name: str, config: ModelConfig) -> np.ndarray | None:
+def pair_order(name: str, config: ModelConfig) -> np.ndarray | None:
     """The order that puts the rows of q and k back into halves; None for other parameters.
 
     llama.cpp rotates neighbouring rows of a head, this model (as Hugging Face's) rows that are half

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from qjax.models.config import ModelConfig
 
@@ -58,6 +59,9 @@ _GGUF_POST_NORMS = {
 }
 _GGUF_GPT_OSS = {"post_attention_norm": "post_attention_layernorm"}
 
+# The models whose q and k rows GGUF files hold pair by pair.
+ROTATED_PAIRS = ("llama", "mistral", "mixtral")
+
 _PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -98,6 +102,30 @@ def gguf_name(name: str, config: ModelConfig) -> str | None:
     if config.model_type == "phi3" and part == "ffn_up":
         return f"model.layers.{layer}.mlp.gate_up_proj.{kind}"
     return f"model.layers.{layer}.{names[part]}.{kind}" if part in names else None
+
+
+# What says more than a name of `_GGUF_LAYER` where both would do.
+_GGUF_PARTS = (*_GGUF_POST_NORMS, *_GGUF_EXPERTS, "attn_sinks", "exp_probs_b", *_GGUF_LAYER)
+
+
+@lru_cache(maxsize=8192)
+def gguf_tensor(name: str, config: ModelConfig) -> str | None:
+    """The GGUF name of a parameter (or of what it is a part of, where such models are stored with
+    joined layers); None where a GGUF file has no place for it.
+    """
+    for stored, known in _GGUF_TOP.items():
+        if known == name:
+            return stored
+    match = _LAYER.match(name)
+    module, _, kind = name.rpartition(".")
+    if match is None:
+        return None
+    joined = fused_into(module, config) if config.model_type == "phi3" else []
+    last = {"sinks": "weight", "e_score_correction_bias": "bias"}.get(kind, kind)
+    places = [f"blk.{match[1]}.{part}.{last}" for part in _GGUF_PARTS]
+    found = {gguf_name(place, config): place for place in reversed(places)}
+    wanted = [*(f"{module}.{kind}" for module in joined), name]
+    return next((found[one] for one in wanted if one in found), None)
 
 
 def hf_name(name: str, config: ModelConfig) -> str:

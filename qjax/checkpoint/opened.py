@@ -97,7 +97,7 @@ def opened_gguf(files: GGUFFile, config: ModelConfig, quantize_activations: bool
         frozenset(ROPE_TENSORS) & files.tensors.keys(),
         GGUF(),
         quantize_activations,
-        rotated_pairs=config.model_type in ("llama", "mixtral"),
+        rotated_pairs=config.model_type in names.ROTATED_PAIRS,
         norm_offset=0.0,
         load_tokenizer=load_tokenizer,
         generation_config={},

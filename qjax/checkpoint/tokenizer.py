@@ -187,15 +187,15 @@ def _from_folder(folder: Path) -> Tokenizer:
                 f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
             )
         raise CheckpointError("no such file; the folder has no tokenizer", file=file)
-    config = _read_json(folder / "tokenizer_config.json")
-    named = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
-    built = _read_tokenizer(file)
+    config = read_json(folder / "tokenizer_config.json")
+    named = special_tokens({**read_json(folder / "special_tokens_map.json"), **config})
+    built = read_tokenizer(file)
 
     ids = {name: built.token_to_id(text) for name, text in named.items()}
     added = built.get_added_tokens_decoder()
     byte_values, strip_space = _decoder_kind(built, file)
-    template = _find_template(folder, config)
-    eos_ids = _generation_eos_ids(folder) | {ids.get("eos_token")}
+    template = find_template(folder, config)
+    eos_ids = generation_eos_ids(folder) | {ids.get("eos_token")}
     return Tokenizer(
         vocab_size=built.get_vocab_size(),
         bos_id=ids.get("bos_token"),
@@ -213,7 +213,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     )
 
 
-def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Library
 
     text = _read_text(file)
@@ -248,7 +248,7 @@ def _decoder_kind(built: tokenizers.Tokenizer, file: Path) -> tuple[dict[int, in
     )
 
 
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+def special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """Name ("bos_token", ...) -> text, from entries that are texts or {"content": text, ...}."""
     named = {}
     for name, entry in config.items():
@@ -259,9 +259,9 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return named
 
 
-def _generation_eos_ids(folder: Path) -> set[int]:
+def generation_eos_ids(folder: Path) -> set[int]:
     file = folder / "generation_config.json"
-    found = _read_json(file).get("eos_token_id")
+    found = read_json(file).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(i, int) and i >= 0 for i in ids):
         raise CheckpointError(
@@ -270,7 +270,7 @@ def _generation_eos_ids(folder: Path) -> set[int]:
     return set(ids)
 
 
-def _find_template(folder: Path, config: dict[str, Any]) -> tuple[str, str] | None:
+def find_template(folder: Path, config: dict[str, Any]) -> tuple[str, str] | None:
     """(template, file it is from), of the places in the order that transformers looks."""
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -285,7 +285,7 @@ def _find_template(folder: Path, config: dict[str, Any]) -> tuple[str, str] | No
     return None if found is None else (found, str(file))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
     if not file.is_file():
         return {}

@@ -17,6 +17,7 @@ import numpy as np
 
 from qjax.errors import UnsupportedError
 from qjax.formats.base import Arrays, Layer, QuantizationConfig, Record, Stored, expect, fault
+from qjax.formats.ggml_exact import as_blocks
 from qjax.qarray import QArray
 from qjax.qtypes import QTYPES
 
@@ -73,17 +74,40 @@ class GGUF(QuantizationConfig):
         return Layer(reads, _fp4(record, shape), ignores=("input_scale",))
 
     def encode(self, module: str, weight: QArray) -> dict[str, np.ndarray]:
-        if QTYPES[weight.qtype].is_blocks:
-            return {"weight": np.asarray(weight.qvalue)}
-        for fp4 in _FP4.values():
-            kept = (1, fp4.columns), np.dtype(fp4.scale), 0
-            odd = weight.shape[1] % (fp4.columns * fp4.groups)
-            if weight.qtype == "fp4_e2m1" and kept == (weight.group, weight.scale.dtype, odd):
-                tensors = {"weight": _joined(weight, fp4)}
-                if "global_scale" in weight.aux:
-                    tensors["scale"] = np.asarray(weight.aux["global_scale"]).reshape(-1)
-                return tensors
-        raise UnsupportedError(f"{module}: GGUF has no type for {weight.qtype} {weight.shape}")
+        return stored(module, weight)[1]
+
+
+def stored(module: str, weight: QArray) -> tuple[str, dict[str, np.ndarray]]:
+    """The type that holds a canonical weight exactly, and its tensors: uint8 "weight" [..., N,
+    row_bytes], and float32 "scale" of the whole tensor for some of the type nvfp4.
+
+    Raises:
+      UnsupportedError: there is none.
+    """
+    if weight.act is not None:
+        raise UnsupportedError(
+            f"{module}: its inputs are rounded too, which a GGUF file cannot say; loaded with "
+            "quantize_activations=False, a weight is all there is"
+        )
+    if QTYPES[weight.qtype].is_blocks and not weight.aux:
+        return weight.qtype, {"weight": np.asarray(weight.qvalue)}
+    for qtype, fp4 in _FP4.items():
+        kept = (1, fp4.columns), np.dtype(fp4.scale), 0
+        odd = weight.shape[1] % (fp4.columns * fp4.groups)
+        if weight.qtype == "fp4_e2m1" and kept == (weight.group, weight.scale.dtype, odd):
+            tensors = {"weight": _joined(weight, fp4)}
+            if "global_scale" in weight.aux:
+                tensors["scale"] = np.asarray(weight.aux["global_scale"]).reshape(-1)
+            return qtype, tensors
+    reason = "what is added to it has no place there"
+    if not QTYPES[weight.qtype].is_blocks:
+        blocks = as_blocks(weight)
+        if not isinstance(blocks, str):
+            return blocks.qtype, {"weight": blocks.raw}
+        reason = blocks
+    raise UnsupportedError(
+        f"{module}: no type of GGUF holds {weight.qtype} {weight.shape} exactly: {reason}"
+    )
 
 
 def _blocks(qtype: str, shape: tuple[int, ...]) -> Callable[[Arrays], QArray]:

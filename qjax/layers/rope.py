@@ -93,10 +93,20 @@ def rope_tables(
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
+def frequency_divisors(config: RopeConfig) -> np.ndarray:
+    """[rotary_dim / 2] float64: what an extension divides the plain frequencies by, in sequences no
+    longer than the original length."""
+    return _plain_frequencies(config) / _inverse_frequencies(config)
+
+
+def _plain_frequencies(config: RopeConfig) -> np.ndarray:
+    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim
+    return config.theta**-exponents
+
+
 def _inverse_frequencies(config: RopeConfig) -> np.ndarray:
     """[rotary_dim / 2] float64, of sequences no longer than the original length."""
-    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim
-    inv_freq = config.theta**-exponents
+    inv_freq = _plain_frequencies(config)
     if config.rope_type == "linear":
         return inv_freq / config.factor
     if config.rope_type == "yarn":

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from qjax.errors import UnsupportedError
 from qjax.layers.mla_config import MLAConfig
 from qjax.layers.moe_config import MoEConfig
-from qjax.layers.rope import RopeConfig
+from qjax.layers.rope import RopeConfig, frequency_divisors
 from qjax.models import deepseek_config, experts_config
 from qjax.models.experts_config import read_experts
 from qjax.models.fields import Fields
@@ -115,6 +117,10 @@ class ModelConfig:
 
     def rope_for(self, layer_type: str) -> RopeConfig:
         return dict(self.rope)[layer_type]
+
+    def frequency_divisors(self, layer_type: str) -> np.ndarray:
+        """[rotary_dim / 2] float64: what rope's extension divides its frequencies by."""
+        return frequency_divisors(self.rope_for(layer_type))
 
     def window_for(self, layer: int) -> int | None:
         """Number of positions that layer number `layer` attends to, or None for all."""

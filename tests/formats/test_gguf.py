@@ -101,6 +101,6 @@ def test_wrong_shapes(blocks):
 
 def test_weights_without_a_type():
     codes = np.zeros((2, 32), np.uint8)
-    weight = QArray(codes, "int8", (2, 32), np.ones((2, 1), np.float32), group=(1, 32))
-    with pytest.raises(UnsupportedError, match="up_proj: GGUF has no type for int8"):
+    weight = QArray(codes, "fp8_e4m3", (2, 32), np.ones((2, 1), np.float32), group=(1, 32))
+    with pytest.raises(UnsupportedError, match="up_proj: no type of GGUF holds fp8_e4m3"):
         GGUF().encode("up_proj", weight)
