@@ -1,7 +1,7 @@
 """Makes gguf_mixes.json: the types that llama-quantize would give the tensors of small deep models.
 
-Run by hand with the package gguf: `python tests/golden/make_gguf_mixes.py .../llama-quantize`, which
-is that of llama.cpp as vendored by llama-cpp-python 0.3.36. It is asked by --dry-run.
+Run by hand with the package gguf: `python tests/golden/make_gguf_mixes.py LLAMA_QUANTIZE`, which is
+that of llama.cpp as vendored by llama-cpp-python 0.3.36. It is asked by --dry-run.
 
 Model -> "<mix>/plain" or "<mix>/importance" (with an importance matrix) -> part of a layer, or name
 of a tensor, -> its type in each layer, as one letter each of "types".
