@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qjax.compress.gguf_mixes import ALIASES, MIXES
 from qjax.errors import RecipeError, nearest
-from qjax.qtypes import QTYPES
 from qjax.scheme import QuantizationArgs, QuantizationScheme
 
 
@@ -68,23 +68,9 @@ PRESETS: dict[str, QuantizationScheme] = {
 }
 """Schemes of compressed-tensors by name, without targets."""
 
-# Mixes are of several types: more bits for the layers that matter more. The names, and the types
-# behind those that are no mix, are llama-quantize's.
-_MIXES = (
-    *("Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"),
-    *("IQ2_M", "IQ3_XS", "IQ3_M"),
-)
-_PLAIN_TYPES = ("f32", "f16", "bf16")
-
-GGML: tuple[str, ...] = (
-    *(
-        name.upper()
-        for name, qtype in QTYPES.items()
-        if qtype.ggml_id is not None and name not in _PLAIN_TYPES
-    ),
-    *_MIXES,
-)
-"""Names of the block types of GGUF files, and of mixes of them."""
+_PLAIN = ("F32", "F16", "BF16")
+GGML: tuple[str, ...] = tuple(name for name in (*MIXES, *ALIASES) if name not in _PLAIN)
+"""Names of the types of GGUF files, and of llama-quantize's mixes of them."""
 
 
 def preset(name: str, targets: tuple[str, ...] = ("Linear",)) -> QuantizationScheme:
