@@ -40,7 +40,7 @@ class Scales(NamedTuple):
     Attributes:
       scale: float32 [groups of rows, groups of columns]; numbers that the grid's scale dtype holds
         (multiples of global_scale, where there is one: it is in these numbers already).
-      zero: like scale, whole numbers, the code that means 0; None where that is fixed.
+      zero: like scale, the code that means 0; None where that is fixed.
       global_scale: float32 [1, 1], or None.
     """
 
@@ -59,11 +59,13 @@ class Grid:
       group: rows and columns that share a scale, no more than the weight has.
       scale: what scales are stored as: "float32", "bfloat16", "float16", "e8m0" (powers of two) or
         "fp8_e4m3" (multiples of one global scale).
+      fractional: whether zero points are any float32 numbers, not codes (HQQ).
     """
 
     qtype: str
     group: tuple[int, int]
     scale: str = "float32"
+    fractional: bool = False
 
     @staticmethod
     def of(
@@ -145,7 +147,7 @@ class Grid:
         """Bits of storage a weight of that shape takes, with its scales and zero points."""
         bits = packing.CODES[self.qtype].bits
         each = jnp.dtype(self.scale).itemsize * 8 if self.scale in _SCALES[:3] else 8
-        each += 0 if self.symmetric else bits
+        each += 32 if self.fractional else 0 if self.symmetric else bits
         rows, columns = (-(-size // part) for size, part in zip(shape, self.group, strict=True))
         return bits + each * rows * columns / (shape[0] * shape[1])
 
@@ -181,7 +183,7 @@ def minmax(w: jax.Array, grid: Grid, absmax: jax.Array | None = None) -> Scales:
       absmax: [], what a global scale is made for, where it is to hold for other weights as well
         (LLM Compressor ties those of q, k and v, and of gate and up); else of this weight alone.
     """
-    low, high = _extremes(w, grid)
+    low, high = extremes(w, grid)
     return _scales(low, high, grid, w.dtype, jnp.abs(w).max() if absmax is None else absmax)
 
 
@@ -197,16 +199,18 @@ def _sizes(w: jax.Array) -> tuple[int, int]:
     return n, k
 
 
-def _extremes(w: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+def extremes(w: jax.Array, grid: Grid, *, zero: bool = True) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest weight of each group, float32 [groups of rows, groups of
+    columns]; 0 counts as one of them, unless `zero` is False."""
     tiles = _tiled(w, grid.group).astype(jnp.float32)
     low, high = tiles.min((1, 3)), tiles.max((1, 3))
-    return jnp.minimum(low, 0), jnp.maximum(high, 0)
+    return (jnp.minimum(low, 0), jnp.maximum(high, 0)) if zero else (low, high)
 
 
 def largest(w: jax.Array, grid: Grid) -> jax.Array:
     """What the scale of each group is proportional to: the largest magnitude in it; of a grid with
     zero points, half of the range. float32 [groups of rows, groups of columns]."""
-    low, high = _extremes(w, grid)
+    low, high = extremes(w, grid)
     return jnp.maximum(-low, high) if grid.symmetric else (high - low) / 2
 
 
@@ -316,7 +320,7 @@ def searched(
     """
     w = w.astype(jnp.float32)
     absmax = jnp.abs(w).max() if absmax is None else absmax
-    low, high = _extremes(w, grid)
+    low, high = extremes(w, grid)
     product = _product(importance, grid, w)
 
     def better(best: tuple[Scales, jax.Array], scales: Scales) -> tuple[Scales, jax.Array]:
@@ -422,12 +426,13 @@ def encoded(
         scale = scale.astype(ml_dtypes.float8_e8m0fnu)
     else:
         scale = scale.astype(jnp.dtype(grid.scale))
+    zeros = np.float32 if grid.fractional else np.uint8
     return QArray(
         packing.pack(bits, packing.CODES[grid.qtype].bits),
         grid.qtype,
         (held.shape[-2], held.shape[-1]),
         scale=scale,
-        zero_point=None if scales.zero is None else np.asarray(scales.zero).astype(np.uint8),
+        zero_point=None if scales.zero is None else np.asarray(scales.zero).astype(zeros),
         aux=more,
         group=grid.group,
         act=act,
