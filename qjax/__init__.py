@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pallas_kernels.inputs import ActSpec
     from qjax.api import generate, load, sampling_defaults, save
+    from qjax.compress.oneshot import oneshot
     from qjax.engine.engine import Engine
     from qjax.engine.request import GenerationResult
     from qjax.engine.sampling_params import SamplingParams
     from qjax.errors import (
+        CalibrationError,
         CheckpointError,
         DownloadError,
         QjaxError,
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "qjax.llm",
     "ActSpec": "pallas_kernels.inputs",
+    "CalibrationError": "qjax.errors",
     "Checkpoint": "qjax.formats.base",
     "CheckpointError": "qjax.errors",
     "DownloadError": "qjax.errors",
@@ -68,6 +71,7 @@ _HOMES = {
     "generate": "qjax.api",
     "key_bases": "qjax.key_bases",
     "load": "qjax.api",
+    "oneshot": "qjax.compress.oneshot",
     "register_quantization_config": "qjax.registry",
     "sampling_defaults": "qjax.api",
     "save": "qjax.api",
@@ -76,6 +80,7 @@ _HOMES = {
 __all__ = [
     "LLM",
     "ActSpec",
+    "CalibrationError",
     "Checkpoint",
     "CheckpointError",
     "DownloadError",
@@ -97,6 +102,7 @@ __all__ = [
     "generate",
     "key_bases",
     "load",
+    "oneshot",
     "register_quantization_config",
     "sampling_defaults",
     "save",

@@ -57,6 +57,11 @@ class RecipeError(QjaxError, ValueError):
     """A recipe for quantizing a model contradicts itself or does not fit the model."""
 
 
+class CalibrationError(QjaxError, ValueError):
+    """What samples do in a model is not what a method can work with: nothing reaches a layer, or
+    numbers are not finite."""
+
+
 class DownloadError(QjaxError, OSError):
     """A model could not be found or fetched; the message says what to do."""
 

@@ -85,6 +85,19 @@ def whole_sequences(rows: int, length: int, numerics: str) -> Batch:
     )
 
 
+def init_layer_cache(
+    config: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: str,
+    zeros: Callable[[tuple[int, ...], Any], Any] = jnp.zeros,
+    basis: Basis | None = None,
+) -> LayerCache:
+    """An empty cache of `num_pages` pages of `page_size` tokens, one of `CACHE_DTYPES`."""
+    shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+    return LayerCache(empty(shape, dtype, zeros), empty(shape, dtype, zeros), basis)
+
+
 def init_cache(
     config: ModelConfig,
     num_pages: int,
@@ -100,10 +113,9 @@ def init_cache(
       zeros: makes its arrays; on the host, `numpy.zeros` starts many times faster.
       bases: of each layer, see `qjax.key_bases`.
     """
-    shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
     count = config.num_layers
     return tuple(
-        LayerCache(empty(shape, dtype, zeros), empty(shape, dtype, zeros), basis)
+        init_layer_cache(config, num_pages, page_size, dtype, zeros, basis)
         for dtype, basis in zip(
             [dtypes] * count if isinstance(dtypes, str) else dtypes,
             [None] * count if bases is None else bases,

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import codes as packing
-from pallas_kernels.inputs import FLOATS
+from pallas_kernels.inputs import FLOATS, bounds
 from pallas_kernels.quantize.rounding import divide, exponent_of, power_of_two, to_float
 from qjax.errors import UnsupportedError
 from qjax.qarray import ActSpec, QArray
@@ -346,7 +346,7 @@ def searched(
         plain = values(codes, jnp.float32(1), each.zero, grid)
         energy = product(plain, plain)
         scale = product(plain, w) / jnp.where(energy > 0, energy, 1)
-        held = _nearest_scale(jnp.where(scale > 0, scale, best[0].scale), best[0], grid)
+        held = nearest_scale(jnp.where(scale > 0, scale, best[0].scale), best[0], grid)
         return better(best, best[0]._replace(scale=held))
 
     return lax.fori_loop(0, 2, fitted, best)[0]
@@ -387,7 +387,7 @@ def _reach(grid: Grid) -> tuple[float, float]:
     return least, grid.span / 2 / (grid.half - 1) if grid.symmetric else 1.0
 
 
-def _nearest_scale(scale: jax.Array, like: Scales, grid: Grid) -> jax.Array:
+def nearest_scale(scale: jax.Array, like: Scales, grid: Grid) -> jax.Array:
     """Scales as the grid stores them, with the global scale of others."""
     if grid.scale != "fp8_e4m3":
         return _held(scale, grid)
@@ -437,3 +437,22 @@ def encoded(
         group=grid.group,
         act=act,
     )
+
+
+def input_scales(act: ActSpec, low: float, high: float) -> dict[str, np.ndarray]:
+    """Entries of `QArray.aux` for inputs from `low` <= 0 to `high` >= 0 whose scales are fixed, and
+    the global scale of those that are multiples of one: float32 [1, 1] each."""
+
+    def one(x: Any) -> np.ndarray:
+        return np.full((1, 1), x, np.float32)
+
+    bottom, top = bounds(act.dtype)
+    largest = max(-low, high) or 1.0
+    if act.scale == "fp8_e4m3":
+        return {"act_global_scale": 1 / one(FLOATS["fp8_e4m3"].top * top / largest)}
+    if act.symmetric:
+        return {"act_scale": one(np.float32(largest) / np.float32(act.divisor or top))}
+    scale = np.float32(high - low) / np.float32(top - bottom)
+    scale = scale if scale > 0 else np.finfo(np.float32).eps
+    zero = np.clip(np.round(bottom - np.float32(low) / scale), bottom, top)
+    return {"act_scale": one(scale), "act_zero_point": one(zero)}

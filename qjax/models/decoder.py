@@ -138,15 +138,19 @@ class Decoder(nnx.Module):
         Returns:
           float32 [T, E] before the final norm, and the cache with the tokens' keys and values.
         """
-        x = ops.embedding(self.model.embed_tokens.w, tokens)
-        if self.config.embedding_scale != 1.0:
-            x = x * jnp.float32(self.config.embedding_scale)
-        tables = {rope: self._rope(rope, batch) for _, rope in self.config.rope}
+        x = self.embed(tokens)
+        tables = position_tables(self.config, batch)
         layers = []
         for layer, layer_cache in zip(self.model.layers, cache, strict=True):
             x, layer_cache = layer(x, layer_cache, batch, tables)
             layers.append(layer_cache)
         return x, tuple(layers)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """float32 [T, E] of tokens int32 [T]."""
+        x = ops.embedding(self.model.embed_tokens.w, tokens)
+        scale = self.config.embedding_scale
+        return x if scale == 1.0 else x * jnp.float32(scale)
 
     def logits(self, hidden: jax.Array, batch: Batch) -> jax.Array:
         """float32 [R, V] from hidden states [R, E]: final norm, head, soft cap."""
@@ -166,11 +170,18 @@ class Decoder(nnx.Module):
         cap = self.config.final_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    @staticmethod
-    def _rope(rope: RopeConfig, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        lengths = None
-        if rope.depends_on_length:
-            index = jnp.arange(len(batch.positions))
-            owner = jnp.searchsorted(batch.query_start_loc[1:], index, side="right")
-            lengths = batch.seq_lens[jnp.minimum(owner, len(batch.seq_lens) - 1)]
-        return rope_tables(rope, batch.positions, lengths)
+
+def position_tables(
+    config: ModelConfig, batch: Batch
+) -> dict[RopeConfig, tuple[jax.Array, jax.Array]]:
+    """(cos, sin) of the batch's positions, for each way in which layers rotate."""
+    return {rope: _rope(rope, batch) for _, rope in config.rope}
+
+
+def _rope(rope: RopeConfig, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    lengths = None
+    if rope.depends_on_length:
+        index = jnp.arange(len(batch.positions))
+        owner = jnp.searchsorted(batch.query_start_loc[1:], index, side="right")
+        lengths = batch.seq_lens[jnp.minimum(owner, len(batch.seq_lens) - 1)]
+    return rope_tables(rope, batch.positions, lengths)

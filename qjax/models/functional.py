@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qjax.kv_cache import Batch, KVCache
+from qjax.kv_cache import Batch, KVCache, LayerCache
 from qjax.models.config import ModelConfig
-from qjax.models.decoder import Decoder
+from qjax.models.decoder import Decoder, DecoderLayer, position_tables
 
 
 @lru_cache
@@ -49,3 +49,34 @@ def run(
 def logits(config: ModelConfig, tree: Any, hidden: jax.Array, batch: Batch) -> jax.Array:
     """Logits float32 [R, V] of hidden states float32 [R, E]."""
     return _merge(config, tree).logits(hidden, batch)
+
+
+@lru_cache
+def _abstract_layer(config: ModelConfig, index: int) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, index)))[0]
+
+
+def same_layer(config: ModelConfig, index: int) -> int:
+    """The first layer that computes what layer `index` does, with other weights."""
+    sparse = config.moe.layers if config.moe is not None else (False,) * config.num_layers
+    kinds = list(zip(config.layer_types, sparse, strict=True))
+    return kinds.index(kinds[index])
+
+
+def run_layer(
+    config: ModelConfig, index: int, tree: Any, x: jax.Array, batch: Batch, cache: LayerCache
+) -> tuple[jax.Array, LayerCache]:
+    """Layer `index` alone.
+
+    Args:
+      tree: its parameters, as they lie below "model.layers.<index>".
+      x: hidden states float32 [T, E].
+      cache: of this layer.
+    """
+    layer = nnx.merge(_abstract_layer(config, index), nnx.State(tree))
+    return layer(x, cache, batch, position_tables(config, batch))
+
+
+def embed(config: ModelConfig, tree: Any, tokens: jax.Array) -> jax.Array:
+    """What the first layer is given, float32 [T, E], for tokens int32 [T]."""
+    return _merge(config, tree).embed(tokens)

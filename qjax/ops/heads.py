@@ -9,7 +9,7 @@ from pallas_kernels.matmul.around import rms_norm
 from pallas_kernels.matmul_grouped import matmul_grouped
 from qjax.errors import UnsupportedError
 from qjax.kv_cache import Batch
-from qjax.ops import activations
+from qjax.ops import activations, floats
 from qjax.ops.linear import ACTIVATION_DTYPES
 from qjax.qarray import QArray
 
@@ -19,7 +19,7 @@ def per_head(x: jax.Array, w: QArray, *, batch: Batch) -> jax.Array:
 
     Args:
       x: float32 [T, H, K].
-      w: stacked weights [H, N, K].
+      w: stacked weights [H, N, K], or a float32 array.
       batch: says how activations may be rounded.
 
     Returns:
@@ -28,6 +28,8 @@ def per_head(x: jax.Array, w: QArray, *, batch: Batch) -> jax.Array:
     Raises:
       UnsupportedError: the weight wants its inputs or outputs treated.
     """
+    if not isinstance(w, QArray):
+        return floats.per_head(x, w)
     if w.aux.keys() & {"lora_a", "output_perm"} or w.hadamard[1] or activations.treats_inputs(w):
         raise UnsupportedError("matrices of heads whose inputs or outputs are treated")
     tokens, heads, _ = x.shape

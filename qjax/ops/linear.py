@@ -14,7 +14,7 @@ from pallas_kernels import matmul as kernels
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.matmul import WeightArrays
 from pallas_kernels.matmul.around import epilogue, rms_norm
-from qjax.ops import activations
+from qjax.ops import activations, floats
 from qjax.qarray import QArray
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def linear(  # pyright: ignore[reportInconsistentOverload]  (it names what `arou
 
     Args:
       x: float32 [T, K].
-      w: one weight, or a tuple of weights.
+      w: one weight, or a tuple of weights. They may be float32 arrays [N, K] instead: see
+        `qjax.ops.floats`; nothing is rounded then.
       batch: says how activations may be rounded (`numerics`), and how many rows of x are not
         padding where x has one row a token.
       norm: float32 [K], RMSNorm of x first.
@@ -78,6 +79,9 @@ def linear(  # pyright: ignore[reportInconsistentOverload]  (it names what `arou
     )
     fused = {"norm_eps": norm_eps, "activation": activation}
     fused |= {"residual": residual, "post_norm": post_norm}
+    if not isinstance(weights[0], QArray):
+        outputs = floats.linear(x, weights, norm=norm, biases=biases, **fused)
+        return outputs if several and activation is None else outputs[0]
     if _treated_alike(weights):
         outputs = _product(product, x, weights, norm=norm, biases=biases, rows=rows, **fused)
     else:

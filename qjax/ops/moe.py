@@ -11,7 +11,7 @@ from pallas_kernels.matmul.around import ACTIVATIONS, rms_norm
 from pallas_kernels.matmul_grouped import matmul_grouped, takes_inputs
 from qjax.errors import UnsupportedError
 from qjax.kv_cache import Batch
-from qjax.ops import activations
+from qjax.ops import activations, floats
 from qjax.ops.linear import ACTIVATION_DTYPES
 from qjax.qarray import QArray
 
@@ -40,7 +40,7 @@ def experts(
 
     Args:
       x: float32 [T, K]. norm: float32 [K].
-      gate, up, down: stacked weights [E, N, K].
+      gate, up, down: stacked weights [E, N, K], or float32 arrays.
       weights: float32 [T, top_k]. chosen: int32 [T, top_k], experts.
       batch: tokens from query_start_loc[-1] on are padding and go to no expert.
       biases: of gate, up and down, float32 [E, N] or None.
@@ -50,7 +50,7 @@ def experts(
       float32 [T, K]; rows of padding are zero.
     """
     tokens, top_k = chosen.shape
-    count = gate.qvalue.shape[0]
+    count = (gate.qvalue if isinstance(gate, QArray) else gate).shape[0]
     real = jnp.arange(tokens) < batch.query_start_loc[-1]
     owner = jnp.where(real[:, None], chosen, count).reshape(-1)
     order = jnp.argsort(owner, stable=True)
@@ -58,6 +58,8 @@ def experts(
     sizes = (owner[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
 
     def product(x: jax.Array, w: QArray, bias: jax.Array | None) -> jax.Array:
+        if not isinstance(w, QArray):
+            return floats.grouped(x, sizes, w, bias)
         within = _kernel_rounds(w)
         return matmul_grouped(
             x if within else _inputs(x, w, jnp.minimum(owner, count - 1)),

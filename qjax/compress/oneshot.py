@@ -1,0 +1,190 @@
+"""`oneshot`: a model and a recipe in, a quantized model out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax import ops
+from qjax.compress import dataset as datasets
+from qjax.compress import layers
+from qjax.compress.modifiers import Modifier, QuantizationMixin, QuantizationModifier
+from qjax.compress.presets import is_preset
+from qjax.compress.recipe import parse
+from qjax.compress.state import Finished, State
+from qjax.compress.steps import Step, plan
+from qjax.compress.walk import walk
+from qjax.errors import CheckpointError
+from qjax.params import Params
+from qjax.qarray import QArray
+
+# What scales of integers are stored as, where the format has a say; elsewhere as vLLM holds them.
+_SCALES = {"gptq": "float16", "awq": "float16"}
+SCALES = "bfloat16"
+
+
+def oneshot(
+    model: Params | str | os.PathLike[str],
+    recipe: Any,
+    dataset: Any = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    *,
+    num_calibration_samples: int | None = None,
+    max_seq_length: int | None = None,
+    shuffle_calibration_samples: bool = True,
+    seed: int = 0,
+    format: str | None = None,
+    progress: bool = True,
+    on_layer: Callable[[Finished], None] | None = None,
+) -> Params:
+    """Quantizes a model.
+
+    Layer by layer: each one is looked at with the samples, quantized, and run once more, so that
+    the next one is made for the inputs that it will have. Recipes that need no samples are done
+    without.
+
+    Args:
+      model: from `qjax.load`, or what that takes. Weights that are quantized already are taken as
+        the numbers that they stand for.
+      recipe: in the schema of LLM Compressor: YAML text, a file, a dict, a modifier, or a list of
+        modifiers; or the name of a preset ("W4A16", "FP8_DYNAMIC", "Q4_K_M").
+      dataset: samples, see `qjax.compress.dataset.tokens`: a text or jsonl file, token ids, a list
+        of strings, a data set on the hub; None for text that the model itself writes.
+      output_dir: where the model is saved; must not exist, or be empty. If this run is stopped,
+        the same call goes on where it was; None saves nothing.
+      num_calibration_samples, max_seq_length, shuffle_calibration_samples, seed: of the samples.
+      format: what it is saved as, see `qjax.save`; None for GGUF where the recipe has types of it,
+        else "compressed-tensors".
+      progress: shows a bar, and after each layer what it lost.
+      on_layer: called with each layer that is finished.
+
+    Returns:
+      The quantized model, to run, save or evaluate.
+
+    Raises:
+      RecipeError: the recipe does not fit the model or contradicts itself; found before any work.
+      CalibrationError: the samples are of no use to a method.
+      CheckpointError: `output_dir` holds something.
+    """
+    modifiers = _modifiers(recipe)
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError("exists and is not an empty folder: nothing written", file=folder)
+    params = model if isinstance(model, Params) else _load(model)
+    steps = plan(modifiers, params.config)
+    chosen = format or _format(steps)
+    tokens = None
+    if any(modifier.requires_calibration_data for modifier in modifiers):
+        tokens = datasets.tokens(
+            params,
+            dataset,
+            num_calibration_samples,
+            max_seq_length,
+            shuffle=shuffle_calibration_samples,
+            seed=seed,
+            progress=progress,
+        )
+    cache = _cache_scheme(modifiers)
+    scale_dtype = _SCALES.get(chosen, SCALES)
+    state = None
+    if folder is not None:
+        state = State.beside(folder, _fingerprint(params, modifiers, tokens, scale_dtype))
+    finished = walk(params, steps, tokens, scale_dtype=scale_dtype, cache_scales=cache, state=state)
+    result = _collected(params, _shown(finished, params, progress, on_layer), cache)
+    if folder is not None:
+        from qjax.checkpoint import saver
+
+        saver.save(result, folder, format=chosen)
+    if state is not None:
+        state.remove()
+    return result
+
+
+def _modifiers(recipe: Any) -> tuple[Modifier, ...]:
+    if isinstance(recipe, str) and is_preset(recipe):
+        # All linear layers but the head, as the examples of LLM Compressor have it.
+        return (QuantizationModifier(scheme=recipe, ignore=[layers.HEAD]),)
+    return parse(recipe)
+
+
+def _load(source: Any) -> Params:
+    from qjax.checkpoint.loader import load
+
+    return load(source)
+
+
+def _format(steps: Sequence[Step]) -> str:
+    return "gguf" if any(step.types for step in steps) else "compressed-tensors"
+
+
+def _cache_scheme(modifiers: Sequence[Modifier]) -> bool:
+    """Whether keys and values get scales."""
+    return any(
+        isinstance(modifier, QuantizationMixin) and modifier.kv_cache_scheme is not None
+        for modifier in modifiers
+    )
+
+
+def _fingerprint(
+    params: Params, modifiers: Sequence[Modifier], tokens: np.ndarray | None, scale_dtype: str
+) -> str:
+    """Tells runs apart that do not come to the same."""
+    found = hashlib.sha256(repr((modifiers, scale_dtype, params.source, params.config)).encode())
+    if tokens is not None:
+        found.update(str(tokens.shape).encode() + np.ascontiguousarray(tokens).tobytes())
+    # The weights themselves would take too long to read: some of each will do.
+    for leaf in jax.tree.leaves(params.tree):
+        found.update(np.asarray(leaf.reshape(-1)[:64]).tobytes())
+    return found.hexdigest()[:12]
+
+
+def _shown(
+    finished: Iterator[Finished],
+    params: Params,
+    progress: bool,
+    on_layer: Callable[[Finished], None] | None,
+) -> Iterator[Finished]:
+    """The same, with a bar that shows the error of the last layer."""
+    from tqdm.auto import tqdm
+
+    # Shown on a terminal only (disable=None).
+    with tqdm(
+        total=params.config.num_layers, desc="quantizing", disable=None if progress else True
+    ) as bar:
+        for done in finished:
+            if on_layer is not None:
+                on_layer(done)
+            if done.errors:
+                worst = max(done.errors, key=lambda name: done.errors[name])
+                bar.set_postfix_str(f"{worst} {done.errors[worst]:.2e}")
+            if done.index is not None:
+                bar.update()
+            yield done
+
+
+def _collected(params: Params, finished: Iterator[Finished], cache: bool) -> Params:
+    """The model with its new weights, where its kernels want them."""
+    new: dict[str, Any] = {}
+    for done in finished:
+        new |= {name: _ready(name, leaf, params) for name, leaf in done.tree.items()}
+    old = layers.flat(params.tree)
+    tree = layers.nested({name: new.pop(name, leaf) for name, leaf in old.items()} | new)
+    config = replace(params.config, kv_scales=1) if cache else params.config
+    host = replace(params.host, key_bases={})
+    return Params(tree, config, host)
+
+
+def _ready(name: str, leaf: Any, params: Params) -> Any:
+    if not isinstance(leaf, QArray):
+        return jax.numpy.asarray(leaf)
+    looked_up = name == f"{layers.EMBEDDING}.weight" and not params.config.tie_word_embeddings
+    if leaf.layout == "canonical" and not looked_up:
+        leaf = ops.prepare(jax.tree.map(np.asarray, leaf))
+    return jax.device_put(leaf)

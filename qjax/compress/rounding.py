@@ -1,0 +1,204 @@
+"""From floats to QArrays: the layers that share their inputs, by the method of a modifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.compress import grid as grids
+from qjax.compress.algorithms.gptq import Rounded, gptq
+from qjax.compress.grid import Grid, Scales
+from qjax.compress.modifiers import GPTQModifier, QuantizationMixin
+from qjax.compress.statistics import InputStats
+from qjax.errors import CalibrationError
+from qjax.formats.compressed_tensors import act_spec
+from qjax.qarray import QArray
+from qjax.scheme import QuantizationArgs, QuantizationScheme
+
+# Passes over all columns behind GPTQ; more of them gain little.
+SWEEPS = 2
+# Of the mean of the moment's diagonal, tried where the dampening that was asked for is too little.
+_MORE_DAMPENING = (0.05, 0.2, 1.0)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix that is to be rounded.
+
+    Attributes:
+      name: of its module.
+      values: float32 [N, K], or [E, N, K] of experts.
+      scheme: what it becomes.
+      stats: of its inputs, or None without samples.
+    """
+
+    name: str
+    values: jax.Array
+    scheme: QuantizationScheme
+    stats: InputStats | None
+
+    @property
+    def args(self) -> QuantizationArgs:
+        assert self.scheme.weights is not None
+        return self.scheme.weights
+
+
+def quantized(
+    weights: Sequence[Weight], modifier: QuantizationMixin, scale_dtype: str
+) -> dict[str, QArray]:
+    """Weights that share their inputs, by name: canonical, on the host.
+
+    Args:
+      scale_dtype: of the scales of integers, where the scheme does not tell.
+
+    Raises:
+      CalibrationError: statistics are missing, or of no use.
+    """
+    found: dict[str, QArray] = {}
+    for alike in _alike(weights, scale_dtype):
+        if alike[0].values.ndim == 2:
+            found |= _rounded(alike, modifier, scale_dtype)
+            continue
+        parts = [
+            _rounded([_expert(w, e) for w in alike], modifier, scale_dtype)
+            for e in range(len(alike[0].values))
+        ]
+        found |= {w.name: QArray.stack([part[w.name] for part in parts]) for w in alike}
+    return found
+
+
+def _alike(weights: Sequence[Weight], scale_dtype: str) -> Iterator[list[Weight]]:
+    """Those whose rows can be rounded together."""
+    left = list(weights)
+    while left:
+        first = left[0]
+        grid = _grid(first, scale_dtype)
+        same = [
+            w
+            for w in left
+            if w is first
+            or (
+                w.args == first.args
+                and w.values.ndim == first.values.ndim
+                and grid.group[0] == 1
+                and w.values.shape[:-2] == first.values.shape[:-2]
+            )
+        ]
+        left = [w for w in left if w not in same]
+        yield same
+
+
+def _expert(weight: Weight, index: int) -> Weight:
+    """One of several; one that no sample reached is rounded as if its inputs were all alike."""
+    stats = weight.stats
+    if stats is not None:
+        stats = jax.tree.map(lambda a: a[index], stats)
+        unseen = stats.rows == 0
+        stats = stats._replace(moment=jnp.where(unseen, jnp.eye(len(stats.moment)), stats.moment))
+    return replace(weight, values=weight.values[index], stats=stats)
+
+
+def _grid(weight: Weight, scale_dtype: str) -> Grid:
+    inputs = weight.scheme.input_activations
+    whole = inputs is not None and inputs.type == "int" and weight.args.strategy != "group"
+    dtype = scale_dtype if weight.args.type == "int" and not whole else "float32"
+    shape = (weight.values.shape[-2], weight.values.shape[-1])
+    return Grid.of(weight.args, shape, dtype, signed=whole)
+
+
+def _rounded(
+    weights: Sequence[Weight], modifier: QuantizationMixin, scale_dtype: str
+) -> dict[str, QArray]:
+    first = weights[0]
+    grid = _grid(first, scale_dtype)
+    values = jnp.concatenate([w.values for w in weights])
+    names = ", ".join(w.name for w in weights)
+    method = _gptq if isinstance(modifier, GPTQModifier) else _nearest
+    found = method(values, first, grid, modifier, names)
+    act, aux = _inputs(first)
+    if found.order is not None:
+        aux["perm"] = np.asarray(found.order, np.int32)[None]
+    sizes = np.cumsum([len(w.values) for w in weights])[:-1]
+    codes = np.split(np.asarray(found.codes), sizes)
+    scales = found.scales
+
+    def scales_of(i: int) -> Scales:
+        if len(weights) == 1:  # several have scales for each row, one may have fewer
+            return scales
+        scale, zero = (None if a is None else np.split(np.asarray(a), sizes)[i] for a in scales[:2])
+        return Scales(scale, zero, scales.global_scale)
+
+    each = zip(weights, codes, strict=True)
+    return {
+        w.name: grids.encoded(part, scales_of(i), grid, act=act, aux=aux)
+        for i, (w, part) in enumerate(each)
+    }
+
+
+def _nearest(
+    values: jax.Array, like: Weight, grid: Grid, modifier: QuantizationMixin, names: str
+) -> Rounded:
+    observer = like.args.observer or "memoryless_minmax"
+    importance = None
+    if "imatrix" in observer:
+        importance = jnp.diag(_stats(like, names).moment)
+    return _to_nearest(values, importance, grid, search="minmax" not in observer)
+
+
+@partial(jax.jit, static_argnames=("grid", "search"))
+def _to_nearest(
+    values: jax.Array, importance: jax.Array | None, grid: Grid, search: bool
+) -> Rounded:
+    scales = grids.searched(values, grid, importance) if search else grids.minmax(values, grid)
+    n, k = values.shape
+    each = grids.spread(scales, grid, (n, k))
+    return Rounded(grids.nearest(values, each.scale, each.zero, grid), scales)
+
+
+def _gptq(
+    values: jax.Array, like: Weight, grid: Grid, modifier: QuantizationMixin, names: str
+) -> Rounded:
+    assert isinstance(modifier, GPTQModifier)
+    order = like.args.actorder
+    settings: dict[str, Any] = {
+        "actorder": "weight" if order == "aware" else order,
+        "block_size": modifier.block_size,
+        "sweeps": SWEEPS,
+    }
+    moment = _stats(like, names).moment
+    for dampening in (modifier.dampening_frac, *_MORE_DAMPENING):
+        found = gptq(values, moment, grid, dampening=dampening, **settings)
+        if bool(jnp.isfinite(found.codes).all()):
+            return found
+    raise CalibrationError(
+        f"{names}: the second moment of its inputs cannot be inverted; take more samples, or a "
+        "larger dampening_frac"
+    )
+
+
+def _stats(weight: Weight, names: str) -> InputStats:
+    if weight.stats is None:
+        raise CalibrationError(f"{names}: no samples run through it, but its method needs them")
+    return weight.stats
+
+
+def _inputs(weight: Weight) -> tuple[Any, dict[str, np.ndarray]]:
+    """What inputs are rounded to, and the scales of those whose scales are fixed.
+
+    Formulas: `calculate_qparams` and `generate_gparam` of compressed-tensors.
+    """
+    args = weight.scheme.input_activations
+    if args is None:
+        return None, {}
+    act = act_spec(args, {})
+    if act.dynamic and act.scale != "fp8_e4m3":
+        return act, {}
+    stats = _stats(weight, weight.name)
+    low, high = float(stats.low.min()), float(stats.high.max())
+    return act, grids.input_scales(act, low, high)

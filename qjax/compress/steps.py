@@ -1,0 +1,175 @@
+"""What each modifier of a recipe does to one layer of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.compress.algorithms import ggml
+from qjax.compress.algorithms.gptq import relative_error
+from qjax.compress.assignment import assign
+from qjax.compress.hidden import Hidden
+from qjax.compress.layers import Flat, dense, modules, shared_inputs
+from qjax.compress.modifiers import Modifier, QuantizationMixin
+from qjax.compress.rounding import Weight, quantized
+from qjax.compress.statistics import InputStats
+from qjax.models.config import ModelConfig
+from qjax.qarray import QArray
+from qjax.scheme import QuantizationScheme
+
+
+@dataclass
+class Layer:
+    """A decoder layer, or a table beside the layers, while it is quantized.
+
+    Attributes:
+      index: its number; None for the embedding and the head.
+      prefix: what the names of its modules begin with.
+      floats: its parameters, float32; of weights that were rounded, what is left of them.
+      stats: of the inputs of its modules; None where no samples run through the model.
+      weights: what was rounded, by module.
+      errors: for each of these the share of its outputs' energy that is lost (of the weight's
+        itself without samples).
+    """
+
+    index: int | None
+    prefix: str
+    floats: Flat
+    stats: dict[str, InputStats] | None = None
+    weights: dict[str, QArray] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def stats_of(self, module: str) -> InputStats | None:
+        """Those of a module; of modules that share their inputs, the first has them."""
+        if self.stats is None:
+            return None
+        group = next(g for g in shared_inputs(self.modules) if module in g)
+        return self.stats.get(group[0])
+
+    @property
+    def modules(self) -> list[str]:
+        return [
+            name.removesuffix(".weight")
+            for name, value in self.floats.items()
+            if name.endswith(".weight") and value.ndim > 1
+        ]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A modifier with what it does to which modules of this model, by their full names."""
+
+    modifier: Modifier
+    schemes: Mapping[str, QuantizationScheme]
+    types: Mapping[str, str]  # of GGUF
+
+
+def plan(modifiers: tuple[Modifier, ...], config: ModelConfig) -> tuple[Step, ...]:
+    """The steps of a recipe for a model.
+
+    Raises:
+      RecipeError: a modifier does not fit the model, or its settings contradict each other.
+      UnsupportedError: a combination that qjax does not do.
+    """
+    shapes = modules(config)
+    steps = []
+    for modifier in modifiers:
+        schemes, types = {}, {}
+        if isinstance(modifier, QuantizationMixin):
+            schemes = assign(modifier, shapes)
+            types = _ggml_types(schemes, config, modifier.requires_calibration_data)
+        steps.append(Step(modifier, schemes, types))
+    return tuple(steps)
+
+
+def _ggml_types(
+    schemes: Mapping[str, QuantizationScheme], config: ModelConfig, importance: bool
+) -> dict[str, str]:
+    mixes = sorted({s.ggml for s in schemes.values() if s.ggml is not None})
+    if not mixes:
+        return {}
+    from qjax.compress.gguf_mixes import mix_types
+
+    shapes = modules(config)
+    found: dict[str, str] = {}
+    for mix in mixes:
+        types = mix_types(mix, config, shapes, importance=importance)
+        found |= {name: types[name] for name, s in schemes.items() if s.ggml == mix}
+    return found
+
+
+def touches(steps: Sequence[Step], module: str) -> bool:
+    """Whether any of them rounds a module."""
+    return any(module in step.schemes for step in steps)
+
+
+def apply(layer: Layer, steps: Sequence[Step], hidden: Hidden | None, scale_dtype: str) -> None:
+    """Does all of a recipe to one layer.
+
+    Args:
+      hidden: its inputs, where samples run through the model.
+      scale_dtype: of the scales of integers.
+    """
+    for step in steps:
+        if step.schemes:
+            round_layer(layer, step, scale_dtype)
+
+
+def round_layer(layer: Layer, step: Step, scale_dtype: str) -> None:
+    """Rounds the weights that a quantizing modifier names."""
+    assert isinstance(step.modifier, QuantizationMixin)
+    own = [name for name in layer.modules if layer.prefix + name in step.schemes]
+    for group in shared_inputs(own):
+        named = [name for name in group if layer.prefix + name in step.types]
+        for name in named:
+            _finish(layer, name, _blocks(layer, name, step.types[layer.prefix + name]))
+        weights = [
+            Weight(
+                layer.prefix + name,
+                layer.floats[f"{name}.weight"],
+                step.schemes[layer.prefix + name],
+                layer.stats_of(name),
+            )
+            for name in group
+            if name not in named
+        ]
+        for name, weight in quantized(weights, step.modifier, scale_dtype).items():
+            _finish(layer, name.removeprefix(layer.prefix), weight)
+
+
+def _blocks(layer: Layer, name: str, qtype: str) -> QArray:
+    """A weight in blocks of a GGUF type."""
+    values, stats = np.asarray(layer.floats[f"{name}.weight"]), layer.stats_of(name)
+    importance = None
+    if stats is not None:
+        importance = np.asarray(jnp.diagonal(stats.moment, axis1=-2, axis2=-1))
+    if values.ndim == 2:
+        raw = ggml.quantize(values, qtype, importance)
+    else:
+        raw = np.stack(
+            [
+                ggml.quantize(each, qtype, None if importance is None else importance[expert])
+                for expert, each in enumerate(values)
+            ]
+        )
+    return QArray(raw, qtype, (values.shape[-2], values.shape[-1]))
+
+
+def _finish(layer: Layer, name: str, weight: QArray) -> None:
+    """Puts a rounded weight in the place of its floats, and notes what was lost."""
+    key = f"{name}.weight"
+    before, after, stats = layer.floats[key], dense(weight), layer.stats_of(name)
+    if stats is None:
+        change = jnp.sum(jnp.square(before - after)) / jnp.maximum(jnp.sum(before**2), 1e-30)
+    elif before.ndim == 2:
+        change = relative_error(before, after, stats.moment)
+    else:
+        each = jax.vmap(relative_error)(before, after, stats.moment)
+        change = jnp.sum(each * stats.rows) / jnp.maximum(jnp.sum(stats.rows), 1)
+    layer.floats[key] = after
+    layer.weights[name] = weight
+    layer.errors[name] = float(change)

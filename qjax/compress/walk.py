@@ -1,0 +1,135 @@
+"""The walk through a model: each layer in turn is looked at, quantized, and run once more, so that
+the next one is made for the inputs that it will have.
+
+One layer is held in floats, and the inputs of one layer for all samples. Where a `State` keeps what
+is finished, a walk that was stopped goes on from the layer where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.compress import layers
+from qjax.compress.hidden import Hidden
+from qjax.compress.layers import Flat
+from qjax.compress.state import Finished, State
+from qjax.compress.steps import Layer, Step, apply, touches
+from qjax.errors import CalibrationError
+from qjax.params import Params
+from qjax.qarray import QArray
+
+FP8_TOP = 448.0
+
+
+def walk(
+    params: Params,
+    steps: Sequence[Step],
+    tokens: np.ndarray | None,
+    *,
+    scale_dtype: str,
+    cache_scales: bool = False,
+    state: State | None = None,
+) -> Iterator[Finished]:
+    """Goes through the layers of a model, then to its embedding and head.
+
+    Args:
+      params: the model; it stays as it is.
+      steps: of the recipe, see `steps.plan`.
+      tokens: samples int32 [S, T], or None where no layer is to be looked at.
+      scale_dtype: of the scales of integers.
+      cache_scales: whether each layer gets scales of its keys and values, for 8-bit floats.
+      state: where finished layers are kept.
+
+    Yields:
+      Each layer's parameters: QArrays (canonical, on the host), those that nothing changed as they
+      were, and float arrays.
+
+    Raises:
+      CalibrationError: numbers that are not finite come out of a layer, or a method cannot work
+        with what it sees.
+    """
+    count = params.config.num_layers
+    start, hidden = 0, None
+    if tokens is not None:
+        start = state.done(count) if state is not None else 0
+        if start and state is not None:
+            hidden = Hidden(params, state.hidden(start))
+            yield from map(state.layer, range(start))
+        else:
+            hidden = Hidden.embedded(params, tokens)
+    for index in range(start, count):
+        stored = layers.stored_layer(params, index)
+        layer = Layer(index, layers.prefix(index), layers.floats_of(stored))
+        before = dict(layer.floats)
+        if hidden is not None:
+            layer.stats = hidden.statistics(index, layer.floats)
+            _check_finite(layer)
+        apply(layer, steps, hidden, scale_dtype)
+        tree = _tree(layer, stored, before)
+        if hidden is not None:
+            running = {key: _running(layer, key) for key in layer.floats}
+            if cache_scales:
+                tree |= _cache_scales(layer, hidden.cached_extremes(index, running))
+            hidden.advance(index, running)
+        done = Finished(index, tree, layer.errors)
+        if state is not None and hidden is not None:
+            state.keep(done, hidden.values)
+        yield done
+    for name in (layers.EMBEDDING, layers.HEAD):
+        if touches(steps, name):
+            stored = {f"{name}.weight": layers.leaf(params, f"{name}.weight")}
+            layer = Layer(None, "", layers.floats_of(stored))
+            apply(layer, steps, None, scale_dtype)
+            yield Finished(None, _tree(layer, stored, {}), layer.errors)
+
+
+def _check_finite(layer: Layer) -> None:
+    assert layer.stats is not None
+    for name, stats in layer.stats.items():
+        if not bool(jnp.isfinite(stats.moment).all()):
+            raise CalibrationError(
+                f"{layer.prefix}{name}: its inputs are not finite (NaN or infinity) for these "
+                "samples; check the model's weights, or take a method that needs no samples"
+            )
+
+
+def _tree(layer: Layer, stored: Flat, before: Flat) -> Flat:
+    """A layer's parameters as they will run, by their full names."""
+    tree = {}
+    for key, values in layer.floats.items():
+        name = key.removesuffix(".weight")
+        if name in layer.weights:
+            leaf = layer.weights[name]
+        elif values is before.get(key):
+            leaf = stored[key]
+        elif isinstance(stored[key], QArray):
+            leaf = QArray.from_dense(np.asarray(values))
+        else:
+            leaf = np.asarray(values)
+        tree[layer.prefix + key] = leaf
+    return tree
+
+
+def _running(layer: Layer, key: str) -> Any:
+    """A parameter for the run behind quantization: floats, with what happens to their inputs."""
+    values, weight = layer.floats[key], layer.weights.get(key.removesuffix(".weight"))
+    if weight is None or weight.act is None or values.ndim > 2:
+        return values
+    kept = {k: a for k, a in weight.aux.items() if k.startswith("act_")}
+    return replace(QArray.from_dense(np.asarray(values)), act=weight.act, aux=kept)
+
+
+def _cache_scales(layer: Layer, extremes: tuple[jax.Array, jax.Array]) -> Flat:
+    """Scales with which the largest number is the largest of float8_e4m3: float32 [1] each."""
+    return {
+        f"{layer.prefix}self_attn.{name}_scale": np.asarray(
+            jnp.maximum(largest.max(), 1e-12) / FP8_TOP
+        )[None]
+        for name, largest in zip("kv", extremes, strict=True)
+    }
