@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qjax.params import Params
     from qjax.qarray import QArray
     from qjax.registry import register_quantization_config
+    from qjax.report import report
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ _HOMES = {
     "load": "qjax.api",
     "oneshot": "qjax.compress.oneshot",
     "register_quantization_config": "qjax.registry",
+    "report": "qjax.report",
     "sampling_defaults": "qjax.api",
     "save": "qjax.api",
 }
@@ -104,6 +106,7 @@ __all__ = [
     "load",
     "oneshot",
     "register_quantization_config",
+    "report",
     "sampling_defaults",
     "save",
 ]

@@ -42,7 +42,7 @@ FLOORS = {
     "checkpoint": ["qjax.checkpoint"],
     "running": ["qjax.engine", "qjax.compress", "qjax.forward", "qjax.key_bases"],
     "api": ["qjax.api", "qjax.llm", "qjax.distributed", "qjax.evaluate"],
-    "measuring": ["qjax.bench", "qjax.tune"],
+    "measuring": ["qjax.bench", "qjax.tune", "qjax.report"],
     "programs": ["qjax.cli", "qjax.server", "qjax.__main__", "qjax.bench.__main__"],
     "facade": ["qjax"],
 }

@@ -42,8 +42,13 @@ def default_model(
     tmp_path: Path,
     golden: Path,
 ) -> None:
-    """Has the default model in the cache: a tiny one in a cache of its own, or the real one."""
-    monkeypatch.chdir(ROOT)
+    """Has the default model in the cache: a tiny one in a cache of its own, or the real one. What
+    a command writes does not land in the checkout."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for entry in ROOT.iterdir():
+        (folder / entry.name).symlink_to(entry)
+    monkeypatch.chdir(folder)
     name = builtin.DEFAULT
     if request.param == "real":
         if not builtin.cached_path(name).is_file():

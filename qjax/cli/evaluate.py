@@ -73,13 +73,13 @@ def ppl(
     import qjax
     from qjax import evaluate
 
-    documents = _read(file)
+    documents = read_documents(file)
     params = qjax.load(model)
     rounding: dict[str, Any] = {
         "numerics": numerics.value,
         "kv_cache_dtype": kv_cache_dtype,
         "kv_cache_dtype_skip_layers": kv_cache_dtype_skip_layers or (),
-        "progress": _progress,
+        "progress": progress,
     }
     if convention is Convention.lm_eval:
         if max_windows is not None:
@@ -113,10 +113,10 @@ def kld(
     import qjax
     from qjax import evaluate
 
-    text = "\n\n".join(_read(file))
+    text = "\n\n".join(read_documents(file))
     params = qjax.load(base)
     exactly = evaluate.reference(
-        params, text, window=window, max_windows=max_windows, progress=_progress
+        params, text, window=window, max_windows=max_windows, progress=progress
     )
     found = {
         model: evaluate.divergence(
@@ -125,7 +125,7 @@ def kld(
             numerics=numerics.value,
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
-            progress=_progress,
+            progress=progress,
         )
         for model in models
     }
@@ -190,7 +190,7 @@ def tasks(
         typer.echo(running.table(found))
 
 
-def _read(file: Path) -> list[str]:
+def read_documents(file: Path) -> list[str]:
     """The documents in a file: the lines of a .jsonl, or the one that any other file is."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -205,7 +205,7 @@ def _read(file: Path) -> list[str]:
     return [line["text"] for line in lines]
 
 
-def _progress(windows: Iterable[Any]) -> Iterator[Any]:
+def progress(windows: Iterable[Any]) -> Iterator[Any]:
     from tqdm import tqdm
 
     return iter(tqdm(windows, unit="window", leave=False, disable=None))

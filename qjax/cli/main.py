@@ -7,7 +7,18 @@ from collections.abc import Sequence
 import typer
 
 from pallas_kernels.measurements import TableError
-from qjax.cli import bench, chat, doctor, evaluate, generate, inspect, methods, pull, tune
+from qjax.cli import (
+    bench,
+    chat,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    methods,
+    pull,
+    report,
+    tune,
+)
 from qjax.errors import QjaxError
 
 app = typer.Typer(
@@ -16,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, pull, inspect, methods, bench, tune, doctor):
+for command in (generate, chat, pull, inspect, methods, bench, tune, report, doctor):
     app.command()(command.command)
 app.add_typer(evaluate.app, name="eval")
 
