@@ -17,7 +17,7 @@ from qjax.compress.grid import Grid, Scales
 from qjax.compress.modifiers import GPTQModifier, QuantizationMixin
 from qjax.compress.statistics import InputStats
 from qjax.errors import CalibrationError
-from qjax.formats.compressed_tensors import act_spec
+from qjax.formats.ct_config import act_spec
 from qjax.qarray import QArray
 from qjax.scheme import QuantizationArgs, QuantizationScheme
 
@@ -196,7 +196,7 @@ def _inputs(weight: Weight) -> tuple[Any, dict[str, np.ndarray]]:
     args = weight.scheme.input_activations
     if args is None:
         return None, {}
-    act = act_spec(args, {})
+    act = act_spec(args)
     if act.dynamic and act.scale != "fp8_e4m3":
         return act, {}
     stats = _stats(weight, weight.name)
