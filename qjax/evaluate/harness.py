@@ -2,7 +2,8 @@
 
 `python -m qjax.evaluate.harness` is the command `lm_eval` with that model known to it:
 
-    python -m qjax.evaluate.harness --model qjax --model_args pretrained=smollm2-135m --tasks piqa
+    python -m qjax.evaluate.harness --model qjax --model_args pretrained=smollm2-135m \\
+        --batch_size auto --tasks piqa
 
 From Python, `harness.model_class()` registers it; then `lm_eval.simple_evaluate(model="qjax",
 model_args={"pretrained": ...}, ...)` finds it.
@@ -35,7 +36,10 @@ def model_class() -> Any:
       max_length: most tokens of a sequence, None for as many as the model takes; the beginning of
         what is longer is left out.
       max_gen_toks: most tokens to generate where a task does not say.
-      batch_size: most sequences that generate together, at most 32; "auto" for as many.
+      batch_size: most sequences that generate together, at most 32; "auto" for `max_batch_size`, or
+        for 32. Likelihoods are batched by themselves.
+      device: lm-eval's command always names one, a GPU unless told otherwise. It is not followed:
+        JAX runs on what it finds first, or on what the variable JAX_PLATFORMS says.
 
     Raises:
       UnsupportedError: lm-eval is not installed.
@@ -63,6 +67,8 @@ def model_class() -> Any:
             max_length: int | None = None,
             max_gen_toks: int = 256,
             batch_size: int | str = "auto",
+            max_batch_size: int | None = None,
+            device: str | None = None,
         ):
             super().__init__()
             loaded = isinstance(pretrained, Params)
@@ -72,7 +78,8 @@ def model_class() -> Any:
             self.rounding: dict[str, Any] = {"numerics": numerics, "kv_cache_dtype": kv_cache_dtype}
             self.max_length = model_len(self.params, max_length)
             self.max_gen_toks = max_gen_toks
-            self.batch_size = MAX_NUM_SEQS if batch_size == "auto" else int(batch_size)
+            most = max_batch_size or MAX_NUM_SEQS
+            self.batch_size = most if batch_size == "auto" else int(batch_size)
 
         @cached_property
         def _llm(self) -> LLM:

@@ -133,7 +133,7 @@ def run_tasks(
     with contextlib.redirect_stdout(sys.stderr):
         return simple_evaluate(
             model=model,
-            tasks=[_configured(name) if name in OFFLINE else name for name in tasks],
+            tasks=[configured(name) if name in OFFLINE else name for name in tasks],
             num_fewshot=num_fewshot,
             limit=limit,
             apply_chat_template=apply_chat_template,
@@ -156,7 +156,8 @@ def items(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def _configured(name: str) -> dict[str, Any]:
+def configured(name: str) -> dict[str, Any]:
+    """A task of `OFFLINE` as `lm_eval.simple_evaluate` takes it."""
     return {
         "task": name,
         "custom_dataset": partial(_dataset, name),

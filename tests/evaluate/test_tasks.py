@@ -134,3 +134,24 @@ def test_offline_tasks(golden, capsys):
     with pytest.raises(SystemExit):
         main([*common, "--tasks", "qjax_fact,qjax_sums"])
     assert "lm-eval knows no task qjax_fact; without network" in capsys.readouterr().err
+
+
+@pytest.mark.peer
+def test_by_name(golden):
+    """As lm-eval's own command asks for it, which always names a device."""
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    harness.model_class()
+    found = simple_evaluate(
+        model="qjax",
+        model_args=f"pretrained={golden / 'base-tiny-llama'},max_length=128",
+        device="cuda:0",
+        batch_size=1,
+        tasks=[tasks.configured("qjax_sense")],
+        task_manager=TaskManager(include_defaults=False),
+        limit=2,
+        bootstrap_iters=0,
+    )
+    assert found["results"]["qjax_sense"]["acc,none"] in (0, 0.5, 1)
+    assert found["samples"]["qjax_sense"][0]["doc"] == tasks.items("qjax_sense")[0]
