@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.compress import grid as grids
+from qjax.compress.algorithms import hqq
 from qjax.compress.algorithms.gptq import Rounded, gptq
 from qjax.compress.grid import Grid, Scales
-from qjax.compress.modifiers import GPTQModifier, QuantizationMixin
+from qjax.compress.modifiers import GPTQModifier, HQQModifier, QuantizationMixin
 from qjax.compress.statistics import InputStats
 from qjax.errors import CalibrationError
 from qjax.formats.ct_config import act_spec
@@ -78,7 +79,7 @@ def _alike(weights: Sequence[Weight], scale_dtype: str) -> Iterator[list[Weight]
     left = list(weights)
     while left:
         first = left[0]
-        grid = _grid(first, scale_dtype)
+        grid = grid_of(first.scheme, first.values.shape, scale_dtype)
         same = [
             w
             for w in left
@@ -104,22 +105,27 @@ def _expert(weight: Weight, index: int) -> Weight:
     return replace(weight, values=weight.values[index], stats=stats)
 
 
-def _grid(weight: Weight, scale_dtype: str) -> Grid:
-    inputs = weight.scheme.input_activations
-    whole = inputs is not None and inputs.type == "int" and weight.args.strategy != "group"
-    dtype = scale_dtype if weight.args.type == "int" and not whole else "float32"
-    shape = (weight.values.shape[-2], weight.values.shape[-1])
-    return Grid.of(weight.args, shape, dtype, signed=whole)
+def grid_of(scheme: QuantizationScheme, shape: tuple[int, ...], scale_dtype: str) -> Grid:
+    """What a weight [..., N, K] may become.
+
+    Args:
+      scale_dtype: of the scales of integers whose inputs are not integers, too.
+    """
+    args, inputs = scheme.weights, scheme.input_activations
+    assert args is not None
+    whole = inputs is not None and inputs.type == "int" and args.strategy != "group"
+    dtype = scale_dtype if args.type == "int" and not whole else "float32"
+    return Grid.of(args, (shape[-2], shape[-1]), dtype, signed=whole)
 
 
 def _rounded(
     weights: Sequence[Weight], modifier: QuantizationMixin, scale_dtype: str
 ) -> dict[str, QArray]:
     first = weights[0]
-    grid = _grid(first, scale_dtype)
+    grid = grid_of(first.scheme, first.values.shape, scale_dtype)
     values = jnp.concatenate([w.values for w in weights])
     names = ", ".join(w.name for w in weights)
-    method = _gptq if isinstance(modifier, GPTQModifier) else _nearest
+    method = next((m for kind, m in _METHODS.items() if isinstance(modifier, kind)), _nearest)
     found = method(values, first, grid, modifier, names)
     act, aux = _inputs(first)
     if found.order is not None:
@@ -156,6 +162,10 @@ def _to_nearest(
     values: jax.Array, importance: jax.Array | None, grid: Grid, search: bool
 ) -> Rounded:
     scales = grids.searched(values, grid, importance) if search else grids.minmax(values, grid)
+    return _with_codes(values, scales, grid)
+
+
+def _with_codes(values: jax.Array, scales: Scales, grid: Grid) -> Rounded:
     n, k = values.shape
     each = grids.spread(scales, grid, (n, k))
     return Rounded(grids.nearest(values, each.scale, each.zero, grid), scales)
@@ -180,6 +190,18 @@ def _gptq(
         f"{names}: the second moment of its inputs cannot be inverted; take more samples, or a "
         "larger dampening_frac"
     )
+
+
+def _hqq(
+    values: jax.Array, like: Weight, grid: Grid, modifier: QuantizationMixin, names: str
+) -> Rounded:
+    assert isinstance(modifier, HQQModifier)
+    found = _by_hqq(values, grid, modifier.iters, modifier.lp_norm, modifier.beta, modifier.kappa)
+    return _with_codes(values, found, grid)
+
+
+_by_hqq = jax.jit(hqq.optimized, static_argnums=(1, 2, 3, 4, 5))
+_METHODS = {GPTQModifier: _gptq, HQQModifier: _hqq}
 
 
 def _stats(weight: Weight, names: str) -> InputStats:

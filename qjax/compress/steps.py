@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.compress.algorithms import ggml
+from qjax.compress import mappings, statistics
+from qjax.compress.algorithms import awq, ggml, smoothquant
 from qjax.compress.algorithms.gptq import relative_error
 from qjax.compress.assignment import assign
+from qjax.compress.gguf_mixes import mix_types
 from qjax.compress.hidden import Hidden
 from qjax.compress.layers import Flat, dense, modules, shared_inputs
-from qjax.compress.modifiers import Modifier, QuantizationMixin
-from qjax.compress.rounding import Weight, quantized
+from qjax.compress.modifiers import (
+    AWQModifier,
+    Modifier,
+    QuantizationMixin,
+    SmoothQuantModifier,
+)
+from qjax.compress.rounding import Weight, grid_of, quantized
 from qjax.compress.statistics import InputStats
+from qjax.errors import CalibrationError
 from qjax.models.config import ModelConfig
 from qjax.qarray import QArray
-from qjax.scheme import QuantizationScheme
+from qjax.scheme import QuantizationScheme, is_ignored
 
 
 @dataclass
@@ -92,8 +100,6 @@ def _ggml_types(
     mixes = sorted({s.ggml for s in schemes.values() if s.ggml is not None})
     if not mixes:
         return {}
-    from qjax.compress.gguf_mixes import mix_types
-
     shapes = modules(config)
     found: dict[str, str] = {}
     for mix in mixes:
@@ -107,16 +113,97 @@ def touches(steps: Sequence[Step], module: str) -> bool:
     return any(module in step.schemes for step in steps)
 
 
-def apply(layer: Layer, steps: Sequence[Step], hidden: Hidden | None, scale_dtype: str) -> None:
+def apply(
+    layer: Layer,
+    steps: Sequence[Step],
+    hidden: Hidden | None,
+    config: ModelConfig,
+    scale_dtype: str,
+) -> None:
     """Does all of a recipe to one layer.
 
     Args:
       hidden: its inputs, where samples run through the model.
       scale_dtype: of the scales of integers.
     """
-    for step in steps:
-        if step.schemes:
+    for number, step in enumerate(steps):
+        if isinstance(step.modifier, SmoothQuantModifier):
+            smooth(layer, step.modifier, config)
+        elif isinstance(step.modifier, AWQModifier):
+            later = {k: v for other in steps[number + 1 :] for k, v in other.schemes.items()}
+            balance(layer, step.modifier, later, config, scale_dtype)
+        elif step.schemes:
             round_layer(layer, step, scale_dtype)
+
+
+def smooth(layer: Layer, modifier: SmoothQuantModifier, config: ModelConfig) -> None:
+    """SmoothQuant: the scale of inputs goes into the weights that they meet."""
+    found = mappings.scalings(config, layer.floats)
+    if modifier.mappings is None:
+        # Those of LLM Compressor: what a norm gives.
+        found = tuple(scaling for scaling in found if scaling.is_norm)
+    for scaling in mappings.chosen(found, modifier.mappings, layer.prefix):
+        if is_ignored(layer.prefix + scaling.smooth, modifier.ignore):
+            continue
+        stats = [_needed(layer, name) for name in scaling.balance]
+        low, high = (
+            scaling.channels(reduce(a.reshape(-1, a.shape[-1]) for a in each))
+            for reduce, each in ((_least, [s.low for s in stats]), (_most, [s.high for s in stats]))
+        )
+        weights = [layer.floats[f"{name}.weight"] for name in scaling.balance]
+        s = smoothquant.scales(low, high, weights, modifier.smoothing_strength, modifier.algorithm)
+        _fold(layer, scaling, s)
+
+
+def _least(rows: Iterable[jax.Array]) -> jax.Array:
+    return jnp.concatenate([*rows]).min(0)
+
+
+def _most(rows: Iterable[jax.Array]) -> jax.Array:
+    return jnp.concatenate([*rows]).max(0)
+
+
+def balance(
+    layer: Layer,
+    modifier: AWQModifier,
+    schemes: Mapping[str, QuantizationScheme],
+    config: ModelConfig,
+    scale_dtype: str,
+) -> None:
+    """AWQ: columns are scaled so that rounding to `schemes` (of whole names) loses least."""
+    found = mappings.scalings(config, layer.floats)
+    for scaling in mappings.chosen(found, modifier.mappings, layer.prefix):
+        readers, grids = [], []
+        for name in scaling.balance:
+            scheme, weight = schemes.get(layer.prefix + name), layer.floats[f"{name}.weight"]
+            if scheme is None or scheme.weights is None:
+                continue
+            readers.append(awq.Reader(weight, _needed(layer, name).moment))
+            grids.append(grid_of(scheme, weight.shape, scale_dtype))
+        if readers:
+            absmean = _needed(layer, scaling.balance[0]).absmean
+            s = awq.best_scale(
+                readers, absmean, grids, scaling, modifier.duo_scaling, modifier.n_grid
+            ).scale
+            _fold(layer, scaling, s)
+
+
+def _needed(layer: Layer, name: str) -> InputStats:
+    stats = layer.stats_of(name)
+    if stats is None:
+        raise CalibrationError(
+            f"{layer.prefix}{name}: no samples run through it, but it needs them"
+        )
+    return stats
+
+
+def _fold(layer: Layer, scaling: mappings.Scaling, s: jax.Array) -> None:
+    """Divides the outputs of a layer by s, in its weight and in what is known of its readers."""
+    assert layer.stats is not None
+    layer.floats |= mappings.fold(layer.floats, scaling, s)
+    groups = {g[0] for g in shared_inputs(layer.modules) if set(g) & set(scaling.balance)}
+    for first in groups & layer.stats.keys():
+        layer.stats[first] = statistics.scaled(layer.stats[first], 1 / scaling.columns(s))
 
 
 def round_layer(layer: Layer, step: Step, scale_dtype: str) -> None:

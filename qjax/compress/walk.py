@@ -70,7 +70,7 @@ def walk(
         if hidden is not None:
             layer.stats = hidden.statistics(index, layer.floats)
             _check_finite(layer)
-        apply(layer, steps, hidden, scale_dtype)
+        apply(layer, steps, hidden, params.config, scale_dtype)
         tree = _tree(layer, stored, before)
         if hidden is not None:
             running = {key: _running(layer, key) for key in layer.floats}
@@ -85,7 +85,7 @@ def walk(
         if touches(steps, name):
             stored = {f"{name}.weight": layers.leaf(params, f"{name}.weight")}
             layer = Layer(None, "", layers.floats_of(stored))
-            apply(layer, steps, None, scale_dtype)
+            apply(layer, steps, None, params.config, scale_dtype)
             yield Finished(None, _tree(layer, stored, {}), layer.errors)
 
 

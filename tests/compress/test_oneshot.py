@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.compress import layers, state
-from qjax.compress.modifiers import GPTQModifier, QuantizationModifier
+from qjax.compress import layers, state, walk
+from qjax.compress.modifiers import (
+    AWQModifier,
+    GPTQModifier,
+    QuantizationModifier,
+    SmoothQuantModifier,
+)
 from qjax.compress.state import Finished
 from qjax.scheme import QuantizationArgs, QuantizationScheme
 
@@ -69,6 +74,64 @@ def test_experts() -> None:
     expert = found.tree["model"]["layers"]["0"]["mlp"]["experts"]["down_proj"]["weight"]
     assert expert.qtype == "uint4b8"
     assert logits_error(found, base) < 0.7 * logits_error(plain, base)
+
+
+@pytest.fixture(scope="module")
+def uneven(llama: qjax.Params) -> qjax.Params:
+    """A model whose inputs differ much in size, as those of trained models do."""
+    tree = jax.tree.map(lambda leaf: leaf, llama.tree)
+    random = np.random.default_rng(5)
+    for layer in tree["model"]["layers"].values():
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weight = layer[name]["weight"]
+            layer[name]["weight"] = weight * np.exp(random.normal(size=len(weight)))
+    return qjax.Params(jax.tree.map(jax.numpy.asarray, tree), llama.config, llama.host)
+
+
+def test_smoothing_changes_nothing_but_rounding(uneven: qjax.Params) -> None:
+    fine = QuantizationScheme(("Linear",), QuantizationArgs(8, group_size=8))
+    recipe = [SmoothQuantModifier(), QuantizationModifier(scheme=fine, ignore=["lm_head"])]
+    found = qjax.oneshot(uneven, recipe, TOKENS, progress=False)
+    assert logits_error(found, uneven) < 1e-3
+    norms = [p.tree["model"]["layers"]["0"]["input_layernorm"] for p in (found, uneven)]
+    assert not np.allclose(norms[0]["weight"], norms[1]["weight"])
+
+
+def test_awq_loses_less_than_nearest(uneven: qjax.Params) -> None:
+    awq = [AWQModifier(), QuantizationModifier(scheme=GROUPS, ignore=["lm_head"])]
+    found = qjax.oneshot(uneven, awq, TOKENS, progress=False)
+    plain = qjax.oneshot(uneven, awq[1], progress=False)
+    assert logits_error(found, uneven) < 0.8 * logits_error(plain, uneven)
+
+
+def test_a_stopped_walk_goes_on_to_the_same_end(
+    llama: qjax.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = weights_of(qjax.oneshot(llama, GPTQ, TOKENS, progress=False))
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: Finished) -> None:
+        if done.index == 1:
+            raise Stopped
+
+    out = tmp_path / "model"
+    with pytest.raises(Stopped):
+        qjax.oneshot(llama, GPTQ, TOKENS, out, progress=False, on_layer=stop)
+    assert not out.exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".model.")
+    made: list[int] = []
+    real = layers.stored_layer
+    monkeypatch.setattr(
+        walk.layers, "stored_layer", lambda p, index: made.append(index) or real(p, index)
+    )
+    found = weights_of(qjax.oneshot(llama, GPTQ, TOKENS, out, progress=False))
+    assert made == [2]
+    assert found.keys() == whole.keys()
+    assert all(np.array_equal(found[name], whole[name]) for name in whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_damaged_state_is_told(tmp_path: Path) -> None:
