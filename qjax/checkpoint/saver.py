@@ -53,9 +53,10 @@ from qjax.registry import quantization_config as registered
 from qjax.scheme import is_ignored
 
 # Those whose settings are derived from the weights, by `QuantizationConfig.for_weights`.
+GGUF = "gguf"
 METHODS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8", "hqq")
 DENSE = ("safetensors", "dense")
-FORMATS = (*METHODS, *DENSE)
+FORMATS = (*METHODS, *DENSE, GGUF)
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),

@@ -163,8 +163,24 @@ class GGUFVocabulary:
         """
         if self.model == "llama":
             return self._sentencepiece().encode
-        built = self._byte_level_bpe() if self.model == "gpt2" else self._unigram()
+        built = self.library_tokenizer()
         return lambda text: built.encode(text, add_special_tokens=False).ids
+
+    def library_tokenizer(self) -> tokenizers.Tokenizer:
+        """What the `tokenizers` library makes of a vocabulary that is not SentencePiece's BPE.
+
+        Raises CheckpointError for a vocabulary that contradicts itself.
+        """
+        return self._byte_level_bpe() if self.model == "gpt2" else self._unigram()
+
+    @property
+    def rstrip_ids(self) -> frozenset[int]:
+        """Tokens that swallow the whitespace behind them: in Phi-3's tokenizer.json those of the
+        chat format, line ends too.
+        """
+        keep = {"<s>", "<unk>", "<|endoftext|>"}
+        phi3 = self.architecture == "phi3"
+        return frozenset(i for i in self.cut_ids if phi3 and self.tokens[i] not in keep)
 
     def _sentencepiece(self) -> SentencePieceBPE:
         ids = self._by_text(range(len(self.tokens)))
@@ -177,16 +193,11 @@ class GGUFVocabulary:
                 ids[text.replace(" ", SPACE)] = i
         for i in self.byte_values:
             del ids[self.tokens[i]]
-        # In Phi-3's tokenizer.json the tokens of the chat format swallow the line end behind them.
-        keep = {"<s>", "<unk>", "<|endoftext|>"}
-        rstrip = [
-            i for i in self.cut_ids if self.architecture == "phi3" and self.tokens[i] not in keep
-        ]
         by_byte = {byte: i for i, byte in self.byte_values.items()}
         return SentencePieceBPE(
             ids,
             self.scores.tolist(),
-            SpecialTokens(cut, frozenset(rstrip)),
+            SpecialTokens(cut, self.rstrip_ids),
             byte_ids=[by_byte[b] for b in range(256)] if len(by_byte) == 256 else (),
             unk_id=self.unk_id,
             add_space_prefix=self.add_space_prefix,
