@@ -66,15 +66,16 @@ def save(
     dense: Sequence[str] = (),
     lossy: bool = False,
 ) -> Path:
-    """Saves a model as a folder of safetensors, with config.json and tokenizer.
+    """Saves a model: a folder of safetensors with config.json and tokenizer, or a GGUF file.
 
     Args:
       params: from `qjax.load`, of files that are still there; its tree may hold other weights.
-      folder: must not exist, or be empty. It appears complete or not at all.
+      folder: must not exist, or be empty; of GGUF, the file. It appears complete or not at all.
       format: "compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8" or "hqq": its settings are
-        derived from the weights. "safetensors" (or "dense") dequantizes them. A dict is taken for
-        the quantization_config of config.json, also of any other method that is saved. None keeps
-        the format that was loaded.
+        derived from the weights. "safetensors" (or "dense") dequantizes them. "gguf" writes one
+        file, in the types that hold the same numbers. A dict is taken for the quantization_config
+        of config.json, also of any other method that is saved. None keeps the format that was
+        loaded.
       dtype: "float32", "bfloat16" or "float16": of all that is not quantized. None keeps that as
         it is, with float32 for what is dequantized.
       dense: layers to be dequantized where the format cannot hold them: names, "re:" and a pattern,
@@ -83,7 +84,7 @@ def save(
         of a float32 scale; else that is an error.
 
     Returns:
-      The folder.
+      The folder, or the file.
 
     Raises:
       CheckpointError: the folder holds something, or the source has gone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from qjax.checkpoint.gguf_config import gguf_config
 from qjax.checkpoint.gguf_io import GGUFFile
 from qjax.checkpoint.tokenizer_gguf import GGUFVocabulary
 from qjax.errors import UnsupportedError
-from qjax.layers.rope import RopeConfig, frequency_divisors
 from qjax.models.config import SLIDING, ModelConfig, model_config
 
 _CLASSES = {
@@ -44,7 +44,7 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
     model_type = config.model_type
     if model_type not in _CLASSES:
         raise UnsupportedError(f"{gguf.path}: a {model_type} is not saved but as GGUF")
-    fields = {"architectures": [_CLASSES[model_type]]}
+    fields: dict[str, Any] = {"architectures": [_CLASSES[model_type]]}
     fields |= {key: value for key, value in read.items() if value is not None}
     fields |= {"torch_dtype": "float32", "dtype": "float32", **_tokens(gguf)}
     fields["hidden_activation" if model_type in _GEMMA else "hidden_act"] = (
@@ -57,10 +57,14 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
     if SLIDING in config.layer_types:
         fields["layer_types"] = list(config.layer_types)
         fields.pop("sliding_window_pattern", None)
-    if model_type not in _GEMMA:
-        fields.pop("query_pre_attn_scalar", None)
+    others = {
+        "query_pre_attn_scalar": model_type in _GEMMA,
+        "norm_topk_prob": config.moe is not None,
+        "qkv_bias": model_type == "qwen2_moe",
+    }
+    fields = {key: value for key, value in fields.items() if others.get(key, True)}
     if "rope_scaling" in fields:
-        fields |= _rope_scaling(config, fields["rope_scaling"])
+        fields |= _rope_scaling(config, fields)
     _require_same(config, fields, gguf.path)
     return fields
 
@@ -72,31 +76,22 @@ def _tokens(gguf: GGUFFile) -> dict[str, Any]:
     return {f"{name}_token_id": found for name, found in named.items()}
 
 
-def _rope_scaling(config: ModelConfig, scaling: dict[str, Any]) -> dict[str, Any]:
-    """The section, with Llama 3's bands by their own name where the factors are theirs."""
-    kept = {key: value for key, value in scaling.items() if value is not None}
-    rope = config.rope_for(config.layer_types[-1])
+def _rope_scaling(config: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The section, with Llama 3's bands by their own name where the divisors are theirs."""
+    kept = {key: value for key, value in fields["rope_scaling"].items() if value is not None}
+    kind = config.layer_types[-1]
     for factor, low, high, length in _LLAMA3:
-        bands = RopeConfig(
-            rope.rotary_dim,
-            rope.theta,
-            "llama3",
-            factor,
-            original_length=length,
-            low_freq_factor=low,
-            high_freq_factor=high,
-        )
-        same = rope.short_factor == rope.long_factor and rope.rope_type == "longrope"
-        if same and np.allclose(
-            frequency_divisors(bands), frequency_divisors(rope), rtol=1e-5, atol=0
-        ):
-            kept = {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": length,
-            }
+        bands = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": length,
+        }
+        found = model_config({**fields, "rope_scaling": bands}).frequency_divisors(kind)
+        everywhere = kept.get("short_factor") == kept.get("long_factor")
+        if everywhere and np.allclose(found, config.frequency_divisors(kind), rtol=1e-5, atol=0):
+            return {"rope_scaling": bands}
     length = kept.get("original_max_position_embeddings")
     if config.model_type == "phi3" and length is not None:
         return {"rope_scaling": kept, "original_max_position_embeddings": length}

@@ -21,7 +21,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from qjax.checkpoint import beside, detect
+from qjax.checkpoint import beside, detect, gguf_writer
 from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.opened import open_folder
 from qjax.checkpoint.places import (
@@ -38,7 +38,7 @@ from qjax.checkpoint.plan import Origin
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
 from qjax.errors import CheckpointError, UnsupportedError
-from qjax.formats import exact, kv_scales
+from qjax.formats import exact, gguf, kv_scales
 from qjax.formats.base import (
     Dense,
     QuantizationConfig,
@@ -148,7 +148,8 @@ def save(
       folder: where to; must not exist, or be empty. It appears when all is written, or not at all.
       format: one of `FORMATS`, whose settings are then derived from the weights; or settings, as
         an object or as the dict of a config.json; None keeps the format that was loaded.
-        "safetensors" (or "dense") dequantizes every weight.
+        "safetensors" (or "dense") dequantizes every weight. "gguf" writes one file, in the types
+        that hold the same numbers.
       dtype: "float32", "bfloat16" or "float16": of what is not quantized. None keeps that, with
         float32 for what is dequantized.
       dense: layers to be dequantized: names, "re:" and a pattern, or a class ("Embedding"); each
@@ -164,6 +165,8 @@ def save(
     folder = Path(folder)
     origin = params.host.origin
     _check(params, folder, format, dtype)
+    if format == GGUF or (format is None and origin.folder is None):
+        return _save_gguf(params, folder, dtype, dense)
     job = _job(params, origin, format, dtype, tuple(dense), lossy)
     saved = Saved(folder, job.quantization.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +180,16 @@ def save(
         shutil.rmtree(work, ignore_errors=True)
         raise
     return saved
+
+
+def _save_gguf(params: Params, file: Path, dtype: str | None, dense: Sequence[str]) -> Saved:
+    if file.suffix != ".gguf":
+        raise UnsupportedError(f"{file}: GGUF is one file, whose name has to end in .gguf")
+    if dtype is not None or dense:
+        raise UnsupportedError("GGUF: dtype and dense go with formats that are folders")
+    gguf_writer.write(params, file)
+    total = params.summary().total
+    return Saved(file, GGUF, total.tensors, weights=total.weights, nbytes=file.stat().st_size)
 
 
 def _check(params: Params, folder: Path, format: Format, dtype: str | None) -> None:
@@ -282,7 +295,7 @@ def _adapted(
         method.for_weights({module: _outline(found)})
     except UnsupportedError as error:
         holding = [name for name in METHODS if _holds(registered(name), module, weight, dtype)]
-        others = ", ".join([*holding, "safetensors (dequantized)"])
+        others = ", ".join([*holding, *_as_gguf(module, weight), "safetensors (dequantized)"])
         raise UnsupportedError(
             f"{error} (this weight could be saved as: {others}; or with its layer left dense: "
             f"dense=[{module!r}])"
@@ -296,6 +309,14 @@ def _holds(method: type[QuantizationConfig], module: str, weight: QArray, dtype:
     except UnsupportedError:
         return False
     return True
+
+
+def _as_gguf(module: str, weight: QArray) -> list[str]:
+    try:
+        gguf.stored(module, weight)
+    except UnsupportedError:
+        return []
+    return [GGUF]
 
 
 def _outline(weight: QArray) -> QArray:
