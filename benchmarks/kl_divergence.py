@@ -73,7 +73,7 @@ def main() -> None:
     ids = windows(params, options.text.read_text(), options.window, options.windows)
     exact, fast = NUMERICS["exact"], NUMERICS["fast"]
     exactly = rounded_reader(params, exact.prefill, exact.cache_dtype)
-    others = {
+    others: dict[str, Callable[[np.ndarray], Iterator[jax.Array]]] = {
         "fast, prompt": rounded_reader(params, fast.prefill, fast.cache_dtype),
         "fast, decoding": rounded_reader(params, fast.decode, fast.cache_dtype),
     }

@@ -89,7 +89,8 @@ def reference(
     """
     ids = windows(base, text, window, max_windows)
     exactly = reader(base)
-    hidden = [np.asarray(exactly.hidden(tokens)[scored(window)]) for tokens in progress(ids)]
+    read = zip(progress(ids), exactly.read(ids), strict=True)
+    hidden = [np.asarray(states[scored(window)]) for _, states in read]
     return Reference(text, ids, np.stack(hidden), exactly, base.config.vocab_size, max_windows)
 
 
@@ -122,9 +123,9 @@ def divergence(
         )
     rounded = reader(other, numerics, kv_cache_dtype, kv_cache_dtype_skip_layers)
     parts = []
-    for number, tokens in enumerate(progress(ids)):
-        hidden = rounded.hidden(tokens)[scored(len(tokens))]
-        pairs = zip(base.reader.rows(base.hidden[number]), rounded.rows(hidden), strict=True)
+    for tokens, kept, hidden in zip(progress(ids), base.hidden, rounded.read(ids), strict=True):
+        rows = rounded.rows(hidden[scored(len(tokens))])
+        pairs = zip(base.reader.rows(kept), rows, strict=True)
         parts.append(compare(pairs, targets_of(tokens)))
     kl, same, base_loss, other_loss, squares, base_squares, largest = np.concatenate(parts, axis=1)
     chances = np.exp(-base_loss), np.exp(-other_loss)

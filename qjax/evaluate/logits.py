@@ -17,13 +17,14 @@ from qjax.models import functional
 from qjax.params import Params
 
 ROWS = 128  # of logits at a time: a large vocabulary makes them large
+TOKENS = 8192  # that an accelerator reads at a time; on a CPU, several windows gain nothing
 
 
 class Reader(NamedTuple):
     """A model with its numerics.
 
     Attributes:
-      hidden: from tokens int32 [T] to hidden states float32 [T, E].
+      hidden: from tokens int32 [B, T] to hidden states float32 [B, T, E].
       head: from hidden states [R, E] to logits float32 [R, V].
     """
 
@@ -35,9 +36,18 @@ class Reader(NamedTuple):
         for first in range(0, len(hidden), ROWS):
             yield self.head(hidden[first : first + ROWS])
 
+    def read(self, ids: np.ndarray) -> Iterator[jax.Array]:
+        """Hidden states [T, E] of each of the windows [N, T]."""
+        count, length = ids.shape
+        most = 1 if jax.default_backend() == "cpu" else TOKENS // length
+        together = max(1, min(count, most))
+        for batch in (ids[first : first + together] for first in range(0, count, together)):
+            # Of one shape all: some of the last may be there twice.
+            yield from self.hidden(np.resize(batch, (together, length)))[: len(batch)]
+
     def __call__(self, tokens: np.ndarray) -> Iterator[jax.Array]:
-        """The same of all tokens [T]."""
-        return self.rows(self.hidden(tokens))
+        """Logits of all tokens [T], like `rows`."""
+        return self.rows(self.hidden(tokens[None])[0])
 
 
 def reader(
@@ -75,9 +85,11 @@ def rounded_reader(params: Params, numerics: str, dtypes: str | Sequence[str]) -
 def _hidden(
     numerics: str, dtypes: str | tuple[str, ...], params: Params, tokens: jax.Array, bases: Any
 ) -> jax.Array:
-    batch = whole_sequences(1, len(tokens), numerics)
+    count, length = tokens.shape
+    batch = whole_sequences(count, length, numerics)
     cache = init_cache(params.config, batch.block_table.size, PAGE_SIZE, dtypes, bases=bases)
-    return functional.run(params.config, params.tree, tokens, batch, cache)[0]
+    hidden, _ = functional.run(params.config, params.tree, tokens.reshape(-1), batch, cache)
+    return hidden.reshape(count, length, -1)
 
 
 @partial(jax.jit, static_argnums=0)

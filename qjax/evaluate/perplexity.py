@@ -60,14 +60,15 @@ def perplexity(
     """
     ids = windows(params, text, window, max_windows)
     model = reader(params, numerics, kv_cache_dtype, kv_cache_dtype_skip_layers)
-    losses = np.concatenate([window_losses(model, tokens) for tokens in progress(ids)])
-    return summary(losses, ids)
+    read = zip(progress(ids), model.read(ids), strict=True)
+    losses = [window_losses(model, tokens, hidden) for tokens, hidden in read]
+    return summary(np.concatenate(losses), ids)
 
 
-def window_losses(model: Reader, tokens: np.ndarray) -> np.ndarray:
-    """float64 [R]: -log p of each token of a window that is predicted."""
+def window_losses(model: Reader, tokens: np.ndarray, hidden: jax.Array) -> np.ndarray:
+    """float64 [R]: -log p of each token of a window that is predicted, by its hidden states."""
     targets, rows = targets_of(tokens), []
-    for block in model.rows(model.hidden(tokens)[scored(len(tokens))]):
+    for block in model.rows(hidden[scored(len(tokens))]):
         own, targets = targets[: len(block)], targets[len(block) :]
         rows.append(row_losses(block, jnp.asarray(own)))
     return np.concatenate(jax.device_get(rows)).astype(np.float64)[:-1]

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import qjax
 from qjax import evaluate
 from qjax.cli.main import main
+from qjax.evaluate import logits
 from qjax.evaluate.divergence import compare
 from qjax.evaluate.logits import reader
 from qjax.evaluate.perplexity import window_losses
@@ -37,7 +39,9 @@ def test_losses_of_a_window(params, reference):
     ids, logits = reference
     half = len(ids) // 2
     right = -log_softmax(logits)[np.arange(half, len(ids) - 1), ids[half + 1 :]]
-    np.testing.assert_allclose(window_losses(reader(params), ids), right, atol=1e-4)
+    model = reader(params)
+    (hidden,) = model.read(ids[None])
+    np.testing.assert_allclose(window_losses(model, ids, hidden), right, atol=1e-4)
 
 
 def test_windows_are_those_of_llama_perplexity(params, monkeypatch):
@@ -49,6 +53,17 @@ def test_windows_are_those_of_llama_perplexity(params, monkeypatch):
     np.testing.assert_array_equal(found[:, 1:], flat[:, 1:])
     np.testing.assert_array_equal(found[:, 0], begin[0] if begin else flat[:, 0])
     np.testing.assert_array_equal(windows(params, TEXT, 32, 2), found[:2])
+
+
+def test_several_windows_at_a_time(params, monkeypatch):
+    """As on an accelerator: two and then the last one."""
+    ids = windows(params, TEXT, 48)[:3]
+    model = reader(params)
+    one_by_one = [np.asarray(hidden) for hidden in model.read(ids)]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(logits, "TOKENS", 100)
+    together = [np.asarray(hidden) for hidden in model.read(ids)]
+    np.testing.assert_allclose(together, one_by_one, atol=1e-4)
 
 
 def test_perplexity(params):
@@ -87,12 +102,13 @@ def test_divergence_of_a_model(params, golden):
     same = evaluate.kl_divergence(params, params, TEXT, window=48)
     assert same.mean < 1e-9
     assert (same.same_top, same.delta_rms, same.logit_error, same.logit_max) == (1, 0, 0, 0)
-    rounded = evaluate.kl_divergence(params, params, TEXT, window=48, kv_cache_dtype="int4")
+    rounded = evaluate.kl_divergence(params, params, TEXT, window=48, kv_cache_dtype="int8")
     assert 1e-6 < rounded.mean < rounded.quantiles[1.0]
     assert rounded.base == same.base
     ids = windows(params, TEXT, 48)
-    int4 = {"kv_cache_dtype": "int4", "key_bases": qjax.key_bases(params, "int4")}
-    both = (qjax.forward(params, jnp.asarray(ids), **keywords) for keywords in ({}, int4))
+    both = (
+        qjax.forward(params, jnp.asarray(ids), kv_cache_dtype=dtype) for dtype in ("auto", "int8")
+    )
     p, q = (np.asarray(logits, np.float64)[:, 24:-1] for logits in both)
     relative = np.sqrt(((q - p) ** 2).sum() / (p**2).sum())
     assert rounded.logit_error == pytest.approx(relative, rel=1e-2)
