@@ -52,7 +52,14 @@ def rounded_half(values: Array) -> Array:
 
 
 def scale(
-    x: Array, w: Array, nearest: Nearest, starts: np.ndarray, *, turns: int = 2, half: bool = False
+    x: Array,
+    w: Array,
+    nearest: Nearest,
+    starts: np.ndarray,
+    *,
+    turns: int = 2,
+    half: bool = False,
+    positive: bool = False,
 ) -> Array:
     """The scale of each group.
 
@@ -60,31 +67,26 @@ def scale(
       starts: what to divide each group's number of the largest magnitude by, to begin with.
       turns: how often the best is improved.
       half: it must be a float16.
+      positive: it may not be below 0.
     """
     largest = jnp.where(x.max(-1, keepdims=True) > -x.min(-1, keepdims=True), 1, -1)
-    largest = largest * jnp.abs(x).max(-1, keepdims=True)
+    largest = jnp.abs(x).max(-1, keepdims=True) * (1 if positive else largest)
     stored = rounded_half if half else lambda s: s
 
-    def fitted(s: Array) -> Array:
-        q = nearest(x * inverse(s))
-        return ratio(summed(w * x * q), summed(w * q * q), s)
-
-    def error(s: Array) -> Array:
-        return summed(w * jnp.square(s * nearest(x * inverse(s)) - x))
-
     def tried(best: tuple[Array, Array], s: Array) -> tuple[Array, Array]:
-        s = stored(s)
-        e = error(s)
+        """The better of the best and the scale that suits the codes that `s` leads to."""
+        q = nearest(x * inverse(s))
+        s = ratio(summed(w * x * q), summed(w * q * q), s)
+        s = stored(jnp.maximum(s, 0) if positive else s)
+        e = summed(w * jnp.square(s * q - x))
         return jnp.where(e < best[1], s, best[0]), jnp.minimum(e, best[1])
 
-    factors = jnp.asarray(1 / starts, jnp.float32)
-    best = jax.lax.fori_loop(
-        0,
-        len(starts),
-        lambda i, best: tried(best, fitted(largest * factors[i])),
-        (jnp.zeros_like(largest), jnp.full_like(largest, jnp.inf)),
-    )
-    return jax.lax.fori_loop(0, turns, lambda _, best: tried(best, fitted(best[0])), best)[0]
+    def turn(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        return tried(best, jnp.where(i < len(starts), largest * factors[i], best[0]))
+
+    factors = jnp.asarray(np.append(1 / starts, np.zeros(turns)), jnp.float32)
+    none = jnp.zeros_like(largest), jnp.full_like(largest, jnp.inf)
+    return jax.lax.fori_loop(0, len(factors), turn, none)[0]
 
 
 class Affine(NamedTuple):
@@ -107,29 +109,24 @@ def affine(
     """
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
     low = low if free else jnp.minimum(low, 0)
-    nearest, total, mean = integers(0, highest), summed(w), summed(w * x)
-    mean = mean * inverse(total)
-    w_total = total
+    nearest, total = integers(0, highest), summed(w)
+    mean = summed(w * x) * inverse(total)
     centred = w * (x - mean)
     stored = rounded_half if free else lambda s: s
 
-    def codes(s: Array, m: Array) -> Array:
-        return nearest((x + m) * inverse(s))
-
-    def fitted(s: Array, m: Array) -> tuple[Array, Array]:
-        q = codes(s, m)
-        q_mean = summed(w * q) * inverse(w_total)
-        slope = ratio(summed(centred * q), summed(w * jnp.square(q - q_mean)), s)
+    def fitted(q: Array, otherwise: Array) -> tuple[Array, Array]:
+        q_mean = summed(w * q) * inverse(total)
+        slope = ratio(summed(centred * q), summed(w * jnp.square(q - q_mean)), otherwise)
         m = slope * q_mean - mean
         if free:
             return slope, m
-        through_zero = ratio(summed(w * x * q), summed(w * q * q), s)
-        s = jnp.where(m < 0, through_zero, slope)
-        return jnp.maximum(s, 0), jnp.maximum(m, 0)
+        through_zero = ratio(summed(w * x * q), summed(w * q * q), otherwise)
+        return jnp.maximum(jnp.where(m < 0, through_zero, slope), 0), jnp.maximum(m, 0)
 
     def tried(best: tuple[Array, Array, Array], s: Array, m: Array) -> tuple[Array, Array, Array]:
-        s, m = stored(s), stored(m)
-        e = summed(w * jnp.square(s * codes(s, m) - m - x))
+        q = nearest((x + m) * inverse(s))
+        s, m = map(stored, fitted(q, s))
+        e = summed(w * jnp.square(s * q - m - x))
         better = e < best[2]
         return (
             jnp.where(better, s, best[0]),
@@ -137,17 +134,17 @@ def affine(
             jnp.minimum(e, best[2]),
         )
 
-    cuts = jnp.asarray(starts, jnp.float32)
     width = high - low
 
-    def start(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def turn(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         s = width * ((1 - cuts[i, 0] - cuts[i, 1]) / highest)
-        return tried(best, *fitted(s, -(low + cuts[i, 0] * width)))
+        m = -(low + cuts[i, 0] * width)
+        first = i < len(starts)
+        return tried(best, jnp.where(first, s, best[0]), jnp.where(first, m, best[1]))
 
-    zero = jnp.zeros_like(low)
-    best = jax.lax.fori_loop(0, len(starts), start, (zero, -low, jnp.full_like(low, jnp.inf)))
-    best = jax.lax.fori_loop(0, turns, lambda _, best: tried(best, *fitted(best[0], best[1])), best)
-    return Affine(best[0], best[1])
+    cuts = jnp.asarray(np.concatenate([starts, np.zeros((turns, 2))]), jnp.float32)
+    none = jnp.zeros_like(low), -low, jnp.full_like(low, jnp.inf)
+    return Affine(*jax.lax.fori_loop(0, len(cuts), turn, none)[:2])
 
 
 # --- groups that share a block: x, w [..., groups, elements] ------------------------------------
@@ -165,43 +162,45 @@ def shared_scale(
     w: Array,
     s: Array,
     nearest: Nearest,
-    bounds: tuple[int, int],
+    bounds: tuple[float, float],
     *,
     starts: np.ndarray,
     turns: int,
+    unit: float = 1,
 ) -> Block:
-    """Scales d * i for every group, where i is an integer within `bounds`.
+    """Scales d * i for every group, where i is an integer within `bounds`; or, with bounds between
+    two integers, where i is halfway between two.
 
     Args:
       s: the scales that groups would have by themselves.
       starts: what the largest of them may be an integer of, to begin with.
       turns: how often integers and d are fitted to each other, from each start.
+      unit: d times this is the float16.
     """
     low, high = bounds
+    between = low % 1
     peak = jnp.where(s.max(-2, keepdims=True) > -s.min(-2, keepdims=True), 1, -1)
     peak = peak * jnp.abs(s).max(-2, keepdims=True)
 
-    def error(d: Array, i: Array) -> Array:
-        scale = d * i
-        return summed(w * jnp.square(scale * nearest(x * inverse(scale)) - x))
-
     def turn(state: tuple[Array, Array, Block, Array]) -> tuple[Array, Array, Block, Array]:
         d, wanted, best, least = state
-        d = rounded_half(d)
-        centre = jnp.round(wanted * inverse(d))
+        d = rounded_half(d * unit) * (1 / unit)
+        centre = jnp.round(wanted * inverse(d) - between) + between
 
-        def neighbour(n: Array, chosen: tuple[Array, Array]) -> tuple[Array, Array]:
-            i, e = chosen
+        def neighbour(n: Array, chosen: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            i, q, e = chosen
             tried = jnp.clip(centre + (n - 1), low, high)
-            found = error(d, tried)
-            return jnp.where(found < e, tried, i), jnp.minimum(found, e)
+            nearby = nearest(x * inverse(d * tried))
+            found = summed(w * jnp.square(d * tried * nearby - x))
+            better = found < e
+            return jnp.where(better, tried, i), jnp.where(better, nearby, q), jnp.minimum(found, e)
 
-        none = jnp.zeros_like(s), jnp.full_like(s, jnp.inf)
-        i, e = jax.lax.fori_loop(0, 3, neighbour, none)
+        none = jnp.zeros_like(s), jnp.zeros_like(x), jnp.full_like(s, jnp.inf)
+        i, q, e = jax.lax.fori_loop(0, 3, neighbour, none)
         total = summed(e, -2)
         better = total < least
         best = Block(jnp.where(better, d, best.d), jnp.where(better, i, best.scales))
-        a = i * nearest(x * inverse(d * i))
+        a = i * q
         both = (-2, -1)
         refitted = ratio(summed(w * x * a, both), summed(w * a * a, both), d)
         return refitted, d * i, best, jnp.minimum(total, least)

@@ -11,11 +11,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from qjax.compress.algorithms.ggml import few_values, k_quants, simple
+from qjax.compress.algorithms.ggml import few_values, grids, k_quants, simple
 from qjax.errors import UnsupportedError
 from qjax.qtypes import QTYPES
 
-_ENCODERS: dict[str, Callable] = simple.ENCODERS | k_quants.ENCODERS | few_values.ENCODERS
+_ENCODERS: dict[str, Callable] = (
+    simple.ENCODERS | k_quants.ENCODERS | few_values.ENCODERS | grids.ENCODERS
+)
 _PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 MADE = (*_PLAIN, *_ENCODERS)
@@ -23,6 +25,7 @@ MADE = (*_PLAIN, *_ENCODERS)
 
 # Weights encoded at once: what a search keeps of them stays in the caches of a core.
 _RUN = 1 << 16
+_GRID_RUN = 1 << 13  # of the types with grids, of which each vector is held against all entries
 # float16 holds the scales, and a block's largest magnitude is at least this many of them.
 _LARGEST = 65504.0
 
@@ -96,7 +99,8 @@ def _encode(blocks: np.ndarray, weights: np.ndarray, n: int, qtype: str) -> np.n
     """uint8 [all blocks, bytes] of blocks [all, elements]; weights [matrices or 1, blocks of a row,
     elements] go with each of n rows."""
     count, elements = blocks.shape
-    run = min(_RUN // elements, 1 << (count - 1).bit_length())
+    longest = _GRID_RUN if qtype in grids.ENCODERS else _RUN
+    run = min(longest // elements, 1 << (count - 1).bit_length())
     encoded = np.empty((count, QTYPES[qtype].block_bytes), np.uint8)
     per_row = weights.shape[1]
 
