@@ -16,18 +16,19 @@ from qjax.cli import (
     inspect,
     methods,
     pull,
+    quantize,
     report,
     tune,
 )
 from qjax.errors import QjaxError
 
 app = typer.Typer(
-    help="Run quantized language models.",
+    help="Run and make quantized language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, pull, inspect, methods, bench, tune, report, doctor):
+for command in (generate, chat, pull, inspect, quantize, methods, bench, tune, report, doctor):
     app.command()(command.command)
 app.add_typer(evaluate.app, name="eval")
 

@@ -15,9 +15,10 @@ import numpy as np
 from qjax import ops
 from qjax.compress import dataset as datasets
 from qjax.compress import layers
-from qjax.compress.modifiers import Modifier, QuantizationMixin, QuantizationModifier
+from qjax.compress.modifiers import Modifier, QuantizationMixin
 from qjax.compress.presets import is_preset
 from qjax.compress.recipe import parse
+from qjax.compress.shorthand import modifiers_for
 from qjax.compress.state import Finished, State
 from qjax.compress.steps import Step, plan
 from qjax.compress.walk import walk
@@ -109,8 +110,7 @@ def oneshot(
 
 def _modifiers(recipe: Any) -> tuple[Modifier, ...]:
     if isinstance(recipe, str) and is_preset(recipe):
-        # All linear layers but the head, as the examples of LLM Compressor have it.
-        return (QuantizationModifier(scheme=recipe, ignore=[layers.HEAD]),)
+        return parse(modifiers_for(recipe))
     return parse(recipe)
 
 

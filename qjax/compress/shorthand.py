@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from qjax.compress.assignment import HEAD
 from qjax.compress.modifiers import (
     AutoRoundModifier,
     AWQModifier,
@@ -40,7 +41,7 @@ def modifiers_for(
     method: str = "rtn",
     *,
     group_size: int | None = None,
-    ignore: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
     target_bits: float | None = None,
 ) -> list[Modifier]:
     """The recipe of a scheme and a method.
@@ -49,7 +50,7 @@ def modifiers_for(
       scheme: name of a preset.
       method: key of `METHODS`.
       group_size: of the scheme's groups, where it is another; -1 for a scale for each output.
-      ignore: layers that stay as they are; None for the head, and for none with GGUF types.
+      ignore: layers that stay as they are, beside the head (which GGUF types take in).
       target_bits: see `QuantizationMixin`.
 
     Raises:
@@ -66,8 +67,7 @@ def modifiers_for(
             f"scheme {found.ggml} is of GGUF files, whose types are made by the methods rtn and "
             f"imatrix, not {method}"
         )
-    if ignore is None:
-        ignore = () if found.ggml is not None else ("lm_head",)
+    ignore = (*(() if found.ggml is not None else (HEAD,)), *ignore)
     settings: dict[str, Any] = {"scheme": found, "ignore": ignore, "target_bits": target_bits}
     match method:
         case "rtn":

@@ -12,7 +12,7 @@ import numpy as np
 from qjax.compress import mappings, statistics
 from qjax.compress.algorithms import awq, ggml, smoothquant
 from qjax.compress.algorithms.gptq import relative_error
-from qjax.compress.assignment import assign
+from qjax.compress.assignment import assign_all
 from qjax.compress.gguf_mixes import mix_types
 from qjax.compress.hidden import Hidden
 from qjax.compress.layers import Flat, dense, modules, shared_inputs
@@ -26,6 +26,7 @@ from qjax.compress.rounding import Weight, grid_of, quantized
 from qjax.compress.statistics import InputStats
 from qjax.errors import CalibrationError
 from qjax.models.config import ModelConfig
+from qjax.models.functional import parameter_shapes
 from qjax.qarray import QArray
 from qjax.scheme import QuantizationScheme, is_ignored
 
@@ -83,15 +84,12 @@ def plan(modifiers: tuple[Modifier, ...], config: ModelConfig) -> tuple[Step, ..
       RecipeError: a modifier does not fit the model, or its settings contradict each other.
       UnsupportedError: a combination that qjax does not do.
     """
-    shapes = modules(config)
-    steps = []
-    for modifier in modifiers:
-        schemes, types = {}, {}
-        if isinstance(modifier, QuantizationMixin):
-            schemes = assign(modifier, shapes)
-            types = _ggml_types(schemes, config, modifier.requires_calibration_data)
-        steps.append(Step(modifier, schemes, types))
-    return tuple(steps)
+    others = [name.rpartition(".")[0] for name in parameter_shapes(config)]
+    claims = assign_all(modifiers, modules(config), others)
+    return tuple(
+        Step(each, schemes, _ggml_types(schemes, config, each.requires_calibration_data))
+        for each, schemes in zip(modifiers, claims, strict=True)
+    )
 
 
 def _ggml_types(

@@ -42,7 +42,7 @@ def test_rows_as_groups():
     (found,) = made("w4a16", group_size=-1, ignore=["re:.*mlp.*"], target_bits=4.5)
     weights = found.schemes[0].weights
     assert (weights.strategy, weights.group_size) == ("channel", None)
-    assert (found.ignore, found.target_bits) == (("re:.*mlp.*",), 4.5)
+    assert (found.ignore, found.target_bits) == (("lm_head", "re:.*mlp.*"), 4.5)
 
 
 def test_gguf_types_leave_nothing_out():
