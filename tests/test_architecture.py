@@ -87,7 +87,10 @@ ALSO = {
         for name in ("dispatch", "platform", "tuning", "user_cache", "kv_update.pages")
     ]
     # What weights are rounded with.
-    + [f"pallas_kernels.{name}" for name in ("codes", "hadamard", "inputs", "quantize", "unpack")],
+    + [
+        f"pallas_kernels.{name}"
+        for name in ("codes", "hadamard", "inputs", "iq_grids", "quantize", "unpack")
+    ],
     "api": ["pallas_kernels.dispatch"],
 }
 
