@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.compress import layers, statistics
+from qjax.compress import layers, sensitivity, statistics
 from qjax.compress.layers import Flat
 from qjax.compress.statistics import InputStats
 from qjax.models import functional
@@ -51,6 +51,13 @@ class Hidden:
             found = part if found is None else _merged(found, part)
         assert found is not None
         return found
+
+    def output_weights(self, index: int, layer: Flat) -> dict[str, jax.Array]:
+        """See `sensitivity.output_weights`; of the first samples, which tell enough."""
+        kind = functional.same_layer(self.config, index)
+        count = max(1, TOKENS // 2 // self.values.shape[1])
+        x = jnp.asarray(self.values[:count])
+        return sensitivity.output_weights(self.config, kind, layer, x, jax.random.key(index))
 
     def advance(self, index: int, layer: Flat) -> None:
         """Puts the outputs of layer `index` in the place of its inputs."""

@@ -86,9 +86,9 @@ def floats_of(stored: Flat) -> Flat:
     return {k: dense(v) if isinstance(v, QArray) else v for k, v in stored.items()}
 
 
-def _run(
-    config: ModelConfig, index: int, layer: Flat, x: jax.Array
-) -> tuple[jax.Array, LayerCache]:
+def run(config: ModelConfig, index: int, layer: Flat, x: jax.Array) -> tuple[jax.Array, LayerCache]:
+    """A layer's outputs, and what it caches, for hidden states float32 [S, T, E] of whole
+    sequences."""
     sequences, length, _ = x.shape
     batch = whole_sequences(sequences, length, "exact")
     pages = batch.block_table.size
@@ -106,7 +106,7 @@ def outputs(config: ModelConfig, index: int, layer: Flat, x: jax.Array) -> jax.A
       index: of a layer that computes the same, see `functional.same_layer`.
       layer: float arrays, or QArrays.
     """
-    return _run(config, index, layer, x)[0]
+    return run(config, index, layer, x)[0]
 
 
 @partial(jax.jit, static_argnames=("config", "index"))
@@ -115,7 +115,7 @@ def cached_extremes(
 ) -> tuple[jax.Array, jax.Array]:
     """The largest absolute values of the keys (rotated) and of the values of each head that are
     cached: float32 [num_kv_heads] each."""
-    cache = _run(config, index, layer, x)[1]
+    cache = run(config, index, layer, x)[1]
     keys, values = (jnp.abs(pages.values).max((0, 2, 3)) for pages in cache[:2])
     return keys, values
 
@@ -128,7 +128,7 @@ def input_stats(
     (see `shared_inputs`). The layer is of float arrays."""
     names = {id(weight): name.removesuffix(".weight") for name, weight in layer.items()}
     with floats.watch() as seen:
-        _run(config, index, layer, x)
+        run(config, index, layer, x)
     found: dict[str, InputStats] = {}
     for product in seen:
         first = min(names[id(weight)] for weight in product.weights)

@@ -32,6 +32,7 @@ class Seen(NamedTuple):
     sizes: jax.Array | None = None
 
 
+_shifting: ContextVar[Iterator[Any] | None] = ContextVar("shifted_products", default=None)
 _watching: ContextVar[list[Seen] | None] = ContextVar("watched_products", default=None)
 
 
@@ -44,6 +45,17 @@ def watch() -> Iterator[list[Seen]]:
         yield found
     finally:
         _watching.reset(token)
+
+
+@contextmanager
+def shifted(by: Sequence[tuple[jax.Array, ...] | None]) -> Iterator[None]:
+    """Adds arrays to the outputs of the products that are traced inside the block, in the order in
+    which `watch` sees them: [T, N_i] for each weight; None for those of experts."""
+    token = _shifting.set(iter(by))
+    try:
+        yield
+    finally:
+        _shifting.reset(token)
 
 
 def linear(
@@ -59,6 +71,8 @@ def linear(
     x = rms_norm(x, norm, norm_eps)
     _note(weights, x)
     outputs = [jnp.matmul(x, w.T, precision="highest") for w in weights]
+    if (shift := _next_shift()) is not None:
+        outputs = [y + each for y, each in zip(outputs, shift, strict=True)]
     return epilogue(outputs, biases=biases, norm_eps=norm_eps, **around)
 
 
@@ -67,6 +81,7 @@ def grouped(
 ) -> jax.Array:
     """Rows x[T, K] by the experts w[E, N, K] that they go to, `sizes`[e] after another to each."""
     _note((w,), x, sizes)
+    _next_shift()
     y = lax.ragged_dot(x, w.swapaxes(-1, -2), sizes, precision="highest")
     if bias is None:
         return y
@@ -77,6 +92,11 @@ def grouped(
 def per_head(x: jax.Array, w: jax.Array) -> jax.Array:
     """float32 [T, H, N] of x [T, H, K] by w [H, N, K]."""
     return jnp.einsum("thk,hnk->thn", x, w, precision="highest")
+
+
+def _next_shift() -> tuple[jax.Array, ...] | None:
+    shifting = _shifting.get()
+    return None if shifting is None else next(shifting)
 
 
 def _note(weights: Sequence[jax.Array], inputs: jax.Array, sizes: jax.Array | None = None) -> None:
