@@ -24,6 +24,7 @@ from qjax.scheme import QuantizationArgs, QuantizationScheme
 
 # Passes over all columns behind GPTQ; more of them gain little.
 SWEEPS = 2
+_SMALL_GROUP = 128  # columns; products with larger blocks of the moment take long
 # Of the mean of the moment's diagonal, tried where the dampening that was asked for is too little.
 _MORE_DAMPENING = (0.05, 0.2, 1.0)
 
@@ -150,11 +151,19 @@ def _rounded(
 def _nearest(
     values: jax.Array, like: Weight, grid: Grid, modifier: QuantizationMixin, names: str
 ) -> Rounded:
-    observer = like.args.observer or "memoryless_minmax"
+    # Where nothing is said, and samples ran through the model, they say what counts.
+    default = "memoryless_minmax" if like.stats is None else "imatrix_mse"
+    observer = like.args.observer or default
     importance = None
     if "imatrix" in observer:
-        importance = jnp.diag(_stats(like, names).moment)
+        importance = _importance(_stats(like, names).moment, grid)
     return _to_nearest(values, importance, grid, search="minmax" not in observer)
+
+
+def _importance(moment: jax.Array, grid: Grid) -> jax.Array:
+    """What errors within small groups do together; of larger ones, each for itself."""
+    small = grid.group[0] == 1 and grid.group[1] <= _SMALL_GROUP
+    return grids.within_groups(moment, grid) if small else jnp.diag(moment)
 
 
 @partial(jax.jit, static_argnames=("grid", "search"))

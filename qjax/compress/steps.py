@@ -129,7 +129,8 @@ def apply(
             smooth(layer, step.modifier, config)
         elif isinstance(step.modifier, AWQModifier):
             later = {k: v for other in steps[number + 1 :] for k, v in other.schemes.items()}
-            balance(layer, step.modifier, later, config, scale_dtype)
+            counts = {} if hidden is None else hidden.output_weights(layer.index or 0, layer.floats)
+            balance(layer, step.modifier, later, config, scale_dtype, counts)
         elif step.schemes:
             round_layer(layer, step, scale_dtype)
 
@@ -167,8 +168,13 @@ def balance(
     schemes: Mapping[str, QuantizationScheme],
     config: ModelConfig,
     scale_dtype: str,
+    counts: Mapping[str, jax.Array],
 ) -> None:
-    """AWQ: columns are scaled so that rounding to `schemes` (of whole names) loses least."""
+    """AWQ: columns are scaled so that rounding to `schemes` (of whole names) loses least.
+
+    Args:
+      counts: what errors in the outputs of modules count, see `sensitivity`.
+    """
     found = mappings.scalings(config, layer.floats)
     for scaling in mappings.chosen(found, modifier.mappings, layer.prefix):
         readers, grids = [], []
@@ -176,7 +182,7 @@ def balance(
             scheme, weight = schemes.get(layer.prefix + name), layer.floats[f"{name}.weight"]
             if scheme is None or scheme.weights is None:
                 continue
-            readers.append(awq.Reader(weight, _needed(layer, name).moment))
+            readers.append(awq.Reader(weight, _needed(layer, name).moment, counts.get(name)))
             grids.append(grid_of(scheme, weight.shape, scale_dtype))
         if readers:
             absmean = _needed(layer, scaling.balance[0]).absmean
