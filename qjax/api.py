@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from qjax.kv_cache import bytes_per_token, cache_dtypes
 from qjax.params import Params
 
 if TYPE_CHECKING:
+    from jax.sharding import Sharding
+
     from qjax.formats.base import QuantizationConfig
 
 Message = Mapping[str, Any]
@@ -32,6 +34,7 @@ def load(
     *,
     quantization: str | None = None,
     quantize_activations: bool = True,
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> Params:
     """Loads a model, its weights as they are stored.
 
@@ -44,6 +47,8 @@ def load(
       quantize_activations: whether activations and cache are rounded where the method says so, as
         its maker's own runtime does; False computes with the quantized weights alone, which shows
         what the rounding costs.
+      sharding: of a folder that was saved with format="orbax": where each array is to lie, by its
+        name ("model.layers.0.mlp.up_proj.weight/scale") and its shape.
 
     Raises:
       CheckpointError: the files are damaged or do not fit together.
@@ -54,7 +59,12 @@ def load(
     from qjax.engine import compile_cache
 
     compile_cache.enable()
-    return loader.load(source, quantization=quantization, quantize_activations=quantize_activations)
+    return loader.load(
+        source,
+        quantization=quantization,
+        quantize_activations=quantize_activations,
+        sharding=sharding,
+    )
 
 
 def save(
@@ -74,8 +84,8 @@ def save(
       format: "compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8" or "hqq": its settings are
         derived from the weights. "safetensors" (or "dense") dequantizes them. "gguf" writes one
         file, in the types that hold the same numbers. A dict is taken for the quantization_config
-        of config.json, also of any other method that is saved. None keeps the format that was
-        loaded.
+        of config.json, also of any other method that is saved. "orbax" keeps every weight as it is
+        held, on several devices too. None keeps the format that was loaded.
       dtype: "float32", "bfloat16" or "float16": of all that is not quantized. None keeps that as
         it is, with float32 for what is dequantized.
       dense: layers to be dequantized where the format cannot hold them: names, "re:" and a pattern,

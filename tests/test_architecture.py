@@ -99,7 +99,7 @@ PLAIN_ARRAYS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 LIBRARIES = {"kernels": PLAIN_ARRAYS, "base": PLAIN_ARRAYS, "ops": PLAIN_ARRAYS}
 
 # Where a library is imported by another name.
-IMPORTED_AS = {"pyyaml": "yaml"}
+IMPORTED_AS = {"pyyaml": "yaml", "orbax_checkpoint": "orbax"}
 
 # Other engines and their libraries: tests may read the files they wrote, the package needs none.
 ENGINES = {

@@ -158,6 +158,11 @@ def summarize(source: str | os.PathLike[str]) -> Summary:
     if found.kind == "gguf":
         with read_gguf(found.path) as files:
             return _summary(found, files)
+    if found.kind == "orbax":
+        raise UnsupportedError(
+            f"{found.path}: folders in orbax's format are not inspected; `print(params.summary())` "
+            "shows what their weights take"
+        )
     if found.kind == "pickle":
         from qjax.checkpoint.unpickle import open_pickled
 

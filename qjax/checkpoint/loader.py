@@ -20,9 +20,10 @@ import jax
 import numpy as np
 
 from qjax import ops
-from qjax.checkpoint import plan
-from qjax.checkpoint.opened import Opened, open_folder, open_gguf
+from qjax.checkpoint import native, orbax_folder, plan
+from qjax.checkpoint.opened import Opened, open_folder, open_gguf, open_native
 from qjax.errors import CheckpointError, UnsupportedError
+from qjax.models import functional
 from qjax.models.config import ModelConfig
 from qjax.params import Host, Params
 from qjax.qarray import QArray
@@ -35,6 +36,7 @@ def load(
     *,
     quantization: str | None = None,
     quantize_activations: bool = True,
+    sharding: orbax_folder.Shard | None = None,
 ) -> Params:
     """Loads a model's weights as they are stored, on this machine's default device.
 
@@ -45,6 +47,8 @@ def load(
         "fp8"; None takes the checkpoint as it is.
       quantize_activations: False leaves activations and cache unrounded where the method rounds
         them, which shows what that costs.
+      sharding: of a folder in orbax's format: where each array is to lie, by its name and shape;
+        weights then keep the layout in which they were saved.
 
     Returns:
       Params; the tokenizer is loaded when it is first used.
@@ -58,6 +62,15 @@ def load(
 
     found = resolve(source)
     path = Path(found.path)
+    if found.kind == "orbax":
+        if quantization is not None:
+            raise UnsupportedError(f"{path}: quantization={quantization!r} needs safetensors")
+        return _load_native(path, found.name, quantize_activations, sharding)
+    if sharding is not None:
+        raise UnsupportedError(
+            f"{path}: sharding goes with folders in orbax's format; save it as one "
+            '(format="orbax")'
+        )
     if found.kind == "gguf":
         if quantization is not None:
             raise UnsupportedError(f"{path}: quantization={quantization!r} needs safetensors")
@@ -78,6 +91,47 @@ def load(
         str(found.name), opened.load_tokenizer, opened.generation_config, opened.origin(places)
     )
     return Params(tree, opened.config, host)
+
+
+def _load_native(
+    folder: Path, name: str, quantize_activations: bool, sharding: orbax_folder.Shard | None
+) -> Params:
+    opened = open_native(folder, quantize_activations)
+    tree: dict[str, Any] = {}
+    scales: int = 0
+    for path, leaf in orbax_folder.read(folder, sharding):
+        if path[-1] in ("k_scale", "v_scale"):
+            if not quantize_activations:
+                continue
+            scales = leaf.size
+        if isinstance(leaf, QArray) and not quantize_activations:
+            leaf = without_activation_quantization(leaf)
+        if sharding is None:
+            if isinstance(leaf, QArray):
+                leaf = _prepared(".".join(path), ops.unprepare(leaf), opened.config)
+            leaf = jax.block_until_ready(jax.device_put(leaf))
+        native.put(tree, path, leaf)
+    host = Host(name, opened.load_tokenizer, opened.generation_config, opened.origin({}))
+    params = Params(tree, replace(opened.config, kv_scales=scales), host)
+    _require_all(params, folder)
+    return params
+
+
+def _require_all(params: Params, folder: Path) -> None:
+    """Raises CheckpointError where the tree is not that of the model."""
+    found = {".".join(path) for path, _ in native.leaves_of(params.tree)}
+    expected = functional.parameter_shapes(params.config).keys()
+    if odd := sorted(found ^ expected):
+        what = "has no place in this model" if odd[0] in found else "is missing"
+        raise CheckpointError(f"{what}", file=folder, field=odd[0])
+
+
+def _prepared(name: str, weight: QArray, config: ModelConfig) -> QArray:
+    """The weight as this machine's kernels like it."""
+    # A table that is only looked up is read a row at a time, best where it lies.
+    if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
+        return weight
+    return ops.prepare(weight)
 
 
 def _read_all(opened: Opened, places: plan.Plan) -> Iterator[tuple[str, Any]]:
@@ -115,9 +169,7 @@ def _read(opened: Opened, place: plan.Weight | plan.Vector) -> QArray | jax.Arra
         weight = _unrotate(place.name, weight, opened.config)
     if not opened.quantize_activations:
         weight = without_activation_quantization(weight)
-    # A table that is only looked up is read a row at a time, best where it lies.
-    if place.name != "model.embed_tokens.weight" or opened.config.tie_word_embeddings:
-        weight = ops.prepare(weight)
+    weight = _prepared(place.name, weight, opened.config)
     # Not copied where the bytes lie as a device wants them (on a CPU, at a multiple of 64).
     weight = jax.block_until_ready(jax.device_put(weight))
     if weight.layout != "canonical":

@@ -7,7 +7,7 @@ floats) are kept as unsigned integers of their size, with their name beside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -41,7 +41,7 @@ def describe(tree: Any, *, on_host: bool = True) -> tuple[dict[str, Any], dict[s
     """
     arrays: dict[str, Any] = {}
     leaves = []
-    for path, leaf in _leaves(tree, ()):
+    for path, leaf in leaves_of(tree):
         name = ".".join(path)
         entry: dict[str, Any] = {"path": list(path)}
         parts = {"": leaf}
@@ -50,7 +50,7 @@ def describe(tree: Any, *, on_host: bool = True) -> tuple[dict[str, Any], dict[s
             parts |= {f"/aux/{key}": array for key, array in leaf.aux.items()}
             entry["weight"] = {key: getattr(leaf, key) for key in _STATIC}
             entry["weight"]["act"] = None if leaf.act is None else asdict(leaf.act)
-        entry["dtypes"] = {}
+        entry["dtypes"], entry["shapes"] = {}, {}
         for part, array in parts.items():
             if array is None:
                 continue
@@ -58,6 +58,7 @@ def describe(tree: Any, *, on_host: bool = True) -> tuple[dict[str, Any], dict[s
                 raise ValueError(f"two leaves of the tree are called {name + part}")
             array = np.asarray(array) if on_host or not isinstance(array, jax.Array) else array
             entry["dtypes"][part] = array.dtype.name
+            entry["shapes"][part] = list(array.shape)
             arrays[name + part] = _viewed(array, _plain(array.dtype))
         leaves.append(entry)
     return arrays, {"version": VERSION, "leaves": leaves}
@@ -94,22 +95,27 @@ def restore(arrays: Mapping[str, Any], static: Mapping[str, Any], file: Any = ""
             leaf = _weight(entry["weight"], parts, name, file)
         elif leaf is None:
             raise CheckpointError("has no array", file=file, field=name)
-        *parents, last = entry["path"]
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
+        put(tree, entry["path"], leaf)
     if left := sorted(arrays.keys() - used):
         raise CheckpointError("belongs to no weight", file=file, field=left[0])
     return tree
 
 
-def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves_of(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The QArrays and arrays of nested dicts, each with the keys that lead there."""
     if not isinstance(node, Mapping):
         yield path, node
         return
     for key, value in node.items():
-        yield from _leaves(value, (*path, key))
+        yield from leaves_of(value, (*path, key))
+
+
+def put(tree: dict[str, Any], path: Sequence[str], leaf: Any) -> None:
+    """Enters a leaf into nested dicts, which grow where it takes that."""
+    *parents, last = path
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = leaf
 
 
 def _weight(static: Mapping[str, Any], parts: Mapping[str, Any], name: str, file: Any) -> QArray:

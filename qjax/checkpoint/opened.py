@@ -18,6 +18,7 @@ from qjax.checkpoint.expert_scales import taken_apart
 from qjax.checkpoint.gguf_config import ROPE_TENSORS, gguf_config
 from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
 from qjax.checkpoint.mapped import TensorFiles
+from qjax.checkpoint.orbax_folder import Native
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.unpickle import open_pickled
 from qjax.errors import UnsupportedError
@@ -112,6 +113,16 @@ def open_folder(
     fields, config = folder_config(folder)
     files = open_pickled(folder) if pickled else open_safetensors(path)
     return opened_folder(folder, fields, config, files, quantization, quantize_activations)
+
+
+def open_native(folder: Path, quantize_activations: bool) -> Opened:
+    """A folder in orbax's format, whose weights are read by `orbax_folder`."""
+    fields, config = folder_config(folder)
+    files = TensorFiles(folder, {}, {}, {})
+    opened = opened_folder(folder, fields, config, files)
+    return replace(
+        opened, quantization=Native(), quantize_activations=quantize_activations, norm_offset=0.0
+    )
 
 
 def folder_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:

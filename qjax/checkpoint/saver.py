@@ -10,60 +10,37 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import jax
-import ml_dtypes
 import numpy as np
 
-from qjax.checkpoint import beside, detect, gguf_writer
+from qjax.checkpoint import beside, gguf_writer, orbax_folder
 from qjax.checkpoint.mapped import TensorFiles
 from qjax.checkpoint.opened import open_folder
-from qjax.checkpoint.places import (
-    Array,
-    Module,
-    Places,
-    each,
-    leaf_of,
-    stored_places,
-    usual_places,
-    walk,
-)
+from qjax.checkpoint.places import Array, Module, each, walk
 from qjax.checkpoint.plan import Origin
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
-from qjax.errors import CheckpointError, UnsupportedError
-from qjax.formats import exact, gguf, kv_scales
-from qjax.formats.base import (
-    Dense,
-    QuantizationConfig,
-    is_embedding,
-    is_plain,
-    no_checkpoint,
+from qjax.checkpoint.save_plan import (
+    DTYPES,
+    FORMATS,
+    GGUF,
+    ORBAX,
+    STORED,
+    Format,
+    SavePlan,
+    plain_values,
+    plan_save,
 )
+from qjax.errors import CheckpointError, UnsupportedError
+from qjax.formats import exact, kv_scales
+from qjax.formats.base import Dense, QuantizationConfig, is_plain
 from qjax.ops.dense import dequantized
 from qjax.params import Params
 from qjax.qarray import QArray
-from qjax.registry import quantization_config as registered
-from qjax.scheme import is_ignored
-
-# Those whose settings are derived from the weights, by `QuantizationConfig.for_weights`.
-GGUF = "gguf"
-METHODS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8", "hqq")
-DENSE = ("safetensors", "dense")
-FORMATS = (*METHODS, *DENSE, GGUF)
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-_STORED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-Format = str | QuantizationConfig | Mapping[str, Any] | None
 
 
 @dataclass
@@ -97,39 +74,6 @@ class Saved:
         return 8 * self.nbytes / self.weights
 
 
-@dataclass(frozen=True)
-class _Job:
-    """How a model is written.
-
-    Attributes:
-      quantization: the format with its settings.
-      changed: whether it differs from what was loaded, so that config.json has to.
-      adapt: a weight in the words of the format, where its settings were derived.
-      dense: targets of the layers that are dequantized.
-      dtype: of what is not quantized; None as it is.
-    """
-
-    params: Params
-    origin: Origin
-    places: Places
-    quantization: QuantizationConfig
-    changed: bool
-    adapt: Callable[[str, QArray], QArray] | None = None
-    dense: tuple[str, ...] = ()
-    dtype: str | None = None
-
-    def written(self, module: str, weight: QArray) -> QArray:
-        """The weight as it is to be stored."""
-        if not is_plain(weight) and is_ignored(module, self.dense, _layer_class(module)):
-            values = dequantized(weight)
-            return QArray.from_dense(values.astype(DTYPES[self.dtype or "float32"]))
-        if is_plain(weight):
-            wanted = DTYPES.get(self.dtype or "")
-            values = _plain_values(weight)
-            return weight if wanted is None else QArray.from_dense(values.astype(wanted))
-        return weight if self.adapt is None else self.adapt(module, weight)
-
-
 def save(
     params: Params,
     folder: str | os.PathLike[str],
@@ -149,7 +93,7 @@ def save(
       format: one of `FORMATS`, whose settings are then derived from the weights; or settings, as
         an object or as the dict of a config.json; None keeps the format that was loaded.
         "safetensors" (or "dense") dequantizes every weight. "gguf" writes one file, in the types
-        that hold the same numbers.
+        that hold the same numbers; "orbax" keeps every weight as it is held.
       dtype: "float32", "bfloat16" or "float16": of what is not quantized. None keeps that, with
         float32 for what is dequantized.
       dense: layers to be dequantized: names, "re:" and a pattern, or a class ("Embedding"); each
@@ -167,19 +111,43 @@ def save(
     _check(params, folder, format, dtype)
     if format == GGUF or (format is None and origin.folder is None):
         return _save_gguf(params, folder, dtype, dense)
-    job = _job(params, origin, format, dtype, tuple(dense), lossy)
+    if format == ORBAX or (format is None and _is_native(origin)):
+        return _save_native(params, folder, dtype, dense)
+    job = plan_save(params, origin, format, dtype, tuple(dense), lossy)
     saved = Saved(folder, job.quantization.name)
+    with _in_place(folder) as work:
+        _write(job, work, shard_bytes, saved, compare=lossy)
+        _check_readable(params, work)
+    return saved
+
+
+@contextmanager
+def _in_place(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes this one when the block ends, or vanishes if it fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.absolute().parent / f".{folder.name}.{secrets.token_hex(4)}.part"
     work.mkdir()
     try:
-        _write(job, work, shard_bytes, saved, compare=lossy)
-        _check_readable(params, work)
+        yield work
         os.replace(work, folder)  # an empty folder of this name gives way
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _save_native(params: Params, folder: Path, dtype: str | None, dense: Sequence[str]) -> Saved:
+    if dtype is not None or dense:
+        raise UnsupportedError("orbax keeps weights as they are: dtype and dense are for others")
+    total = params.summary().total
+    saved = Saved(folder, ORBAX, total.tensors, weights=total.weights)
+    with _in_place(folder) as work:
+        beside.write(params.host.origin, work, True, None, None)
+        saved.nbytes = orbax_folder.write(params.tree, work)
     return saved
+
+
+def _is_native(origin: Origin) -> bool:
+    return isinstance(origin.quantization, orbax_folder.Native)
 
 
 def _save_gguf(params: Params, file: Path, dtype: str | None, dense: Sequence[str]) -> Saved:
@@ -221,115 +189,7 @@ def _check(params: Params, folder: Path, format: Format, dtype: str | None) -> N
         )
 
 
-def _job(
-    params: Params,
-    origin: Origin,
-    format: Format,
-    dtype: str | None,
-    dense: tuple[str, ...],
-    lossy: bool,
-) -> _Job:
-    stored = {} if origin.folder is None else stored_places(origin, params.config)
-    expected = usual_places(params.config) if params.config.mla is None or not stored else stored
-    # Scales of the cache may be new.
-    places = {name: stored.get(name, place) for name, place in expected.items()}
-    if not isinstance(format, str):
-        job = _as_told(params, origin, places, format)
-        if dense or dtype:
-            raise UnsupportedError("dense and dtype go with a format that is given by its name")
-        return job
-    job = _Job(params, origin, places, Dense(), True, dense=dense, dtype=dtype)
-    if format in DENSE:  # a cache that is rounded has no place in such a checkpoint
-        kept = {n: p for n, p in places.items() if not n.endswith((".k_scale", ".v_scale"))}
-        return replace(job, dense=("re:.*",), places=kept)
-    method = registered(format)
-    model_dtype = dtype or beside.model_dtype(origin)
-    job = replace(job, adapt=partial(_adapted, method, lossy, model_dtype))
-    weights: dict[str, QArray] = {}
-    for place, value in walk(params, places):
-        if not isinstance(place, Array):
-            for module, weight in each(place, value):
-                weights[module.name] = _outline(job.written(module.name, weight))
-    for target in dense:
-        if not any(is_ignored(name, (target,), _layer_class(name)) for name in weights):
-            raise UnsupportedError(f"dense: {target!r:.80} names no layer of this model")
-    return replace(job, quantization=method.for_weights(weights, params.config.kv_scales))
-
-
-def _as_told(params: Params, origin: Origin, places: Places, wanted: Any) -> _Job:
-    """The format that was loaded, or one whose settings are given."""
-    if wanted is None:
-        # Quantized while it was loaded: the checkpoint itself knows nothing of it.
-        quantized = type(origin.quantization) is not Dense
-        if not quantized and (found := _first_quantized(params, places)):
-            raise UnsupportedError(
-                f"{found}: was loaded from full-precision weights, but is quantized now: name a "
-                f"format; these are: {', '.join(FORMATS)}"
-            )
-        online = quantized and detect.find(Path(str(origin.folder)), origin.fields)[0] is None
-        return _Job(params, origin, places, origin.quantization, changed=online)
-    if isinstance(wanted, Mapping):
-        method = wanted.get("quant_method")
-        if not isinstance(method, str):
-            raise CheckpointError("names no quant_method", field="quantization_config")
-        wanted = registered(method).from_config(wanted, no_checkpoint())
-    return _Job(params, origin, places, wanted, changed=True)
-
-
-def _first_quantized(params: Params, places: Places) -> str | None:
-    """The name of a weight that is not plain, if there is one."""
-    leaves = ((name, leaf_of(params, name)) for name in places)
-    return next((n for n, leaf in leaves if isinstance(leaf, QArray) and not is_plain(leaf)), None)
-
-
-def _adapted(
-    method: type[QuantizationConfig], lossy: bool, dtype: str, module: str, weight: QArray
-) -> QArray:
-    """A weight in the words of a format.
-
-    Raises:
-      UnsupportedError: it has none; those that have are named.
-    """
-    try:
-        found = method.adapted(module, weight, lossy, dtype)
-        method.for_weights({module: _outline(found)})
-    except UnsupportedError as error:
-        holding = [name for name in METHODS if _holds(registered(name), module, weight, dtype)]
-        others = ", ".join([*holding, *_as_gguf(module, weight), "safetensors (dequantized)"])
-        raise UnsupportedError(
-            f"{error} (this weight could be saved as: {others}; or with its layer left dense: "
-            f"dense=[{module!r}])"
-        ) from error
-    return found
-
-
-def _holds(method: type[QuantizationConfig], module: str, weight: QArray, dtype: str) -> bool:
-    try:
-        method.for_weights({module: _outline(method.adapted(module, weight, False, dtype))})
-    except UnsupportedError:
-        return False
-    return True
-
-
-def _as_gguf(module: str, weight: QArray) -> list[str]:
-    try:
-        gguf.stored(module, weight)
-    except UnsupportedError:
-        return []
-    return [GGUF]
-
-
-def _outline(weight: QArray) -> QArray:
-    """The weight without its larger arrays, of which shapes and dtypes are left."""
-
-    def outline(array: Any) -> Any:
-        small = array.nbytes <= 1024
-        return array if small else jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-    return jax.tree.map(outline, weight)
-
-
-def _write(job: _Job, work: Path, shard_bytes: int, saved: Saved, *, compare: bool) -> None:
+def _write(job: SavePlan, work: Path, shard_bytes: int, saved: Saved, *, compare: bool) -> None:
     origin = job.origin
     quantization = None
     if job.changed and type(job.quantization) is not Dense:
@@ -359,6 +219,8 @@ def _open(origin: Origin) -> TensorFiles:
         from qjax.checkpoint.gguf_io import read_gguf
 
         return read_gguf(Path(str(origin.file)))
+    if _is_native(origin):
+        return TensorFiles(origin.folder, {}, {}, {})
     if any(origin.folder.glob("*.safetensors")):
         return open_safetensors(origin.folder)
     from qjax.checkpoint.unpickle import open_pickled
@@ -367,12 +229,14 @@ def _open(origin: Origin) -> TensorFiles:
 
 
 def _tensors(
-    job: _Job, files: TensorFiles, saved: Saved, compare: bool
+    job: SavePlan, files: TensorFiles, saved: Saved, compare: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the model by the name it is stored under."""
     config = job.params.config
     # Gemma's files hold its norms less one.
-    offset = job.origin.norm_offset if job.origin.folder is not None else config.post_norms
+    origin = job.origin
+    as_stored = origin.folder is not None and not _is_native(origin)
+    offset = origin.norm_offset if as_stored else float(config.post_norms)
     for place, value in walk(job.params, job.places):
         if isinstance(place, Array):
             array = _array(place, value, np.float32(offset), job.dtype)
@@ -397,10 +261,10 @@ def _array(place: Array, values: np.ndarray, offset: np.float32, dtype: str | No
     values = values.astype(np.float32)
     last = place.tensor.rpartition(".")[2]
     if last in ("k_scale", "v_scale"):
-        return values.reshape(place.shape).astype(DTYPES[_STORED[place.qtype]])
+        return values.reshape(place.shape).astype(DTYPES[STORED[place.qtype]])
     if last not in ("bias", "sinks") and offset:
         values = values - offset
-    return values.reshape(place.shape).astype(DTYPES[dtype or _STORED[place.qtype]])
+    return values.reshape(place.shape).astype(DTYPES[dtype or STORED[place.qtype]])
 
 
 def _change(before: QArray, after: QArray) -> float:
@@ -415,17 +279,8 @@ def _encode(
 ) -> dict[str, np.ndarray]:
     if not is_plain(weight):
         return quantization.encode(module.name, weight)
-    values = _plain_values(weight)
+    values = plain_values(weight)
     return {"weight": values.swapaxes(-1, -2) if module.transposed else values}
-
-
-def _plain_values(weight: QArray) -> np.ndarray:
-    values = np.ascontiguousarray(weight.qvalue).view(DTYPES[_STORED[weight.qtype]])
-    return values.reshape(*weight.qvalue.shape[:-1], weight.shape[1])
-
-
-def _layer_class(module: str) -> str:
-    return "Embedding" if is_embedding(module) else "Linear"
 
 
 def _check_readable(params: Params, work: Path) -> None:

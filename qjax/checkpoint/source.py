@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qjax.checkpoint import builtin, detect, unpickle
+from qjax.checkpoint import builtin, detect, orbax_folder, unpickle
 from qjax.errors import CheckpointError, DownloadError
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<variant>[\w.-]+))?")
@@ -25,13 +25,13 @@ class Source:
     """A model on this machine.
 
     Attributes:
-      kind: "gguf", "safetensors" or "pickle".
-      path: the GGUF file, the folder (or file) of safetensors, or the folder of pickles.
+      kind: "gguf", "safetensors", "pickle" or "orbax".
+      path: the GGUF file, the folder (or file) of safetensors, or the folder of the others.
       name: as the user may call it, for messages.
       license: name of the licence, "" where the source does not say.
     """
 
-    kind: Literal["gguf", "safetensors", "pickle"]
+    kind: Literal["gguf", "safetensors", "pickle", "orbax"]
     path: Path
     name: str
     license: str = ""
@@ -71,6 +71,8 @@ def resolve(source: str | os.PathLike[str]) -> Source:
 
 def _local(path: Path) -> Source:
     if path.is_dir():
+        if (path / orbax_folder.FILE).is_file():
+            return Source("orbax", path, path.resolve().name)
         if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
             return Source("safetensors", path, path.resolve().name)
         # Of a split file, the first part stands for all.

@@ -24,7 +24,7 @@ CHECKPOINTS = {
     folder.name: folder
     for root in (OUTSIDE, GOLDEN)
     for folder in sorted(root.glob("*"))
-    if any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf"))
+    if any(folder.glob("*.safetensors")) or any(folder.glob("model*.gguf"))
 }
 
 
