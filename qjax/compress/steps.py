@@ -18,13 +18,16 @@ from qjax.compress.hidden import Hidden
 from qjax.compress.layers import Flat, dense, modules, shared_inputs
 from qjax.compress.modifiers import (
     AWQModifier,
+    GPTQModifier,
+    HQQModifier,
     Modifier,
     QuantizationMixin,
+    QuantizationModifier,
     SmoothQuantModifier,
 )
 from qjax.compress.rounding import Weight, grid_of, quantized
 from qjax.compress.statistics import InputStats
-from qjax.errors import CalibrationError
+from qjax.errors import CalibrationError, UnsupportedError
 from qjax.models.config import ModelConfig
 from qjax.models.functional import parameter_shapes
 from qjax.qarray import QArray
@@ -77,6 +80,16 @@ class Step:
     types: Mapping[str, str]  # of GGUF
 
 
+# Modifiers that `apply` carries out; a recipe with another must not pass for done.
+CARRIED_OUT = (
+    QuantizationModifier,
+    GPTQModifier,
+    HQQModifier,
+    AWQModifier,
+    SmoothQuantModifier,
+)
+
+
 def plan(modifiers: tuple[Modifier, ...], config: ModelConfig) -> tuple[Step, ...]:
     """The steps of a recipe for a model.
 
@@ -84,6 +97,11 @@ def plan(modifiers: tuple[Modifier, ...], config: ModelConfig) -> tuple[Step, ..
       RecipeError: a modifier does not fit the model, or its settings contradict each other.
       UnsupportedError: a combination that qjax does not do.
     """
+    for modifier in modifiers:
+        if type(modifier) not in CARRIED_OUT:
+            raise UnsupportedError(f"{type(modifier).__name__} is read, but not carried out")
+        if getattr(modifier, "target_bits", None) is not None:
+            raise UnsupportedError("target_bits is read, but not carried out")
     others = [name.rpartition(".")[0] for name in parameter_shapes(config)]
     claims = assign_all(modifiers, modules(config), others)
     return tuple(
