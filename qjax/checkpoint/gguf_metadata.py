@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,9 +112,25 @@ def model_metadata(config: ModelConfig) -> dict[str, Any]:
     return {"general.architecture": architecture} | described
 
 
-def file_type(qtype: str) -> int:
-    """The number of a mix whose weights are mostly of one type."""
-    names = (qtype.upper(), f"{qtype.upper()}_S", f"{qtype.upper()}_MOE")
+def file_type(stored: Mapping[str, tuple[str, int]]) -> int:
+    """The number of the mix that a file seems to be.
+
+    Args:
+      stored: type and bytes of each matrix, by its name.
+    """
+    nbytes: Counter[str] = Counter()
+    of_part: dict[str, set[str]] = {}
+    for name, (qtype, size) in stored.items():
+        nbytes[qtype] += size
+        of_part.setdefault(name.split(".")[-2], set()).add(qtype)
+    most = nbytes.most_common(1)[0][0].upper()
+    letter = "S"
+    if most == "Q3_K":
+        larger = {"q4_k": "M", "q5_k": "L"}
+        letter = next((larger[q] for q in of_part.get("attn_output", ()) if q in larger), "S")
+    elif "q6_k" in of_part.get("attn_v", set()) | of_part.get("ffn_down", set()):
+        letter = "M"
+    names = (most, f"{most}_{letter}", f"{most}_MOE")
     return next(FILE_TYPES[name] for name in names if name in FILE_TYPES)
 
 

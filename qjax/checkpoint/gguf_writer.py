@@ -10,7 +10,6 @@ tokenizer's files. Only one weight is held at a time.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -79,13 +78,13 @@ def write(
         file.parent.mkdir(parents=True, exist_ok=True)
         announced = tensors.announced()
         stream = stack.enter_context(GGUFStream(file, described, announced))
-        kinds: Counter[str] = Counter()
+        written: dict[str, tuple[str, int]] = {}
         for (name, qtype, raw), (_, shape) in zip(tensors, announced, strict=True):
             stream.add(name, qtype, raw)
             if len(shape) > 1:
-                kinds[qtype] += raw.nbytes
+                written[name] = qtype, raw.nbytes
         if _FILE_TYPE in described and _FILE_TYPE not in (metadata or {}):
-            stream.finish({_FILE_TYPE: _file_type(kinds, gguf)})
+            stream.finish({_FILE_TYPE: _file_type(written, gguf)})
     return file
 
 
@@ -135,16 +134,14 @@ def _described(
     }
 
 
-def _file_type(kinds: Counter[str], gguf: GGUFFile | None) -> int:
-    """That of the source where types are as they were, else by the most common type."""
+def _file_type(written: dict[str, tuple[str, int]], gguf: GGUFFile | None) -> int:
+    """That of the source where types are as they were."""
     if gguf is not None and _FILE_TYPE in gguf.metadata:
-        before: Counter[str] = Counter()
-        for record in gguf.tensors.values():
-            if len(record.shape) > 1:
-                before[record.qtype] += record.nbytes
-        if before == kinds:
+        records = gguf.tensors.items()
+        before = {name: (r.qtype, r.nbytes) for name, r in records if len(r.shape) > 1}
+        if before == written:
             return gguf.metadata[_FILE_TYPE]
-    return file_type(kinds.most_common(1)[0][0])
+    return file_type(written)
 
 
 class _Tensors:

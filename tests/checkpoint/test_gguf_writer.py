@@ -1,5 +1,6 @@
 """Models written as GGUF files: read back, and read by llama.cpp."""
 
+import json
 import os
 import subprocess
 import sys
@@ -188,8 +189,25 @@ def test_a_model_without_a_source(golden, tmp_path):
         write(params, tmp_path / "model.gguf")
 
 
-def test_file_types():
-    assert [file_type(q) for q in ("f32", "q4_0", "q4_k", "q6_k", "mxfp4")] == [0, 2, 14, 18, 38]
+@pytest.mark.parametrize("name", ["gguf-Q2_K", "gguf-Q4_1", "gguf-gemma3-Q5_0"])
+def test_mixes_are_told_by_their_types(golden, name):
+    with read_gguf(golden / name / "model.gguf") as file:
+        types = {n: (r.qtype, r.nbytes) for n, r in file.tensors.items() if len(r.shape) > 1}
+        assert file_type(types) == file.metadata["general.file_type"]
+
+
+@pytest.mark.parametrize(
+    "mix", ["Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q8_0"]
+)
+def test_mixes_of_many_layers_are_told_by_their_types(golden, mix):
+    said = json.loads((golden / "gguf_mixes.json").read_text())
+    parts = said["llama-24-gqa4"][f"{mix}/plain"]
+    types = {
+        f"blk.{layer}.{part}.weight": (said["types"][ord(letter) - ord("a")], 1)
+        for part, letters in parts.items()
+        for layer, letter in enumerate(letters)
+    }
+    assert file_type(types) == FILE_TYPES[mix]
 
 
 LLAMA_CPP = """
