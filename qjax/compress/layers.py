@@ -24,7 +24,7 @@ from qjax.qarray import QArray
 Flat = dict[str, Any]
 """Parameters of one layer by their names below it: "self_attn.q_proj.weight"."""
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
 
 
 def modules(config: ModelConfig) -> dict[str, tuple[int, ...]]:

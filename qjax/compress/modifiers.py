@@ -81,6 +81,7 @@ class QuantizationMixin:
         """Whether samples must run through the model."""
         return (
             self._always
+            or self.target_bits is not None
             or self.kv_cache_scheme is not None
             or any(map(settings.observes_inputs, self.schemes))
             or (self.weight_observer == "imatrix_mse" and bool(self.schemes))

@@ -15,14 +15,17 @@ import numpy as np
 from qjax import ops
 from qjax.compress import dataset as datasets
 from qjax.compress import layers
+from qjax.compress.budget import within_budget
 from qjax.compress.modifiers import Modifier, QuantizationMixin
 from qjax.compress.presets import is_preset
 from qjax.compress.recipe import parse
+from qjax.compress.rotation import folded
 from qjax.compress.shorthand import modifiers_for
 from qjax.compress.state import Finished, State
 from qjax.compress.steps import Step, plan
 from qjax.compress.walk import walk
 from qjax.errors import CheckpointError
+from qjax.models.config import ModelConfig
 from qjax.params import Params
 from qjax.qarray import QArray
 
@@ -79,6 +82,7 @@ def oneshot(
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError("exists and is not an empty folder: nothing written", file=folder)
     params = model if isinstance(model, Params) else _load(model)
+    rotations = folded(modifiers, params.config)
     steps = plan(modifiers, params.config)
     chosen = format or _format(steps)
     tokens = None
@@ -94,11 +98,25 @@ def oneshot(
         )
     cache = _cache_scheme(modifiers)
     scale_dtype = _SCALES.get(chosen, SCALES)
+    steps = within_budget(steps, params, tokens, rotations, scale_dtype, progress)
     state = None
     if folder is not None:
         state = State.beside(folder, _fingerprint(params, modifiers, tokens, scale_dtype))
-    finished = walk(params, steps, tokens, scale_dtype=scale_dtype, cache_scales=cache, state=state)
-    result = _collected(params, _shown(finished, params, progress, on_layer), cache)
+    finished = walk(
+        params,
+        steps,
+        tokens,
+        scale_dtype=scale_dtype,
+        cache_scales=cache,
+        state=state,
+        rotations=rotations,
+    )
+    config = params.config
+    if cache:
+        config = replace(config, kv_scales=1)
+    if rotations is not None and rotations.stream is not None:
+        config = replace(config, tie_word_embeddings=False)
+    result = _collected(params, _shown(finished, params, progress, on_layer), config)
     if folder is not None:
         from qjax.checkpoint import saver
 
@@ -169,22 +187,20 @@ def _shown(
             yield done
 
 
-def _collected(params: Params, finished: Iterator[Finished], cache: bool) -> Params:
+def _collected(params: Params, finished: Iterator[Finished], config: ModelConfig) -> Params:
     """The model with its new weights, where its kernels want them."""
     new: dict[str, Any] = {}
     for done in finished:
-        new |= {name: _ready(name, leaf, params) for name, leaf in done.tree.items()}
+        new |= {name: _ready(name, leaf, config) for name, leaf in done.tree.items()}
     old = layers.flat(params.tree)
     tree = layers.nested({name: new.pop(name, leaf) for name, leaf in old.items()} | new)
-    config = replace(params.config, kv_scales=1) if cache else params.config
-    host = replace(params.host, key_bases={})
-    return Params(tree, config, host)
+    return Params(tree, config, replace(params.host, key_bases={}))
 
 
-def _ready(name: str, leaf: Any, params: Params) -> Any:
+def _ready(name: str, leaf: Any, config: ModelConfig) -> Any:
     if not isinstance(leaf, QArray):
         return jax.numpy.asarray(leaf)
-    looked_up = name == f"{layers.EMBEDDING}.weight" and not params.config.tie_word_embeddings
+    looked_up = name == f"{layers.EMBEDDING}.weight" and not config.tie_word_embeddings
     if leaf.layout == "canonical" and not looked_up:
         leaf = ops.prepare(jax.tree.map(np.asarray, leaf))
     return jax.device_put(leaf)

@@ -18,6 +18,7 @@ import numpy as np
 from qjax.compress import layers
 from qjax.compress.hidden import Hidden
 from qjax.compress.layers import Flat
+from qjax.compress.rotation import Folded
 from qjax.compress.state import Finished, State
 from qjax.compress.steps import Layer, Step, apply, touches
 from qjax.errors import CalibrationError
@@ -35,6 +36,7 @@ def walk(
     scale_dtype: str,
     cache_scales: bool = False,
     state: State | None = None,
+    rotations: Folded | None = None,
 ) -> Iterator[Finished]:
     """Goes through the layers of a model, then to its embedding and head.
 
@@ -45,6 +47,7 @@ def walk(
       scale_dtype: of the scales of integers.
       cache_scales: whether each layer gets scales of its keys and values, for 8-bit floats.
       state: where finished layers are kept.
+      rotations: that are folded into all weights first.
 
     Yields:
       Each layer's parameters: QArrays (canonical, on the host), those that nothing changed as they
@@ -63,10 +66,14 @@ def walk(
             yield from map(state.layer, range(start))
         else:
             hidden = Hidden.embedded(params, tokens)
+            if rotations is not None:
+                hidden.values = rotations.hidden(hidden.values)
     for index in range(start, count):
         stored = layers.stored_layer(params, index)
         layer = Layer(index, layers.prefix(index), layers.floats_of(stored))
         before = dict(layer.floats)
+        if rotations is not None:
+            layer.floats = rotations.layer(params.config, layer.floats)
         if hidden is not None:
             layer.stats = hidden.statistics(index, layer.floats)
             _check_finite(layer)
@@ -81,9 +88,12 @@ def walk(
         if state is not None and hidden is not None:
             state.keep(done, hidden.values)
         yield done
+    ends = {} if rotations is None else rotations.ends(params)
+    yield Finished(None, ends, {})
     for name in (layers.EMBEDDING, layers.HEAD):
         if touches(steps, name):
-            stored = {f"{name}.weight": layers.leaf(params, f"{name}.weight")}
+            key = f"{name}.weight"
+            stored = {key: ends[key] if key in ends else layers.leaf(params, key)}
             layer = Layer(None, "", layers.floats_of(stored))
             apply(layer, steps, None, params.config, scale_dtype)
             yield Finished(None, _tree(layer, stored, {}), layer.errors)

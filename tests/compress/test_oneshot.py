@@ -15,6 +15,7 @@ from qjax.compress.modifiers import (
     GPTQModifier,
     QuantizationModifier,
     SmoothQuantModifier,
+    SpinQuantModifier,
 )
 from qjax.compress.state import Finished
 from qjax.scheme import QuantizationArgs, QuantizationScheme
@@ -172,3 +173,34 @@ def test_dense_layers_are_seen_with_their_inputs(llama: qjax.Params) -> None:
         *("mlp.down_proj", "mlp.gate_proj"),
         *("self_attn.k_proj", "self_attn.o_proj"),
     ]
+
+
+def test_rotations_change_nothing_but_rounding(uneven: qjax.Params) -> None:
+    fine = QuantizationScheme(("Linear",), QuantizationArgs(8, group_size=8))
+    rounding = QuantizationModifier(scheme=fine, ignore=["lm_head"])
+    found = qjax.oneshot(uneven, [SpinQuantModifier(), rounding], TOKENS, progress=False)
+    assert logits_error(found, uneven) < 1e-3
+    norm = found.tree["model"]["layers"]["0"]["input_layernorm"]["weight"]
+    assert np.array_equal(norm, np.ones_like(norm))
+
+
+def test_rotations_that_do_not_come_first(llama: qjax.Params) -> None:
+    with pytest.raises(qjax.RecipeError, match="put it first"):
+        qjax.oneshot(llama, [GPTQ, SpinQuantModifier()], TOKENS)
+
+
+@pytest.mark.parametrize("target", [3.5, 5.0])
+def test_target_bits(uneven: qjax.Params, target: float) -> None:
+    recipe = QuantizationModifier(scheme=GROUPS, ignore=["lm_head"], target_bits=target)
+    found = qjax.oneshot(uneven, recipe, TOKENS, progress=False)
+    matrices = {
+        name: leaf
+        for name, leaf in layers.flat(found.tree["model"]["layers"]).items()
+        if isinstance(leaf, qjax.QArray)
+    }
+    weights = {name: np.prod(leaf.shape) for name, leaf in matrices.items()}
+    bits = sum(matrices[name].bits_per_weight * weights[name] for name in matrices)
+    assert target - 0.3 < bits / sum(weights.values()) <= target
+    assert len({leaf.qtype for leaf in matrices.values()}) > 1
+    q, k = (matrices[f"0.self_attn.{name}_proj.weight"].qtype for name in "qk")
+    assert q == k  # runtimes join them
