@@ -35,9 +35,21 @@ from qjax.scheme import is_ignored
 # Those whose settings are derived from the weights, by `QuantizationConfig.for_weights`.
 METHODS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8", "hqq")
 DENSE = ("safetensors", "dense")
-GGUF = "gguf"
-ORBAX = "orbax"
-FORMATS = (*METHODS, *DENSE, GGUF, ORBAX)
+GGUF, ORBAX = "gguf", "orbax"
+# What is saved by its name, and what it holds.
+FORMATS = {
+    "compressed-tensors": "integers of 2 to 8 bits, INT8, FP8, NVFP4, MXFP4 and MXFP8, inputs and "
+    "cache rounded or not, mixed by layer (vLLM, transformers)",
+    "gptq": "integers of 2, 3, 4 and 8 bits in groups of columns, also of reordered ones "
+    "(GPTQModel, AutoGPTQ, vLLM)",
+    "awq": "4-bit integers in groups of columns (AutoAWQ, GPTQModel, vLLM)",
+    "bitsandbytes": "NF4, FP4, LLM.int8 (transformers, vLLM)",
+    "fp8": "8-bit floats with rounded inputs, by weight or in blocks (vLLM, transformers)",
+    "hqq": "integers with float zero points (HQQ)",
+    "gguf": "one file in ggml's types, of which some hold integers of other formats (llama.cpp)",
+    "safetensors": "dequantized: float32, bfloat16 or float16; also called dense (all)",
+    "orbax": "every weight as it is held, on several devices too (qjax)",
+}
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),

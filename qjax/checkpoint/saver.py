@@ -25,6 +25,7 @@ from qjax.checkpoint.plan import Origin
 from qjax.checkpoint.safetensors_io import open_safetensors
 from qjax.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
 from qjax.checkpoint.save_plan import (
+    DENSE,
     DTYPES,
     FORMATS,
     GGUF,
@@ -162,7 +163,7 @@ def _save_gguf(params: Params, file: Path, dtype: str | None, dense: Sequence[st
 
 def _check(params: Params, folder: Path, format: Format, dtype: str | None) -> None:
     origin = params.host.origin
-    if isinstance(format, str) and format not in FORMATS:
+    if isinstance(format, str) and format not in (*FORMATS, *DENSE):
         raise UnsupportedError(
             f"format {format!r:.80} is not one that is saved by name; these are: "
             f"{', '.join(FORMATS)}"

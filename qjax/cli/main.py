@@ -10,6 +10,7 @@ from pallas_kernels.measurements import TableError
 from qjax.cli import (
     bench,
     chat,
+    convert,
     doctor,
     evaluate,
     generate,
@@ -28,7 +29,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, pull, inspect, quantize, methods, bench, tune, report, doctor):
+for command in (
+    *(generate, chat, pull, inspect, quantize, convert),
+    *(methods, bench, tune, report, doctor),
+):
     app.command()(command.command)
 app.add_typer(evaluate.app, name="eval")
 
