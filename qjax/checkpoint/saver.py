@@ -109,7 +109,7 @@ def save(
     """
     folder = Path(folder)
     origin = params.host.origin
-    _check(params, folder, format, dtype)
+    check(params, folder, format, dtype)
     if format == GGUF or (format is None and origin.folder is None):
         return _save_gguf(params, folder, dtype, dense)
     if format == ORBAX or (format is None and _is_native(origin)):
@@ -161,12 +161,19 @@ def _save_gguf(params: Params, file: Path, dtype: str | None, dense: Sequence[st
     return Saved(file, GGUF, total.tensors, weights=total.weights, nbytes=file.stat().st_size)
 
 
-def _check(params: Params, folder: Path, format: Format, dtype: str | None) -> None:
+def check(params: Params, folder: Path, format: Format, dtype: str | None = None) -> None:
+    """Raises what `save` would before it looks at a weight."""
     origin = params.host.origin
     if isinstance(format, str) and format not in (*FORMATS, *DENSE):
         raise UnsupportedError(
             f"format {format!r:.80} is not one that is saved by name; these are: "
             f"{', '.join(FORMATS)}"
+        )
+    if format is not None and (format == GGUF) != (folder.suffix == ".gguf"):
+        raise UnsupportedError(
+            f"{folder}: format gguf is one file, whose name has to end in .gguf"
+            if format == GGUF
+            else f"{folder}: {format!r:.80} makes a folder, whose name cannot end in .gguf"
         )
     if dtype is not None and dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r:.80} is not supported; {', '.join(DTYPES)} are")

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 
 from qjax import ops
+from qjax.checkpoint import saver
+from qjax.checkpoint.save_plan import DENSE, GGUF, ORBAX
 from qjax.compress import dataset as datasets
 from qjax.compress import layers
 from qjax.compress.budget import within_budget
@@ -22,11 +24,10 @@ from qjax.compress.recipe import parse
 from qjax.compress.rotation import folded
 from qjax.compress.shorthand import modifiers_for
 from qjax.compress.state import Finished, State
-from qjax.compress.steps import Step, plan
+from qjax.compress.steps import Step, plan, touches
 from qjax.compress.walk import walk
-from qjax.errors import CheckpointError
 from qjax.models.config import ModelConfig
-from qjax.params import Params
+from qjax.params import PLAIN, Params
 from qjax.qarray import QArray
 
 # What scales of integers are stored as, where the format has a say; elsewhere as vLLM holds them.
@@ -79,12 +80,12 @@ def oneshot(
     """
     modifiers = _modifiers(recipe)
     folder = None if output_dir is None else Path(output_dir)
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError("exists and is not an empty folder: nothing written", file=folder)
     params = model if isinstance(model, Params) else _load(model)
     rotations = folded(modifiers, params.config)
     steps = plan(modifiers, params.config)
     chosen = format or _format(steps)
+    if folder is not None:
+        saver.check(params, folder, chosen)
     tokens = None
     if any(modifier.requires_calibration_data for modifier in modifiers):
         tokens = datasets.tokens(
@@ -118,9 +119,7 @@ def oneshot(
         config = replace(config, tie_word_embeddings=False)
     result = _collected(params, _shown(finished, params, progress, on_layer), config)
     if folder is not None:
-        from qjax.checkpoint import saver
-
-        saver.save(result, folder, format=chosen)
+        saver.save(result, folder, format=chosen, dense=_left_alone(result, steps, chosen))
     if state is not None:
         state.remove()
     return result
@@ -140,6 +139,17 @@ def _load(source: Any) -> Params:
 
 def _format(steps: Sequence[Step]) -> str:
     return "gguf" if any(step.types for step in steps) else "compressed-tensors"
+
+
+def _left_alone(params: Params, steps: Sequence[Step], format: str) -> list[str]:
+    """Layers that came quantized and that no step rounds; most formats hold but one kind of codes,
+    and get their numbers as floats."""
+    if format in (*DENSE, GGUF, ORBAX):
+        return []
+    held = layers.flat(params.tree).items()
+    quantized = [n for n, leaf in held if isinstance(leaf, QArray) and leaf.qtype not in PLAIN]
+    names = [name.removesuffix(".weight") for name in quantized]
+    return [name for name in names if not touches(steps, name)]
 
 
 def _cache_scheme(modifiers: Sequence[Modifier]) -> bool:
