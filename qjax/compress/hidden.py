@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +48,7 @@ class Hidden:
     def statistics(self, index: int, layer: Flat) -> dict[str, InputStats]:
         """Of the inputs of the modules of layer `index`, see `layers.input_stats`."""
         found: dict[str, InputStats] | None = None
-        kind = functional.same_layer(self.config, index)
-        for rows in self.batches():
-            part = layers.input_stats(self.config, kind, layer, jnp.asarray(self.values[rows]))
+        for _, part in self._run(layers.input_stats, index, layer):
             found = part if found is None else _merged(found, part)
         assert found is not None
         return found
@@ -61,20 +62,34 @@ class Hidden:
 
     def advance(self, index: int, layer: Flat) -> None:
         """Puts the outputs of layer `index` in the place of its inputs."""
-        kind = functional.same_layer(self.config, index)
-        for rows in self.batches():
-            x = jnp.asarray(self.values[rows])
-            self.values[rows] = layers.outputs(self.config, kind, layer, x)
+        for rows, y in self._run(layers.outputs, index, layer):
+            self.values[rows] = y
 
     def cached_extremes(self, index: int, layer: Flat) -> tuple[jax.Array, jax.Array]:
         """See `layers.cached_extremes`."""
-        kind = functional.same_layer(self.config, index)
-        found = [
-            layers.cached_extremes(self.config, kind, layer, jnp.asarray(self.values[rows]))
-            for rows in self.batches()
-        ]
+        found = [each for _, each in self._run(layers.cached_extremes, index, layer)]
         keys, values = (jnp.stack(each).max(0) for each in zip(*found, strict=True))
         return keys, values
+
+    def _run(
+        self, program: Callable[..., Any], index: int, layer: Flat
+    ) -> Iterator[tuple[slice, Any]]:
+        """program(config, index, layer, x) of every batch x, in order, on the first device; where
+        there are several, as many batches are on their way, each on a device of its own."""
+        kind, devices = functional.same_layer(self.config, index), jax.local_devices()
+        copies = [layer if one is devices[0] else jax.device_put(layer, one) for one in devices]
+        waiting: deque[tuple[slice, Any]] = deque()
+        for number, rows in enumerate(self.batches()):
+            here = number % len(devices)
+            x = jax.device_put(self.values[rows], devices[here])
+            waiting.append((rows, program(self.config, kind, copies[here], x)))
+            if len(waiting) == len(devices):
+                yield _fetched(*waiting.popleft())
+        yield from itertools.starmap(_fetched, waiting)
+
+
+def _fetched(rows: slice, found: Any) -> tuple[slice, Any]:
+    return rows, jax.device_put(found, jax.local_devices()[0])
 
 
 @jax.jit

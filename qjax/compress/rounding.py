@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qjax.compress import grid as grids
 from qjax.compress.algorithms import hqq
@@ -190,7 +191,7 @@ def _gptq(
         "block_size": modifier.block_size,
         "sweeps": SWEEPS,
     }
-    moment = _stats(like, names).moment
+    values, moment = _over_devices(values, _stats(like, names).moment)
     for dampening in (modifier.dampening_frac, *_MORE_DAMPENING):
         found = gptq(values, moment, grid, dampening=dampening, **settings)
         if bool(jnp.isfinite(found.codes).all()):
@@ -198,6 +199,20 @@ def _gptq(
     raise CalibrationError(
         f"{names}: the second moment of its inputs cannot be inverted; take more samples, or a "
         "larger dampening_frac"
+    )
+
+
+def _over_devices(values: jax.Array, moment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A weight with its rows shared out among devices, which then round them side by side."""
+    count = jax.local_device_count()
+    if count == 1 or len(values) % count:
+        return values, moment
+    mesh = jax.make_mesh(
+        (count,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.local_devices()
+    )
+    return (
+        jax.device_put(values, NamedSharding(mesh, PartitionSpec("rows"))),
+        jax.device_put(moment, NamedSharding(mesh, PartitionSpec())),
     )
 
 

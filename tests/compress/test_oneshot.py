@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -204,3 +207,33 @@ def test_target_bits(uneven: qjax.Params, target: float) -> None:
     assert len({leaf.qtype for leaf in matrices.values()}) > 1
     q, k = (matrices[f"0.self_attn.{name}_proj.weight"].qtype for name in "qk")
     assert q == k  # runtimes join them
+
+
+ON_FOUR_DEVICES = """
+import sys, jax, numpy as np, qjax
+from qjax.compress import layers
+assert jax.local_device_count() == 4
+folder, ids, out = sys.argv[1:]
+groups = {"num_bits": 4, "group_size": 32, "strategy": "group"}
+groups = {"group_0": {"targets": ["Linear"], "weights": groups}}
+recipe = {"GPTQModifier": {"config_groups": groups, "ignore": ["lm_head"]}}
+found = qjax.oneshot(folder, recipe, np.load(ids), shuffle_calibration_samples=False)
+named = layers.flat(found.tree["model"]["layers"])
+np.savez(out, **{k: layers.dense(v) for k, v in named.items() if isinstance(v, qjax.QArray)})
+"""
+
+
+def test_several_devices_share_the_work(tmp_path: Path) -> None:
+    """Samples and rows are shared out; only sums are in another order."""
+    ids, out, folder = tmp_path / "ids.npy", tmp_path / "out.npz", GOLDEN / "base-tiny-llama"
+    tokens = np.random.default_rng(0).integers(0, 250, (5, 1200)).astype(np.int32)
+    np.save(ids, tokens)
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    script = [sys.executable, "-c", ON_FOUR_DEVICES, str(folder), str(ids), str(out)]
+    done = subprocess.run(script, env=os.environ | flags, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone = qjax.oneshot(folder, GPTQ, tokens, progress=False, shuffle_calibration_samples=False)
+    own = weights_of(alone)
+    with np.load(out) as found:
+        shares = [np.isclose(found[name], own[f"model.layers.{name}"]).mean() for name in found]
+    assert min(shares) > 0.97
