@@ -30,9 +30,10 @@ from qjax.models.config import ModelConfig
 from qjax.params import PLAIN, Params
 from qjax.qarray import QArray
 
-# What scales of integers are stored as, where the format has a say; elsewhere as vLLM holds them.
+# What scales of integers are stored as: by format, else as the model's own weights are, and where
+# these do not tell as bfloat16.
 _SCALES = {"gptq": "float16", "awq": "float16"}
-SCALES = "bfloat16"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def oneshot(
@@ -98,7 +99,7 @@ def oneshot(
             progress=progress,
         )
     cache = _cache_scheme(modifiers)
-    scale_dtype = _SCALES.get(chosen, SCALES)
+    scale_dtype = _SCALES.get(chosen) or _own_dtype(params)
     steps = within_budget(steps, params, tokens, rotations, scale_dtype, progress)
     state = None
     if folder is not None:
@@ -123,6 +124,14 @@ def oneshot(
     if state is not None:
         state.remove()
     return result
+
+
+def _own_dtype(params: Params) -> str:
+    """The dtype in the model's config.json."""
+    fields = {} if params.host.origin is None else params.host.origin.fields
+    inner = fields.get("text_config") or {}
+    told = (each.get(name) for each in (fields, inner) for name in ("dtype", "torch_dtype"))
+    return next((dtype for dtype in told if dtype in _DTYPES), "bfloat16")
 
 
 def _modifiers(recipe: Any) -> tuple[Modifier, ...]:
