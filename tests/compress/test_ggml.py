@@ -48,6 +48,25 @@ def test_what_a_type_can_hold_is_held(qtype):
     assert lost < {"q2_k": 3e-3, "q3_k": 1e-3}.get(qtype, 3e-4)
 
 
+@pytest.mark.parametrize("qtype", QUANTIZED)
+def test_odd_blocks(qtype):
+    """Of nothing, of one number, of one sign, of three values, very small and very large."""
+    rng = np.random.default_rng(5)
+    w = rng.standard_normal((16, 512)).astype(np.float32)
+    w[0], w[1] = 0, 0.3
+    w[2], w[2, 7] = 0, -5
+    w[3] = rng.integers(-1, 2, 512) * 0.05
+    w[4], w[5], w[6] = w[4] * 1e-30, w[5] * 1e-6, w[6] * 1e4
+    values = decoded(quantize(w, qtype), qtype)
+    assert np.isfinite(values).all()
+    assert not values[0].any()
+    error = np.square(values - w).sum(1) / np.maximum(np.square(w.astype(np.float64)).sum(1), 1e-99)
+    assert error.max() <= 1
+    if qtype in ("q4_0", "q5_0", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0"):
+        assert error[2] < 1e-5
+        assert error[3] < 1e-5
+
+
 @pytest.mark.parametrize("qtype", ["f32", "f16", "bf16"])
 def test_plain(qtype):
     with np.load(GOLDEN / "gguf_blocks.npz") as file:
