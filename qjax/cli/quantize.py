@@ -41,7 +41,7 @@ def quantize(
         str | None,
         typer.Option(
             "--method",
-            help="rtn, mse, imatrix, gptq, awq, autoround, smoothquant, spinquant, quip or hqq.",
+            help="rtn, mse, imatrix, gptq, awq, autoround, smoothquant, spinquant or hqq.",
             rich_help_panel=_RECIPE,
         ),
     ] = None,

@@ -14,7 +14,6 @@ from qjax.compress.modifiers import (
     HQQModifier,
     Modifier,
     QuantizationModifier,
-    QuIPModifier,
     SmoothQuantModifier,
     SpinQuantModifier,
 )
@@ -31,7 +30,6 @@ METHODS: dict[str, str] = {
     "autoround": "AutoRound: rounding learned by gradient descent; slow",
     "smoothquant": "SmoothQuant, then GPTQ: for schemes that round inputs",
     "spinquant": "rotations folded into the weights, then GPTQ",
-    "quip": "rotations at run time, then round to nearest",
     "hqq": "HQQ: fitted zero points; no samples",
 }
 
@@ -86,9 +84,6 @@ def modifiers_for(
             return [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**settings)]
         case "spinquant":
             return [SpinQuantModifier(), GPTQModifier(**settings)]
-        case "quip":
-            rotation = QuIPModifier(transform_type="hadamard", ignore=ignore)
-            return [rotation, QuantizationModifier(**settings)]
     return [HQQModifier(**settings)]
 
 

@@ -24,6 +24,7 @@ from qjax.compress.modifiers import (
     QuantizationMixin,
     QuantizationModifier,
     SmoothQuantModifier,
+    SpinQuantModifier,
 )
 from qjax.compress.rounding import Weight, grid_of, quantized
 from qjax.compress.statistics import InputStats
@@ -87,6 +88,7 @@ CARRIED_OUT = (
     HQQModifier,
     AWQModifier,
     SmoothQuantModifier,
+    SpinQuantModifier,  # before, see `rotation`
 )
 
 
@@ -100,8 +102,6 @@ def plan(modifiers: tuple[Modifier, ...], config: ModelConfig) -> tuple[Step, ..
     for modifier in modifiers:
         if type(modifier) not in CARRIED_OUT:
             raise UnsupportedError(f"{type(modifier).__name__} is read, but not carried out")
-        if getattr(modifier, "target_bits", None) is not None:
-            raise UnsupportedError("target_bits is read, but not carried out")
     others = [name.rpartition(".")[0] for name in parameter_shapes(config)]
     claims = assign_all(modifiers, modules(config), others)
     return tuple(

@@ -500,7 +500,6 @@ METHODS = {
     "autoround": AutoRoundModifier,
     "hqq": HQQModifier,
     "spinquant": SpinQuantModifier,
-    "quip": QuIPModifier,
 }
 
 

@@ -22,7 +22,6 @@ KINDS = {
     "autoround": ["AutoRoundModifier"],
     "smoothquant": ["SmoothQuantModifier", "GPTQModifier"],
     "spinquant": ["SpinQuantModifier", "GPTQModifier"],
-    "quip": ["QuIPModifier", "QuantizationModifier"],
     "hqq": ["HQQModifier"],
 }
 
@@ -35,7 +34,7 @@ def test_methods(method):
     assert (weights.num_bits, weights.group_size) == (4, 32)
     assert found[-1].ignore == ("lm_head",)
     needs = any(modifier.requires_calibration_data for modifier in found)
-    assert needs == (method not in ("rtn", "mse", "quip", "hqq"))
+    assert needs == (method not in ("rtn", "mse", "hqq"))
 
 
 def test_rows_as_groups():
