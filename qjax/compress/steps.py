@@ -195,17 +195,24 @@ def balance(
     """
     found = mappings.scalings(config, layer.floats)
     for scaling in mappings.chosen(found, modifier.mappings, layer.prefix):
-        readers, grids = [], []
+        readers, grids, search = [], [], True
         for name in scaling.balance:
             scheme, weight = schemes.get(layer.prefix + name), layer.floats[f"{name}.weight"]
             if scheme is None or scheme.weights is None:
                 continue
             readers.append(awq.Reader(weight, _needed(layer, name).moment, counts.get(name)))
             grids.append(grid_of(scheme, weight.shape, scale_dtype))
+            search &= "minmax" not in (scheme.weights.observer or "")
         if readers:
             absmean = _needed(layer, scaling.balance[0]).absmean
             s = awq.best_scale(
-                readers, absmean, grids, scaling, modifier.duo_scaling, modifier.n_grid
+                readers,
+                absmean,
+                grids,
+                scaling,
+                modifier.duo_scaling,
+                modifier.n_grid,
+                search=search,
             ).scale
             _fold(layer, scaling, s)
 

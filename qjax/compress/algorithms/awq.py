@@ -63,7 +63,7 @@ def candidates(duo_scaling: bool | str, n_grid: int) -> list[tuple[float, bool]]
     return [(0.0, False)] + [(i / max(n_grid - 2, 1), True) for i in range(n_grid - 1)]
 
 
-@partial(jax.jit, static_argnames=("grids_", "scaling", "duo_scaling", "n_grid", "steps"))
+@partial(jax.jit, static_argnames=("grids_", "scaling", "duo_scaling", "n_grid", "steps", "search"))
 def _best(
     readers: tuple[Reader, ...],
     absmean: jax.Array,
@@ -72,6 +72,7 @@ def _best(
     duo_scaling: bool | str,
     n_grid: int,
     steps: int,
+    search: bool,
 ) -> Found:
     size = scaling.channels(absmean)
     share = scaling.channels(_column_means(readers, grids_)) if duo_scaling else None
@@ -89,7 +90,10 @@ def _best(
     def total(s: jax.Array) -> jax.Array:
         columns = scaling.columns(s)
         return sum(
-            (_loss(reader, grid, columns) for reader, grid in zip(readers, grids_, strict=True)),
+            (
+                _loss(reader, grid, columns, search)
+                for reader, grid in zip(readers, grids_, strict=True)
+            ),
             jnp.float32(0),
         )
 
@@ -125,6 +129,7 @@ def best_scale(
     duo_scaling: bool | str = True,
     n_grid: int = 20,
     steps: int = 40,
+    search: bool = False,
 ) -> Found:
     """The scale of an output's channels with which its readers lose least by rounding.
 
@@ -135,6 +140,7 @@ def best_scale(
       scaling: says which columns share a channel's scale.
       duo_scaling, n_grid: as in `AWQModifier`.
       steps: of gradient descent; 0 leaves it at what LLM Compressor tries.
+      search: whether the scales of groups will be searched for, rather than reach to the extremes.
 
     Raises:
       UnsupportedError: duo_scaling with one scale for a whole tensor.
@@ -145,7 +151,9 @@ def best_scale(
                 "duo_scaling needs scales of channels, groups or blocks, not one of a whole "
                 "tensor; set duo_scaling to false"
             )
-    return _best(tuple(readers), absmean, tuple(grids_), scaling, duo_scaling, n_grid, steps)
+    return _best(
+        tuple(readers), absmean, tuple(grids_), scaling, duo_scaling, n_grid, steps, search
+    )
 
 
 def _each_expert(reader: Reader) -> Reader:
@@ -156,10 +164,11 @@ def _each_expert(reader: Reader) -> Reader:
     return Reader(reader.weight[None], reader.moment[None], rows)
 
 
+_FEW = 8  # steps of a search for scales, likewise
 _ENOUGH = 384  # rows of a weight, to tell scales apart
 
 
-def _loss(reader: Reader, grid: Grid, columns: jax.Array) -> jax.Array:
+def _loss(reader: Reader, grid: Grid, columns: jax.Array, search: bool) -> jax.Array:
     """sum over outputs of rows * E|D x|^2, after rounding with these factors of the columns. Of
     large weights whose rows are rounded each for itself, some rows stand for all."""
     n = reader.weight.shape[-2]
@@ -170,7 +179,12 @@ def _loss(reader: Reader, grid: Grid, columns: jax.Array) -> jax.Array:
 
     def one(reader: Reader) -> jax.Array:
         scaled = reader.weight * columns
-        error = grids.rounded(scaled, grids.minmax(scaled, grid), grid) / columns - reader.weight
+        if search:
+            importance = jnp.diag(reader.moment) / jnp.square(columns)
+            scales = grids.searched(scaled, grid, importance, steps=_FEW)
+        else:
+            scales = grids.minmax(scaled, grid)
+        error = grids.rounded(scaled, scales, grid) / columns - reader.weight
         through = jnp.matmul(error, reader.moment, precision="high")
         loss = (through * error).sum(-1)
         return (loss if reader.rows is None else loss * reader.rows).sum()

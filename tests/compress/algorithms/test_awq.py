@@ -80,6 +80,15 @@ def test_finds_what_llm_compressor_finds(duo: bool) -> None:
     np.testing.assert_allclose(further.loss, true, rtol=0.02)
 
 
+def test_scales_that_will_be_searched_for_lose_less() -> None:
+    x, w = inputs(256, 64), rng(8).standard_normal((48, 64))
+    mean = jnp.asarray(np.abs(x).mean(0), jnp.float32)
+    extremes = awq.best_scale([reader(w, x)], mean, [GRID], PLAIN, steps=0)
+    searched = awq.best_scale([reader(w, x)], mean, [GRID], PLAIN, steps=0, search=True)
+    assert searched.before < extremes.before
+    assert searched.loss < extremes.loss
+
+
 def test_outputs_that_count_for_more_lose_less() -> None:
     x, w = inputs(256, 64), rng(4).standard_normal((48, 64)) * np.exp(rng(5).standard_normal(64))
     w[24:] = w[24:, ::-1]
