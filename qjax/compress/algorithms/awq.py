@@ -17,7 +17,7 @@ best of all by trace(D M D^T).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -63,64 +63,6 @@ def candidates(duo_scaling: bool | str, n_grid: int) -> list[tuple[float, bool]]
     return [(0.0, False)] + [(i / max(n_grid - 2, 1), True) for i in range(n_grid - 1)]
 
 
-@partial(jax.jit, static_argnames=("grids_", "scaling", "duo_scaling", "n_grid", "steps", "search"))
-def _best(
-    readers: tuple[Reader, ...],
-    absmean: jax.Array,
-    grids_: tuple[Grid, ...],
-    scaling: Scaling,
-    duo_scaling: bool | str,
-    n_grid: int,
-    steps: int,
-    search: bool,
-) -> Found:
-    size = scaling.channels(absmean)
-    share = scaling.channels(_column_means(readers, grids_)) if duo_scaling else None
-
-    def balanced(s: jax.Array) -> jax.Array:
-        s = s / jnp.sqrt(s.max() * s.min())
-        return jnp.where(jnp.isfinite(s), s, 1)
-
-    def power(ratio: jax.Array, duo: jax.Array) -> jax.Array:
-        s = size**ratio
-        if share is not None:
-            s = jnp.where(duo, s / (share ** (1 - ratio) + 1e-4), s)
-        return balanced(jnp.maximum(s, 1e-4))
-
-    def total(s: jax.Array) -> jax.Array:
-        columns = scaling.columns(s)
-        return sum(
-            (
-                _loss(reader, grid, columns, search)
-                for reader, grid in zip(readers, grids_, strict=True)
-            ),
-            jnp.float32(0),
-        )
-
-    def better(best: Found, s: jax.Array) -> Found:
-        loss = total(s)
-        scale = jnp.where(loss < best.loss, s, best.scale)
-        return best._replace(scale=scale, loss=jnp.minimum(loss, best.loss))
-
-    ones = jnp.ones_like(size)
-    before = total(ones)
-    tried = candidates(duo_scaling, n_grid)
-    ratio, duo = jnp.array([r for r, _ in tried]), jnp.array([d for _, d in tried])
-    best = lax.fori_loop(
-        0, len(tried), lambda i, b: better(b, power(ratio[i], duo[i])), Found(ones, before, before)
-    )
-    if not steps:
-        return best
-    first = jnp.log(best.scale)
-    least = _descended(readers, grids_, scaling, first, steps)
-
-    def between(i: jax.Array, best: Found) -> Found:
-        part = (i + 1) / 4
-        return better(best, balanced(jnp.exp(first * (1 - part) + least * part)))
-
-    return lax.fori_loop(0, 4, between, best)
-
-
 def best_scale(
     readers: Sequence[Reader],
     absmean: jax.Array,
@@ -151,9 +93,59 @@ def best_scale(
                 "duo_scaling needs scales of channels, groups or blocks, not one of a whole "
                 "tensor; set duo_scaling to false"
             )
-    return _best(
-        tuple(readers), absmean, tuple(grids_), scaling, duo_scaling, n_grid, steps, search
-    )
+    pairs = _joined(readers, grids_)
+    joined, kinds = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+    share = _column_means(joined, kinds, scaling) if duo_scaling else None
+    size = scaling.channels(absmean)
+
+    def total(s: jax.Array) -> jax.Array:
+        columns = scaling.columns(s)
+        return jnp.stack([_loss(reader, grid, columns, search) for reader, grid in pairs]).sum()
+
+    ones = jnp.ones_like(size)
+    before = total(ones)
+    best = Found(ones, before, before)
+    for ratio, with_weights in candidates(duo_scaling, n_grid):
+        s = size**ratio
+        if share is not None and with_weights:
+            s = s / (share ** (1 - ratio) + 1e-4)
+        best = _better(best, _balanced(jnp.maximum(s, 1e-4)), total)
+    if steps:
+        first = jnp.log(best.scale)
+        least = _descended(joined, kinds, scaling, first, steps)
+        for part in (0.25, 0.5, 0.75, 1.0):
+            s = _balanced(jnp.exp(first * (1 - part) + least * part))
+            best = _better(best, s, total)
+    return best
+
+
+def _balanced(s: jax.Array) -> jax.Array:
+    """With 1 in the middle between the smallest and the largest."""
+    s = s / jnp.sqrt(s.max() * s.min())
+    return jnp.where(jnp.isfinite(s), s, 1)
+
+
+def _better(best: Found, s: jax.Array, total: Callable[[jax.Array], jax.Array]) -> Found:
+    loss = total(s)
+    return Found(s, loss, best.before) if loss < best.loss else best
+
+
+def _joined(readers: Sequence[Reader], grids_: Sequence[Grid]) -> list[tuple[Reader, Grid]]:
+    """Those that differ in their rows alone as one: it takes fewer, larger products."""
+    found: list[tuple[Reader, Grid]] = []
+    for reader, grid in zip(readers, grids_, strict=True):
+        for i, (other, kind) in enumerate(found):
+            same = other.moment is reader.moment and (other.rows is None) == (reader.rows is None)
+            if same and grid == kind and grid.group[0] == 1 and reader.weight.ndim == 2:
+                weight = jnp.concatenate([other.weight, reader.weight])
+                rows = None
+                if other.rows is not None and reader.rows is not None:
+                    rows = jnp.concatenate([other.rows, reader.rows])
+                found[i] = Reader(weight, reader.moment, rows), grid
+                break
+        else:
+            found.append((reader, grid))
+    return found
 
 
 def _each_expert(reader: Reader) -> Reader:
@@ -168,6 +160,7 @@ _FEW = 8  # steps of a search for scales, likewise
 _ENOUGH = 384  # rows of a weight, to tell scales apart
 
 
+@partial(jax.jit, static_argnames=("grid", "search"))
 def _loss(reader: Reader, grid: Grid, columns: jax.Array, search: bool) -> jax.Array:
     """sum over outputs of rows * E|D x|^2, after rounding with these factors of the columns. Of
     large weights whose rows are rounded each for itself, some rows stand for all."""
@@ -192,8 +185,11 @@ def _loss(reader: Reader, grid: Grid, columns: jax.Array, search: bool) -> jax.A
     return lax.map(one, _each_expert(reader)).sum() * every
 
 
-def _column_means(readers: Sequence[Reader], grids_: Sequence[Grid]) -> jax.Array:
-    """The mean over rows of |w| / the largest of its group: [K]."""
+@partial(jax.jit, static_argnames=("grids_", "scaling"))
+def _column_means(
+    readers: tuple[Reader, ...], grids_: tuple[Grid, ...], scaling: Scaling
+) -> jax.Array:
+    """The mean over rows of |w| / the largest of its group: [C]."""
     total, count = jnp.float32(0), 0
     for reader, grid in zip(readers, grids_, strict=True):
 
@@ -206,12 +202,13 @@ def _column_means(readers: Sequence[Reader], grids_: Sequence[Grid]) -> jax.Arra
         weights = _each_expert(reader).weight
         total += lax.map(one, weights).sum(0)
         count += weights.shape[0] * weights.shape[1]
-    return total / count
+    return scaling.channels(total / count)
 
 
+@partial(jax.jit, static_argnames=("grids_", "scaling", "steps"))
 def _descended(
-    readers: Sequence[Reader],
-    grids_: Sequence[Grid],
+    readers: tuple[Reader, ...],
+    grids_: tuple[Grid, ...],
     scaling: Scaling,
     first: jax.Array,
     steps: int,
