@@ -25,7 +25,7 @@ from qjax.compress.rotation import folded
 from qjax.compress.shorthand import modifiers_for
 from qjax.compress.state import Finished, State
 from qjax.compress.steps import Step, plan, touches
-from qjax.compress.walk import walk
+from qjax.compress.walk import check, walk
 from qjax.models.config import ModelConfig
 from qjax.params import PLAIN, Params
 from qjax.qarray import QArray
@@ -98,6 +98,7 @@ def oneshot(
             seed=seed,
             progress=progress,
         )
+        check(params, tokens[0])
     cache = _cache_scheme(modifiers)
     scale_dtype = _SCALES.get(chosen) or _own_dtype(params)
     steps = within_budget(steps, params, tokens, rotations, scale_dtype, progress)

@@ -99,6 +99,22 @@ def walk(
             yield Finished(None, _tree(layer, stored, {}), layer.errors)
 
 
+def check(params: Params, sample: np.ndarray) -> None:
+    """Runs one sample, int32 [T], through all layers: what is broken is told before the work.
+
+    Raises:
+      CalibrationError: numbers that are not finite come out of a layer.
+    """
+    hidden = Hidden.embedded(params, sample[None])
+    for index in range(params.config.num_layers):
+        hidden.advance(index, layers.floats_of(layers.stored_layer(params, index)))
+        if not np.isfinite(hidden.values).all():
+            raise CalibrationError(
+                f"{layers.prefix(index)[:-1]}: its outputs are not finite (NaN or infinity) for "
+                "the first sample; check the model's weights, or take a method without samples"
+            )
+
+
 def _check_finite(layer: Layer) -> None:
     assert layer.stats is not None
     for name, stats in layer.stats.items():
