@@ -47,6 +47,7 @@ def oneshot(
     shuffle_calibration_samples: bool = True,
     seed: int = 0,
     format: str | None = None,
+    dtype: str | None = None,
     progress: bool = True,
     on_layer: Callable[[Finished], None] | None = None,
 ) -> Params:
@@ -68,6 +69,8 @@ def oneshot(
       num_calibration_samples, max_seq_length, shuffle_calibration_samples, seed: of the samples.
       format: what it is saved as, see `qjax.save`; None for GGUF where the recipe has types of it,
         else "compressed-tensors".
+      dtype: of what is saved and not quantized, see `qjax.save`; None leaves it, with float32 for
+        what came quantized.
       progress: shows a bar, and after each layer what it lost.
       on_layer: called with each layer that is finished.
 
@@ -86,7 +89,7 @@ def oneshot(
     steps = plan(modifiers, params.config)
     chosen = format or _format(steps)
     if folder is not None:
-        saver.check(params, folder, chosen)
+        saver.check(params, folder, chosen, dtype)
     tokens = None
     if any(modifier.requires_calibration_data for modifier in modifiers):
         tokens = datasets.tokens(
@@ -121,7 +124,8 @@ def oneshot(
         config = replace(config, tie_word_embeddings=False)
     result = _collected(params, _shown(finished, params, progress, on_layer), config)
     if folder is not None:
-        saver.save(result, folder, format=chosen, dense=_left_alone(result, steps, chosen))
+        dense = _left_alone(result, steps, chosen)
+        saver.save(result, folder, format=chosen, dtype=dtype, dense=dense)
     if state is not None:
         state.remove()
     return result
