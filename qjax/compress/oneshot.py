@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ def oneshot(
     num_calibration_samples: int | None = None,
     max_seq_length: int | None = None,
     shuffle_calibration_samples: bool = True,
+    text_column: str = "text",
+    splits: str | Mapping[str, str] | None = None,
+    dataset_config_name: str | None = None,
     seed: int = 0,
     format: str | None = None,
     dtype: str | None = None,
@@ -66,7 +69,8 @@ def oneshot(
         of strings, a data set on the hub; None for text that the model itself writes.
       output_dir: where the model is saved; must not exist, or be empty. If this run is stopped,
         the same call goes on where it was; None saves nothing.
-      num_calibration_samples, max_seq_length, shuffle_calibration_samples, seed: of the samples.
+      num_calibration_samples, max_seq_length, shuffle_calibration_samples, text_column, splits,
+        dataset_config_name, seed: of the samples.
       format: what it is saved as, see `qjax.save`; None for GGUF where the recipe has types of it,
         else "compressed-tensors".
       dtype: of what is saved and not quantized, see `qjax.save`; None leaves it, with float32 for
@@ -99,6 +103,9 @@ def oneshot(
             max_seq_length,
             shuffle=shuffle_calibration_samples,
             seed=seed,
+            text_column=text_column,
+            splits=splits,
+            dataset_config_name=dataset_config_name,
             progress=progress,
         )
         check(params, tokens[0])
