@@ -89,8 +89,7 @@ def walk(
             state.keep(done, hidden.values)
         yield done
     ends = {} if rotations is None else rotations.ends(params)
-    if ends:
-        yield Finished(None, ends, {})
+    yield Finished(None, ends, {})
     for name in (layers.EMBEDDING, layers.HEAD):
         if touches(steps, name):
             key = f"{name}.weight"

@@ -1,0 +1,91 @@
+"""The methods that `quantize_vs_peers.py` compares, as recipes: the same text for both sides."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """Attributes:
+    name: a line of the table.
+    recipe: YAML, which both sides take but for GGUF files.
+    gguf: the file type by llama-quantize's name; None: the peer is LLM Compressor.
+    """
+
+    name: str
+    recipe: str
+    gguf: str | None = None
+
+
+def _stage(**modifiers: dict[str, str]) -> str:
+    """A recipe of modifiers by name, each with its fields."""
+    lines = ["quant_stage:", "  quant_modifiers:"]
+    for name, fields in modifiers.items():
+        lines += [f"    {name}:", *(f"      {key}: {value}" for key, value in fields.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _preset(scheme: str) -> dict[str, str]:
+    return {"targets": "Linear", "scheme": scheme, "ignore": "[lm_head]"}
+
+
+def _integers(bits: int, group: int, symmetric: bool = True) -> dict[str, str]:
+    """Weights only. No preset has these groups, which a width of 576 needs."""
+    weights = (
+        f"{{num_bits: {bits}, type: int, symmetric: {str(symmetric).lower()}, strategy: group, "
+        f"group_size: {group}}}"
+    )
+    groups = f"{{group_0: {{targets: [Linear], weights: {weights}}}}}"
+    return {"ignore": "[lm_head]", "config_groups": groups}
+
+
+def _rtn(*weights: int) -> str:
+    return _stage(QuantizationModifier=_integers(*weights))
+
+
+def _gptq(*weights: int) -> str:
+    return _stage(GPTQModifier=_integers(*weights))
+
+
+def _awq(*weights: int, symmetric: bool = True) -> str:
+    return _stage(
+        AWQModifier={"duo_scaling": "both"},
+        QuantizationModifier=_integers(*weights, symmetric=symmetric),
+    )
+
+
+def _autoround(*weights: int, **fields: str) -> str:
+    return _stage(AutoRoundModifier=fields | _integers(*weights))
+
+
+def _smoothed(modifier: str) -> str:
+    return _stage(SmoothQuantModifier={"smoothing_strength": "0.8"}, **{modifier: _preset("W8A8")})
+
+
+def _gguf(kind: str) -> str:
+    """As with an importance matrix; the embedding, which is the head, included."""
+    fields = {"targets": "Linear", "scheme": kind, "weight_observer": "imatrix_mse"}
+    return _stage(QuantizationModifier=fields)
+
+
+METHODS = (
+    Method("RTN W4A16 g64", _rtn(4, 64)),
+    Method("GPTQ W4A16 g64", _gptq(4, 64)),
+    Method("GPTQ W4A16 g32", _gptq(4, 32)),
+    Method("AWQ W4A16 g64", _awq(4, 64)),
+    Method("AWQ W4A16_ASYM g64", _awq(4, 64, symmetric=False)),
+    Method(
+        "AutoRound W4A16 g64",
+        _autoround(4, 64, iters="50", batch_size="4", enable_torch_compile="false"),
+    ),
+    Method("SmoothQuant + RTN W8A8", _smoothed("QuantizationModifier")),
+    Method("SmoothQuant + GPTQ W8A8", _smoothed("GPTQModifier")),
+    Method("FP8_DYNAMIC", _stage(QuantizationModifier=_preset("FP8_DYNAMIC"))),
+    Method("RTN W3A16 g64", _rtn(3, 64)),
+    Method("GPTQ W3A16 g64", _gptq(3, 64)),
+    Method("RTN W2A16 g64", _rtn(2, 64)),
+    Method("GPTQ W2A16 g64", _gptq(2, 64)),
+    *(
+        Method(f"GGUF {kind}", _gguf(kind), kind)
+        for kind in ("Q4_K_M", "Q4_K_S", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S")
+    ),
+)
