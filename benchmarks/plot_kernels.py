@@ -48,7 +48,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
         axis.axhline(1, color="black", linestyle="--")
         axis.set(title="decode steps", xlabel="sequences", ylabel="x bfloat16", xscale="log")
     for axis in axes[0]:
-        axis.legend(fontsize=7)
+        many = len(axis.get_lines()) > 12
+        axis.legend(fontsize=4 if many else 7, ncols=2 if many else 1, loc="lower left")
         axis.grid(alpha=0.3)
     figure.suptitle(f"{content['device']}, {content['date']}")
     figure.tight_layout()

@@ -36,7 +36,7 @@ class QuantizationArgs:
         "group" (alias "dynamic") so that groups are not neighbours, either (weight_g_idx tells).
       scale_dtype: as torch names it ("torch.uint8" are powers of two), or None.
       observer: how the range of values is found, one of `OBSERVERS`, or None for the usual way.
-      observer_kwargs: its settings, as pairs; a dict is taken, too.
+      observer_kwargs: its settings in LLM Compressor, as pairs or a dict; searches here have none.
     """
 
     num_bits: int = 8

@@ -1,8 +1,8 @@
 """Products with weights in planes on NVIDIA Hopper GPUs, as Pallas kernels that Mosaic compiles.
 
 The kernel (`mosaic_gpu_kernel`) is the product alone; XLA fuses what is around it. It is for
-inputs that may be rounded to bfloat16, and for codes. It has not been measured: nothing uses it
-unless it is named, or a table of measurements says that it is the fastest.
+inputs that may be rounded to bfloat16, and for codes. On an H200 it was the slower one for most
+kinds: nothing uses it unless it is named, or a table of measurements says that it is the fastest.
 
 A row's result is the same whatever rows are beside it, for up to 64 rows, as long as no table of
 measurements says otherwise: the columns are cut into the same parts, summed in the same order.
@@ -132,7 +132,8 @@ def padded(x: jax.Array, plan: Plan) -> jax.Array:
 
 def spread(operands: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
     """Scales and zero points for each output, and for groups of the columns that K was filled up
-    with: there are far fewer of them than of weights.
+    with: there are far fewer of them than of weights. Zero points are wide enough for the groups of
+    a step to fill what copies write at a time.
     """
     n, (rows, columns) = plan.planes.shape[0], plan.planes.group
     groups = 1 if plan.scaling == "end" else -(-plan.planes.k // columns)
@@ -140,6 +141,8 @@ def spread(operands: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
     for name, array in found.items():
         if array.shape[1] != n:
             array = jnp.repeat(array, rows, axis=1)[:, :n]
+        if name == "zero" and array.dtype.itemsize == 1:
+            array = array.astype(jnp.bfloat16)  # which holds integers of 8 bits
         found[name] = jnp.pad(array, ((0, groups - len(array)), (0, 0)))
     return found
 

@@ -23,6 +23,7 @@ from pallas_kernels.matmul import planes_tile
 from pallas_kernels.matmul.mosaic_gpu_plan import OUTPUTS, Plan
 
 LOADER_REGISTERS = 40  # of a thread of the warpgroup that loads
+COPIED_BYTES = 128  # what lies in shared memory begins at multiples of so many
 
 
 def product(plan: Plan, operands: Mapping[str, jax.Array], interpret: bool) -> jax.Array:
@@ -40,6 +41,10 @@ def product(plan: Plan, operands: Mapping[str, jax.Array], interpret: bool) -> j
       the other.
     """
     blocks, n, rows = plan.blocks, plan.planes.shape[0], operands["x"].shape[0]
+    if "x_scale" in operands:
+        tiles = operands["x_scale"].reshape(-1, rows // blocks.rows, blocks.rows)
+        tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, _x_scale_width(plan) - blocks.rows)))
+        operands = {**operands, "x_scale": tiles.reshape(len(tiles), -1)}
     stage = {}
     if interpret:
         stage = {
@@ -83,6 +88,11 @@ def _in_tiles(columns: int, bits: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
+def _x_scale_width(plan: Plan) -> int:
+    """How many the scales of a tile of rows of x are filled up to."""
+    return max(plan.blocks.rows, COPIED_BYTES // 4)
+
+
 class _Beside:
     """Scales or zero points, of `size` columns each, as they come into shared memory."""
 
@@ -93,9 +103,16 @@ class _Beside:
         size = plan.x_group if self.of_x else size
         assert size is not None
         self.block, self.size = planes.block, size
-        self.width = plan.blocks.rows if self.of_x else plan.outputs
+        self.width = _x_scale_width(plan) if self.of_x else plan.outputs
         self.rows = max(1, self.block // self.size)
         self.of_weight = -(-planes.k // self.size) // self.rows
+
+    def require_aligned(self, dtype: Any) -> None:
+        """Raises NotImplementedError where stages of the pipeline would lie between the places that
+        copies may go to."""
+        size = self.rows * self.width * jnp.dtype(dtype).itemsize
+        if size % COPIED_BYTES:
+            raise NotImplementedError(f"{self.name}: {size} bytes a step, no multiple of 128")
 
     def spec(self, first: Any, outputs: Any, tile: Any, expert: Any) -> Any:
         """Those of the blocks from `first` on."""
@@ -120,6 +137,8 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
     staged = {name: ref.at[warpgroup] for name, ref in stage.items()}
     names = ("scale", "zero", "super_scale", "super_zero", "x_scale")
     besides = [_Beside(plan, name) for name in names if name in refs]
+    for each in besides:
+        each.require_aligned(refs[each.name].dtype)
     codebook = None
     if "codebook" in refs:
         codebook = [refs["codebook"][expert, entry] for entry in range(1 << planes.bits)]
@@ -196,7 +215,8 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any, stage: Mapping[str, 
                     dot = dot * beside(arrived, "scale", column, blocks.rows)
                 if plan.x_group is not None:
                     ref, size = arrived["x_scale"]
-                    dot = dot * lax.broadcast_in_dim(ref[column // size], dot.shape, (1,))
+                    of_rows = ref[column // size, pl.ds(0, blocks.rows)]
+                    dot = dot * lax.broadcast_in_dim(of_rows, dot.shape, (1,))
                 total = total + dot
                 continue
             if pending:

@@ -4,9 +4,9 @@ The kernel (`triton_kernel`) is the product alone; XLA fuses what is around it. 
 `activation_dtype` "bfloat16" inputs are rounded to bfloat16, and codes, which are exact in it, meet
 them unscaled where that is cheap; with all others products are of float32.
 
-A row's result is the same whatever rows are beside it, for up to 64 rows, as long as no table of
-measurements says otherwise: they are padded to 16, 32 or 64, and the columns are cut into the same
-parts, summed in the same order.
+A row's result is the same whatever rows are beside it, for up to 32 rows, as long as no table of
+measurements says otherwise: they are padded to 16 or 32, and the columns are cut into the same
+parts, summed in the same order. (More are products of other matrix units.)
 """
 
 from __future__ import annotations

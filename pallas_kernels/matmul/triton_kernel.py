@@ -9,7 +9,7 @@ happens where.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.matmul import planes_tile
+from pallas_kernels.matmul import planes_tile, triton_words
 from pallas_kernels.matmul.triton_plan import Plan
 
 
@@ -38,7 +38,7 @@ def product(plan: Plan, operands: Mapping[str, jax.Array], interpret: bool) -> j
     tiles = operands["expert"].shape[0] if plan.experts else pl.cdiv(plan.rows, blocks.rows)
 
     def kernel(*refs: Any) -> None:
-        _program(plan, dict(zip(operands, refs[:-1], strict=True)), refs[-1])
+        _program(plan, dict(zip(operands, refs[:-1], strict=True)), refs[-1], interpret)
 
     parts = pl.pallas_call(
         kernel,
@@ -54,12 +54,22 @@ def product(plan: Plan, operands: Mapping[str, jax.Array], interpret: bool) -> j
     return total
 
 
+# For each plane its runs of bytes, see `planes_tile`.
+Tiles = Sequence[Sequence[jax.Array]]
+# Scales and zero points by name, see `_Weight.beside`.
+Stored = dict[str, jax.Array]
+
+
 class _Weight:
     """What a program reads of its weight: outputs `first` to `first` + `outputs`."""
 
-    def __init__(self, plan: Plan, refs: Mapping[str, Any], first: Any, expert: Any) -> None:
+    def __init__(
+        self, plan: Plan, refs: Mapping[str, Any], first: Any, expert: Any, interpret: bool
+    ) -> None:
         self.plan, self.refs = plan, refs
+        self.by_words = triton_words.takes(plan.planes) and not interpret
         self.lead = () if expert is None else (expert,)
+        self.table = self._table() if self.by_words and "codebook" in refs else ()
         size, n = plan.blocks.outputs, plan.planes.shape[0]
         self.outputs = pl.ds(first, size)
         index = first + lax.iota(jnp.int32, size)
@@ -106,6 +116,10 @@ class _Weight:
         if not alone:
             at = (jnp.full_like(self.scale_row, group), self.scale_row)
             return plt.load(ref.at[(*self.lead, *at)])[:, None]
+        if several == 1 and groups > 1:
+            ref = ref.at[(*self.lead, group, self.outputs)]
+            mask, other = self.inside, None if self.inside is None else 0
+            return plt.load(ref, mask=mask, other=other)[:, None]
         ref = ref.at[(*self.lead, pl.ds(group, several), self.outputs)]
         mask = None if self.inside is None else self.inside[None, :]
         if behind is not None:
@@ -120,23 +134,30 @@ class _Weight:
         wide = jnp.broadcast_to(of_groups[:, :, None], (outputs, groups, self.columns // groups))
         return wide.reshape(outputs, self.columns)
 
-    def scale(self, column: Any) -> jax.Array:
+    def stored(self, column: Any) -> Stored:
+        """All of them, for the chunk from a column on."""
         planes = self.plan.planes
-        scale = self.beside("scale", column, planes.group[1])
-        scale = self._times("super_scale", column, planes_tile.scales(scale, self.plan.scale))
+        sizes = {"scale": planes.group[1], "zero": planes.group[1]}
+        sizes |= {"super_scale": planes.super_columns, "super_zero": planes.super_columns}
+        return {
+            name: self.beside(name, column, size)
+            for name, size in sizes.items()
+            if size is not None and name in self.refs
+        }
+
+    def scale(self, stored: Stored) -> jax.Array:
+        scale = planes_tile.scales(stored["scale"], self.plan.scale)
+        if "super_scale" in stored:
+            scale = scale * stored["super_scale"].astype(jnp.float32)
         whole = self.whole() if self.plan.scales_globally_first else None
         return scale if whole is None else scale * whole
 
-    def zero(self, column: Any) -> jax.Array:
+    def zero(self, stored: Stored) -> jax.Array:
         """What is subtracted from codes, or added to weights."""
-        zero = self.beside("zero", column, self.plan.planes.group[1]).astype(jnp.float32)
-        return self._times("super_zero", column, zero)
-
-    def _times(self, name: str, column: Any, fine: jax.Array) -> jax.Array:
-        size = self.plan.planes.super_columns
-        if size is None:
-            return fine
-        return fine * self.beside(name, column, size).astype(jnp.float32)
+        zero = stored["zero"].astype(jnp.float32)
+        if "super_zero" in stored:
+            zero = zero * stored["super_zero"].astype(jnp.float32)
+        return zero
 
     def whole(self) -> Any:
         """The global scale, or None."""
@@ -144,46 +165,59 @@ class _Weight:
             return None
         return self.refs["global_scale"][(*self.lead, 0, 0)]
 
-    def values(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        """What codes stand for, with neither scale nor zero point."""
+    def _table(self) -> list[jax.Array]:
+        ref = self.refs["codebook"]
+        return triton_words.table_of([ref[(*self.lead, 0, entry)] for entry in range(16)])
+
+    def values(self, tiles: Tiles, segment: int, dtype: Any, zero: Any = 0) -> jax.Array:
+        """What codes stand for, less a zero point of `dtype`, and not scaled."""
+        planes, dtype = self.plan.planes, jnp.dtype(dtype)
+        if self.by_words and dtype == jnp.bfloat16:
+            number = triton_words.numbers(tiles, planes, segment, self.table)
+            return number - (zero + (128 + planes.offset)) if planes.value == "int" else number
+        codes = planes_tile.codes(tiles, planes, segment)
         if "codebook" not in self.refs:
-            return planes_tile.values(codes, self.plan.planes, jnp.dtype(dtype))
+            return planes_tile.values(codes, planes, dtype, zero=zero)
         ref = self.refs["codebook"]
         # (Selects would be 15 for each code; the codebook stays in the first cache.)
         index = codes.astype(jnp.int32)
         return plt.load(ref.at[(*self.lead, jnp.zeros_like(index), index)]).astype(dtype)
 
-    def operand(self, codes: jax.Array, column: Any) -> jax.Array:
-        """The left operand of a dot, [outputs, columns]."""
+    def operand(self, tiles: Tiles, segment: int, stored: Stored) -> jax.Array:
+        """The left operand of a dot, [outputs, columns]: a segment of what was loaded."""
         plan, planes = self.plan, self.plan.planes
         dot = jnp.dtype(plan.dot)
         if plan.scaling == "weight":
-            return planes_tile.rounded(self.scaled(codes, column), plan.rounded).astype(dot)
+            scaled = self.scaled(tiles, segment, stored)
+            return planes_tile.rounded(scaled, plan.rounded).astype(dot)
         if dot == jnp.int8:
+            codes = planes_tile.codes(tiles, planes, segment)
             if planes.value == "signed":
                 return lax.bitcast_convert_type(codes, jnp.int8)
             if planes.bits == 8:
                 return lax.bitcast_convert_type(codes ^ 128, jnp.int8)
             return codes.astype(jnp.int8) - planes.offset
         if planes.zero is None or plan.sums:
-            return self.values(codes, dot)
+            return self.values(tiles, segment, dot)
         # In bfloat16 these are integers of 8 bits and a sign, exactly.
-        return planes_tile.values(codes, planes, dot, zero=self.zero(column).astype(dot))
+        return self.values(tiles, segment, dot, self.zero(stored).astype(dot))
 
-    def scaled(self, codes: jax.Array, column: Any) -> jax.Array:
+    def scaled(self, tiles: Tiles, segment: int, stored: Stored) -> jax.Array:
         """The weight itself, [outputs, columns]."""
-        plan, planes, scale = self.plan, self.plan.planes, self.scale(column)
+        plan, planes, scale = self.plan, self.plan.planes, self.scale(stored)
         if plan.scale_is_narrow:
-            return self.values(codes, plan.dot) * self.spread(scale.astype(plan.dot))
+            scale = self.spread(scale.astype(plan.dot))
+            return self.values(tiles, segment, plan.dot) * scale
         scale, lookup = self.spread(scale), planes.value == "lookup"
-        values = self.values(codes, jnp.float32 if lookup else plan.dot).astype(jnp.float32)
+        dtype = jnp.float32 if lookup else plan.dot
+        values = self.values(tiles, segment, dtype).astype(jnp.float32)
         if planes.zero is None:
             return values * scale
-        zero = self.spread(self.zero(column))
+        zero = self.spread(self.zero(stored))
         return values * scale + zero if planes.zero == "add" else (values - zero) * scale
 
 
-def _program(plan: Plan, refs: Mapping[str, Any], out: Any) -> None:
+def _program(plan: Plan, refs: Mapping[str, Any], out: Any, interpret: bool) -> None:
     blocks = plan.blocks
     tile, split = pl.program_id(0), pl.program_id(2)
     expert = None
@@ -193,7 +227,7 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any) -> None:
         start = tile * blocks.rows
         end = refs["num_rows"][0] if plan.counted else plan.rows
     first = pl.program_id(1) * blocks.outputs
-    weight = _Weight(plan, refs, first, expert)
+    weight = _Weight(plan, refs, first, expert, interpret)
     rows = pl.ds(start, blocks.rows)
     whole_tiles = not plan.experts and not plan.counted and plan.rows % blocks.rows == 0
     inside = None if whole_tiles else start + lax.iota(jnp.int32, blocks.rows) < end
@@ -205,28 +239,31 @@ def _program(plan: Plan, refs: Mapping[str, Any], out: Any) -> None:
     def x_scale(column: Any) -> jax.Array:
         group = jnp.minimum(column // plan.x_group, refs["x_scale"].shape[0] - 1)
         ref = refs["x_scale"].at[group, rows]
-        found = plt.load(ref) if inside is None else plt.load(ref, mask=inside, other=0)
-        return found[None, :]
+        return plt.load(ref) if inside is None else plt.load(ref, mask=inside, other=0)
 
-    take = _chunks(plan, weight, x_tile, x_scale)
+    ahead, take = _chunks(plan, weight, x_tile, x_scale)
     per_split = pl.cdiv(plan.steps, blocks.splits)
     low = split * per_split
     high = jnp.minimum(low + per_split, plan.steps)
     high = high if whole_tiles else jnp.where(start < end, high, low)
     integers = plan.dot == "int8" and plan.scaling == "end"
-    zeros = jnp.zeros((blocks.outputs, blocks.rows), jnp.int32 if integers else jnp.float32)
+    shape = (blocks.rows, blocks.outputs) if plan.x_first else (blocks.outputs, blocks.rows)
+    zeros = jnp.zeros(shape, jnp.int32 if integers else jnp.float32)
     sums = jnp.zeros((blocks.rows,), jnp.float32)
-    total, sums = lax.fori_loop(low, high, take, (zeros, sums))
+    total, sums, _ = lax.fori_loop(low, high, take, (zeros, sums, ahead(low)))
     total = total.astype(jnp.float32)
     if plan.scaling == "end":
-        total = _scaled(plan, weight, 0, total, sums)
+        total = _scaled(plan, weight, weight.stored(0), total, sums)
     whole = weight.whole()
     if whole is not None and not plan.scales_globally_first:
         total = total * whole
     mask = None if inside is None else inside[:, None]
     if weight.inside is not None:
         mask = weight.inside[None, :] if mask is None else mask & weight.inside[None, :]
-    plt.store(out.at[split, rows, weight.outputs], total.T, mask=mask)
+    plt.store(out.at[split, rows, weight.outputs], total if plan.x_first else total.T, mask=mask)
+
+
+Carry = tuple[jax.Array, jax.Array, list[Stored]]
 
 
 def _chunks(
@@ -234,16 +271,35 @@ def _chunks(
     weight: _Weight,
     x_tile: Callable[[Any], jax.Array],
     x_scale: Callable[[Any], jax.Array],
-) -> Callable[[Any, tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]]:
-    """A step of the loop: chunk `step` % (chunks of a segment) of all segments of a block."""
+) -> tuple[Callable[[Any], list[Stored]], Callable[[Any, Carry], Carry]]:
+    """What a step of the loop reads beside codes, and a step: chunk `step` % (chunks of a segment)
+    of all segments of a block.
+
+    Scales and zero points are read a step ahead: the compiler brings what products read into shared
+    memory before it is needed, but not what acts on their results.
+    """
     planes, columns = plan.planes, plan.blocks.columns
     length = planes_tile.segment_columns(planes)
     precision = lax.Precision.HIGHEST if plan.dot == "float32" else lax.Precision.DEFAULT
     preferred = jnp.int32 if plan.dot == "int8" else jnp.float32
 
-    def take(step: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        total, sums = carry
-        block, chunk = step // (length // columns), step % (length // columns)
+    def place(step: Any) -> tuple[Any, Any]:
+        return step // (length // columns), step % (length // columns)
+
+    def ahead(step: Any) -> list[Stored]:
+        if plan.scaling == "end" and (planes.zero is None or plan.sums):
+            return []
+        block, chunk = place(jnp.minimum(step, plan.steps - 1))
+        start = block * planes.block + chunk * columns
+        return [
+            weight.stored(start + segment * length)
+            for segment in range(planes_tile.segments(planes))
+        ]
+
+    def take(step: Any, carry: Carry) -> Carry:
+        total, sums, stored = carry
+        following = ahead(step + 1)
+        block, chunk = place(step)
         tiles = [
             [
                 weight.bytes(
@@ -258,35 +314,45 @@ def _chunks(
         for segment in range(planes_tile.segments(planes)):
             column = block * planes.block + segment * length + chunk * columns
             x = x_tile(column)
-            w = weight.operand(planes_tile.codes(tiles, planes, segment), column)
+            own = stored[segment] if stored else {}
+            w = weight.operand(tiles, segment, own)
             dot = lax.dot_general(
-                w, x, (((1,), (1,)), ((), ())), precision, preferred_element_type=preferred
+                *((x, w) if plan.x_first else (w, x)),
+                (((1,), (1,)), ((), ())),
+                precision,
+                preferred_element_type=preferred,
             )
             added = None
             if plan.sums:
                 added = jnp.sum(x.astype(preferred), axis=1).astype(jnp.float32)
                 sums = sums + added
             if plan.scaling == "chunk":
-                dot = _scaled(plan, weight, column, dot.astype(jnp.float32), added)
+                dot = _scaled(plan, weight, own, dot.astype(jnp.float32), added)
             if plan.x_group is not None:
-                dot = dot * x_scale(column)
+                of_rows = x_scale(column)
+                dot = dot * (of_rows[:, None] if plan.x_first else of_rows[None, :])
             total = total + dot
-        return total, sums
+        return total, sums, following
 
-    return take
+    return ahead, take
 
 
 def _scaled(
-    plan: Plan, weight: _Weight, column: Any, total: jax.Array, sums: jax.Array | None
+    plan: Plan, weight: _Weight, stored: Stored, total: jax.Array, sums: jax.Array | None
 ) -> jax.Array:
-    """A sum over columns of one group, scaled, with its zero points: float32 [outputs, rows]."""
-    scale = weight.scale(column)
+    """A sum over columns of one group, scaled, with its zero points: float32, of the same shape."""
+
+    def of_outputs(array: jax.Array) -> jax.Array:
+        return array.T if plan.x_first else array
+
+    scale = of_outputs(weight.scale(stored))
     if sums is None or not plan.sums:
         return total * scale
+    of_rows = sums[:, None] if plan.x_first else sums[None, :]
     if plan.residue:
-        total = total - float(plan.residue) * sums[None, :]
+        total = total - float(plan.residue) * of_rows
     if plan.planes.zero == "subtract":
-        total = total - weight.zero(column) * sums[None, :]
+        total = total - of_outputs(weight.zero(stored)) * of_rows
     if plan.planes.zero == "add":
-        return total * scale + weight.zero(column) * sums[None, :]
+        return total * scale + of_outputs(weight.zero(stored)) * of_rows
     return total * scale

@@ -25,6 +25,7 @@ from pallas_kernels.matmul.planes import Planes, describe
 from pallas_kernels.matmul.spec import WeightSpec
 
 FEW_ROWS = 64
+X_FIRST_ROWS = 32
 WIDE_COLUMNS = 64  # of a chunk; scaling a weight costs less than a step of the loop for fewer
 LEAST_COLUMNS = 16  # of a dot; of one with integers of 8 bits, twice as many
 SHARED_MEMORY = 200 << 10  # of a program, for the stages of its loop
@@ -81,6 +82,13 @@ class Plan:
     rows: int
     experts: bool = False
     counted: bool = False
+
+    @property
+    def x_first(self) -> bool:
+        """Whether x is the left operand of products: of few rows, which are too few for the matrix
+        units that take decoded weights from registers on the left. Others take them on the right.
+        """
+        return self.blocks.rows <= X_FIRST_ROWS
 
     @property
     def scales_globally_first(self) -> bool:
@@ -205,10 +213,11 @@ def blocks(rows: int, planes: Planes, columns: int, dot: str, experts: int = 0) 
     if dot == "float32":  # products of single numbers, which the compiler writes out
         tile, outputs, columns, warps, stages = min(_power(each), 32), 64, min(columns, 32), 4, 2
     elif each <= FEW_ROWS:
-        tile, outputs, columns, warps, stages = _power(each), 64, min(columns, 128), 4, 4
+        tile, outputs, columns, warps, stages = _power(each), 64, min(columns, 128), 4, 3
     else:
         most = 128 // jnp.dtype(dot).itemsize
-        tile, outputs, columns, warps, stages = 128, 128, min(columns, most), 8, 3
+        warps = 8 if dot == "int8" else 4
+        tile, outputs, columns, warps, stages = 128, 128, min(columns, most), warps, 3
     bytes_of_x = tile * planes_tile.segments(planes) * jnp.dtype(dot).itemsize
     bytes_of_w = outputs * sum(planes_tile.runs(planes))
     stages = min(stages, max(1, SHARED_MEMORY // (columns * (bytes_of_x + bytes_of_w))))
@@ -216,7 +225,7 @@ def blocks(rows: int, planes: Planes, columns: int, dot: str, experts: int = 0) 
         return Blocks(tile, outputs, columns, 1, warps, stages)
     # Few rows: as many programs as keep the memory busy, whatever the number of rows is.
     tiles = -(-n // outputs) * (1 if rows <= FEW_ROWS else -(-rows // tile))
-    wanted = 2 * _multiprocessors() if rows <= FEW_ROWS else _multiprocessors()
+    wanted = 4 * _multiprocessors() if rows <= FEW_ROWS else _multiprocessors()
     splits = 1
     while tiles * splits < wanted and splits < 16 and planes.k // (2 * splits) >= 4 * planes.block:
         splits *= 2
@@ -232,13 +241,13 @@ def _fitting(measured: dict[str, int], default: Blocks, columns: int, least: int
 def candidates(kind: str, rows: int, n: int, k: int) -> Iterator[dict[str, int]]:
     """Block sizes worth measuring for a weight [n, k] and x [rows, k]."""
     del kind, k
-    tile = min(_power(rows), 128)
-    for outputs in (64, 128):
+    tile, few = min(_power(rows), 128), rows <= FEW_ROWS
+    for outputs, warps in ((32, 2), (64, 2), (64, 4), (128, 4)) if few else ((128, 4), (128, 8)):
         for columns in (64, 128):
-            for splits in (1, 2, 4, 8) if rows <= FEW_ROWS else (1,):
+            for splits in (1, 2, 4, 8) if few else (1,):
                 if splits > 1 and -(-n // outputs) * splits > 16 * _multiprocessors():
                     continue
-                for warps, stages in ((4, 3), (4, 5), (8, 3)):
+                for stages in (3, 4):
                     yield asdict(Blocks(tile, outputs, columns, splits, warps, stages))
 
 

@@ -98,6 +98,10 @@ def attend(
     interpret = platform.interprets("gpu")
     dtype = k_pages.dtype
     queries = scaled_queries(q, dtype, spec, rope, q_norm, norm_eps, k_scale, basis)
+    if dtype not in ("float32", "bfloat16") and queries.dtype == jnp.bfloat16:
+        # Which holds 8 bits too, and is what GPUs convert them to at full speed.
+        most = jnp.finfo(jnp.float16).max
+        queries = jnp.clip(queries.astype(jnp.float32), -most, most).astype(jnp.float16)
     tokens, group = len(q), spec.num_heads // spec.num_kv_heads
     slots = block_table.shape[1] * k_pages.page_size
     sizes = _sizes(spec, k_pages, tokens, slots)

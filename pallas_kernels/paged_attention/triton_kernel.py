@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import words
 from pallas_kernels.kv_update.pages import Pages, zero_points
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.tiles import Tiles
@@ -68,6 +69,7 @@ def attend(
             sizes=sizes,
             per_tile=per_tile,
             length=length,
+            by_words=not interpret and q.dtype == jnp.float16,
         ),
         grid=(len(tiles.count), spec.num_kv_heads, count),
         out_shape=[
@@ -81,7 +83,7 @@ def attend(
     )(*flat)
 
 
-def _kernel(*refs, tree, spec, dtype, sizes, per_tile, length):
+def _kernel(*refs, tree, spec, dtype, sizes, per_tile, length, by_words):
     refs, (top_ref, total_ref, out_ref) = jax.tree.unflatten(tree, refs[:-3]), refs[-3:]
     tile, head, segment = (pl.program_id(axis) for axis in range(3))
     sequence, first, count, position = (ref[tile] for ref in refs.tiles)
@@ -125,7 +127,11 @@ def _kernel(*refs, tree, spec, dtype, sizes, per_tile, length):
         slots, _ = grid(slot, 0)
         other = jnp.zeros((), pages.values.dtype)
         values = plt.load(pages.values.at[at, head, slots, columns], mask=mask, other=other)
-        if dtype == "int4":
+        if dtype == "int4" and by_words:
+            values = words.nibbles(values)
+        elif dtype == "int8" and by_words:
+            values = [words.signed(values)]
+        elif dtype == "int4":
             codes = values.astype(jnp.int32)
             values = [codes & 15, codes >> 4]
         else:

@@ -136,7 +136,9 @@ def to_float(x: jax.Array, dtype: str, by: Arithmetic = XLA) -> jax.Array:
     # How far apart neighbours lie at |x|, no less than subnormals do.
     exponent = jnp.maximum(exponent_of(jnp.abs(x)), FLOATS[dtype].min_exponent)
     step = power_of_two(exponent - FLOATS[dtype].mantissa)
-    return jnp.clip(by.round(x / step) * step, bottom, top)
+    # (Dividing by a power of two would be the same, were it not for the division of GPUs.)
+    steps = x * power_of_two(FLOATS[dtype].mantissa - exponent)
+    return jnp.clip(by.round(steps) * step, bottom, top)
 
 
 def exponent_of(x: jax.Array) -> jax.Array:

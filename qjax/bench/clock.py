@@ -84,6 +84,7 @@ def program(
     """
     rounds = math.ceil(timing.sample_seconds / (estimate * len(fixed)))
     rounds = min(MAX_ROUNDS, max(1, rounds))
+    call = jax.jit(call)  # traced once for all copies
     y = jax.eval_shape(call, x, fixed[0], states[0])[0]
     carry = x, [y for _ in fixed], list(states)
     zero = jax.ShapeDtypeStruct((), jnp.float32)

@@ -177,6 +177,8 @@ def check(params: Params, folder: Path, format: Format, dtype: str | None = None
         )
     if dtype is not None and dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r:.80} is not supported; {', '.join(DTYPES)} are")
+    if dtype is not None and format in (GGUF, ORBAX):
+        raise UnsupportedError(f"dtype: {format} keeps weights as they are; leave it out")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError("exists and is not an empty folder: nothing written", file=folder)
     if origin is None:

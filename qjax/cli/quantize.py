@@ -104,6 +104,14 @@ def quantize(
             help="compressed-tensors, gptq, awq, bitsandbytes, fp8, gguf ...; else as fits.",
         ),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="float32, bfloat16 or float16: what is not quantized becomes; else it stays, with "
+            "float32 for what came quantized.",
+        ),
+    ] = None,
 ) -> None:
     """Quantize a model, and save it."""
     import qjax
@@ -130,6 +138,7 @@ def quantize(
         max_seq_length=seq_len,
         seed=seed,
         format=format,
+        dtype=dtype,
         on_layer=_report,
     )
     seconds = time.perf_counter() - began

@@ -179,7 +179,6 @@ class SmoothQuantModifier:
       mappings: [[layers that share an input], the layer before them] each; None finds those of the
         model.
       ignore: layers before others that keep their scale.
-      num_calibration_steps: of samples, how many serve; None for all.
       algorithm: "smoothquant" or "log_equalization".
     """
 
@@ -205,6 +204,8 @@ class SmoothQuantModifier:
             raise RecipeError(
                 f"algorithm {self.algorithm!r:.80} is none of smoothquant, log_equalization"
             )
+        if self.num_calibration_steps is not None:
+            raise UnsupportedError("num_calibration_steps: all samples serve; give fewer of them")
         if self.calibration_function is not None:
             raise UnsupportedError("calibration_function: samples run through the model itself")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,12 @@ def oneshot(
     num_calibration_samples: int | None = None,
     max_seq_length: int | None = None,
     shuffle_calibration_samples: bool = True,
+    text_column: str = "text",
+    splits: str | Mapping[str, str] | None = None,
+    dataset_config_name: str | None = None,
     seed: int = 0,
     format: str | None = None,
+    dtype: str | None = None,
     progress: bool = True,
     on_layer: Callable[[Finished], None] | None = None,
 ) -> Params:
@@ -65,9 +69,12 @@ def oneshot(
         of strings, a data set on the hub; None for text that the model itself writes.
       output_dir: where the model is saved; must not exist, or be empty. If this run is stopped,
         the same call goes on where it was; None saves nothing.
-      num_calibration_samples, max_seq_length, shuffle_calibration_samples, seed: of the samples.
+      num_calibration_samples, max_seq_length, shuffle_calibration_samples, text_column, splits,
+        dataset_config_name, seed: of the samples.
       format: what it is saved as, see `qjax.save`; None for GGUF where the recipe has types of it,
         else "compressed-tensors".
+      dtype: of what is saved and not quantized, see `qjax.save`; None leaves it, with float32 for
+        what came quantized.
       progress: shows a bar, and after each layer what it lost.
       on_layer: called with each layer that is finished.
 
@@ -86,7 +93,7 @@ def oneshot(
     steps = plan(modifiers, params.config)
     chosen = format or _format(steps)
     if folder is not None:
-        saver.check(params, folder, chosen)
+        saver.check(params, folder, chosen, dtype)
     tokens = None
     if any(modifier.requires_calibration_data for modifier in modifiers):
         tokens = datasets.tokens(
@@ -96,6 +103,9 @@ def oneshot(
             max_seq_length,
             shuffle=shuffle_calibration_samples,
             seed=seed,
+            text_column=text_column,
+            splits=splits,
+            dataset_config_name=dataset_config_name,
             progress=progress,
         )
         check(params, tokens[0])
@@ -121,7 +131,8 @@ def oneshot(
         config = replace(config, tie_word_embeddings=False)
     result = _collected(params, _shown(finished, params, progress, on_layer), config)
     if folder is not None:
-        saver.save(result, folder, format=chosen, dense=_left_alone(result, steps, chosen))
+        dense = _left_alone(result, steps, chosen)
+        saver.save(result, folder, format=chosen, dtype=dtype, dense=dense)
     if state is not None:
         state.remove()
     return result

@@ -199,6 +199,10 @@ def check_scheme(scheme: QuantizationScheme) -> None:
     names = ", ".join(scheme.targets)
     if not scheme.targets:
         raise RecipeError("a group has no targets")
+    if scheme.format is not None:
+        raise UnsupportedError(
+            f"format of {names}: how a group is stored follows from what it is; leave it out"
+        )
     for name in ("weights", "input_activations"):
         args = getattr(scheme, name)
         wrong = args and args.contradiction(inputs=name != "weights")

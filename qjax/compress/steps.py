@@ -157,8 +157,12 @@ def smooth(layer: Layer, modifier: SmoothQuantModifier, config: ModelConfig) -> 
     """SmoothQuant: the scale of inputs goes into the weights that they meet."""
     found = mappings.scalings(config, layer.floats)
     if modifier.mappings is None:
-        # Those of LLM Compressor: what a norm gives.
-        found = tuple(scaling for scaling in found if scaling.is_norm)
+        # Those of LLM Compressor: what a norm gives, but not to experts, which differ too much.
+        found = tuple(
+            scaling
+            for scaling in found
+            if scaling.is_norm and not any(".experts." in name for name in scaling.balance)
+        )
     for scaling in mappings.chosen(found, modifier.mappings, layer.prefix):
         if is_ignored(layer.prefix + scaling.smooth, modifier.ignore):
             continue

@@ -89,7 +89,8 @@ def walk(
             state.keep(done, hidden.values)
         yield done
     ends = {} if rotations is None else rotations.ends(params)
-    yield Finished(None, ends, {})
+    if ends:
+        yield Finished(None, ends, {})
     for name in (layers.EMBEDDING, layers.HEAD):
         if touches(steps, name):
             key = f"{name}.weight"

@@ -31,7 +31,9 @@ def run(capsys: pytest.CaptureFixture[str]):
 
 def test_scheme(run, model, tmp_path):
     out = tmp_path / "out"
-    code, printed, err = run(model, out, "W4A16", "--q-group-size", 32, "--ignore", "re:.*down.*")
+    code, printed, err = run(
+        model, out, "W4A16", "--q-group-size", 32, "--ignore", "re:.*down.*", "--dtype", "float32"
+    )
     assert code == 0, err
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()
@@ -40,6 +42,7 @@ def test_scheme(run, model, tmp_path):
     uses = {use.qtype: use for use in qjax.load(out).summary().uses}
     assert uses["uint4b8"].tensors == 3 * 6
     assert uses["uint4b8"].bits_per_weight == 4.5
+    assert set(uses) == {"uint4b8", "f32", "float32"}
     line = next(line.split() for line in printed.splitlines() if line.startswith("uint4b8"))
     assert line[-1] == "4.50"
     weights = sum(use.weights for use in qjax.load(out).summary().uses)
@@ -67,6 +70,9 @@ def test_recipe_with_samples(run, model, tmp_path):
 
 
 BAD = [
+    (("W8A8", "--format", "gptg"), "'gptg' is not one that is saved"),
+    (("Q4_K_M",), "has to end in .gguf"),
+    (("W8A8", "--dtype", "int8"), "dtype 'int8' is not supported"),
     ((), "say what to"),
     (("W4A61",), "did you mean 'W4A16'"),
     (("W4A16", "--scheme", "W8A8"), "give the scheme once"),

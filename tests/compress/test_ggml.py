@@ -84,6 +84,13 @@ def test_experts_have_importances_of_their_own():
         np.testing.assert_array_equal(both[expert], alone)
 
 
+def test_a_coarser_grid_stays_on_it():
+    """Numbers of q4_1 in q5_1, whose steps are halves of theirs."""
+    values = decoded(golden()["q4_1/plain"], "q4_1").astype(np.float32)
+    again = decoded(quantize(values, "q5_1"), "q5_1")
+    assert np.square(again - values).sum() < 1e-6 * np.square(values).sum()
+
+
 def test_columns_of_no_importance():
     w = golden()["w"][:8]
     importance = np.zeros(512)

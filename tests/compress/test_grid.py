@@ -215,6 +215,22 @@ def test_searched_is_the_least_of_a_fine_search(args: QuantizationArgs) -> None:
     )
 
 
+def test_searched_by_what_errors_do_together() -> None:
+    """With inputs that depend on each other, errors can make up for each other."""
+    w, x = normal(32, 64), normal(400, 8, seed=1) @ normal(8, 64, seed=2)
+    moment = jnp.asarray(x.T @ x / 400)
+    grid = Grid("uint3b4", (1, 32))
+
+    def lost(importance: jax.Array) -> float:
+        scales = searched(jnp.asarray(w), grid, importance)
+        error = (np.asarray(rounded(jnp.asarray(w), scales, grid)) - w).astype(np.float64)
+        parts = error.reshape(32, 2, 32), x.astype(np.float64).reshape(400, 2, 32)
+        return float(np.square(np.einsum("ngk,tgk->ngt", *parts)).mean())
+
+    together = lost(grids.within_groups(moment, grid))
+    assert together < 0.9 * lost(jnp.diag(moment))
+
+
 def test_a_group_of_zeros_stays_zeros() -> None:
     for args in (
         QuantizationArgs(4, "int", False, "group", 32),

@@ -132,7 +132,7 @@ def test_a_stopped_walk_goes_on_to_the_same_end(
         walk.layers, "stored_layer", lambda p, index: made.append(index) or real(p, index)
     )
     found = weights_of(qjax.oneshot(llama, GPTQ, TOKENS, out, progress=False))
-    assert made == [2]
+    assert made == [0, 1, 2, 2]  # one sample through all, then what was left
     assert found.keys() == whole.keys()
     assert all(np.array_equal(found[name], whole[name]) for name in whole)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -152,7 +152,7 @@ def test_not_finite_is_told(llama: qjax.Params) -> None:
     norm = tree["model"]["layers"]["1"]["input_layernorm"]
     norm["weight"] = norm["weight"].at[0].set(np.nan)
     broken = qjax.Params(tree, llama.config, llama.host)
-    with pytest.raises(qjax.CalibrationError, match=r"layers\.1\..*not finite"):
+    with pytest.raises(qjax.CalibrationError, match=r"layers\.1: .*not finite"):
         qjax.oneshot(broken, GPTQ, TOKENS, progress=False)
 
 

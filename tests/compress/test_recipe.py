@@ -421,6 +421,7 @@ BAD = [
     ("QuantizationModifier: {targets: Linear}", RecipeError, "does not say what to quantize to"),
     ("AWQModifier: {duo_scaling: maybe}", RecipeError, "duo_scaling 'maybe'"),
     ("AWQModifier: {duo_scaling: true}", RecipeError, "add a QuantizationModifier"),
+    ("SmoothQuantModifier: {num_calibration_steps: 8}", UnsupportedError, "all samples"),
     ("SpinQuantModifier: {rotations: [R5]}", RecipeError, "R5"),
     ("SpinQuantModifier: {rotations: [R3]}", UnsupportedError, "R3"),
     ("SpinQuantModifier: {learnable: true}", UnsupportedError, "learnable"),
@@ -481,6 +482,12 @@ def test_bad_weights(weights, message):
 def test_bad_cache(scheme, message):
     with pytest.raises(UnsupportedError, match=message):
         QuantizationModifier(kv_cache_scheme=scheme)
+
+
+def test_formats_follow_from_weights():
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8}, "format": "int-quantized"}
+    with pytest.raises(UnsupportedError, match="format of Linear"):
+        QuantizationModifier(config_groups={"group_0": group})
 
 
 def test_attention_itself_is_not_quantized():

@@ -1,11 +1,15 @@
 """What a cache of keys and values holds, by formulas of its own in float64."""
 
+import os
+
 import ml_dtypes
 import numpy as np
 
 EPS = 1e-6  # of norms
 # How to compile a kernel that is interpreted: it takes longer to compile than to run.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if os.environ.get("JAX_PLATFORMS") != "cpu":
+    QUICKLY = {}  # it is compiled for a GPU, as it will be used
 
 
 def turned(x, weight, cos, sin):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, tuning
+from pallas_kernels import dispatch, platform, tuning
 from pallas_kernels.matmul import planes, triton
 from pallas_kernels.matmul.triton_plan import plan_of
 from pallas_kernels.matmul_grouped import triton as grouped
@@ -182,7 +182,9 @@ def test_what_is_refused():
     canonical = shaped("uint4b8", (1, 64), "float16").spec
     with pytest.raises(NotImplementedError, match="layout 'canonical', not 'planes'"):
         triton.product(x, canonical, arrays)
-    with dispatch.use(None), pytest.raises(NotImplementedError, match="kernel for a gpu"):
+    elsewhere = dispatch.use(None), platform.assume("tpu", "TPU v6 lite")
+    refused = pytest.raises(NotImplementedError, match="a kernel for a gpu, and this is a tpu")
+    with elsewhere[0], elsewhere[1], refused:
         triton.product(x, spec, arrays)
 
 

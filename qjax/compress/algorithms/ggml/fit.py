@@ -147,6 +147,13 @@ def affine(
     return Affine(*jax.lax.fori_loop(0, len(cuts), turn, none)[:2])
 
 
+def cuts(each: tuple[float, ...], highest: int) -> np.ndarray:
+    """[n, 2] starts of `affine`: each at both ends; and wider by one step, so that an even number
+    of steps is among the widths, which numbers that lie on a coarser grid often need."""
+    step = -1 / (highest - 1)
+    return np.array([*((a, b) for a in each for b in each), (0, step), (step, 0)])
+
+
 # --- groups that share a block: x, w [..., groups, elements] ------------------------------------
 
 

@@ -31,15 +31,8 @@ def _affine(
     return fit.AffineBlock(*map(_flat, block)), _flat(codes)
 
 
-def _cuts(each: tuple[float, ...], highest: int) -> np.ndarray:
-    """For both ends; and wider by one step, so that an even number of steps is among the widths:
-    what lies on a grid around 0 does so by an even one."""
-    step = -1 / (highest - 1)
-    return np.array([*((a, b) for a in each for b in each), (0, step), (step, 0)])
-
-
 def q2_k(x: Array, w: Array) -> Array:
-    cuts = _cuts((-0.05, 0.05, 0.15, 0.25), 3)
+    cuts = fit.cuts((-0.05, 0.05, 0.15, 0.25), 3)
     starts = np.array([(15, 15), (14, 14)])
     block, codes = _affine(x, w, 16, 3, 15, cuts, starts)
     scales = fields.codes(block.scales) | (fields.codes(block.minima) << jnp.uint8(4))
@@ -67,14 +60,14 @@ def _nibble_pairs(codes: Array) -> Array:
 
 
 def q4_k(x: Array, w: Array) -> Array:
-    cuts = _cuts((-0.02, 0.0, 0.03, 0.06), 15)
+    cuts = fit.cuts((-0.02, 0.0, 0.03, 0.06), 15)
     block, codes = _affine(x, w, 32, 15, 63, cuts, np.array([(63, 63)]))
     head = [fields.half(block.d), fields.half(block.dmin), _six_bits(block)]
     return jnp.concatenate([*head, _nibble_pairs(codes)], -1)
 
 
 def q5_k(x: Array, w: Array) -> Array:
-    cuts = _cuts((-0.015, 0.0, 0.015, 0.03), 31)
+    cuts = fit.cuts((-0.015, 0.0, 0.015, 0.03), 31)
     block, codes = _affine(x, w, 32, 31, 63, cuts, np.array([(63, 63)]))
     head = [fields.half(block.d), fields.half(block.dmin), _six_bits(block)]
     high = fields.planes(codes >> jnp.uint8(4))

@@ -54,12 +54,8 @@ def q8_0(x: Array, w: Array) -> Array:
     return jnp.concatenate([fields.half(d), codes], -1)
 
 
-def _cuts(*each: float) -> np.ndarray:
-    return np.array([(a, b) for a in each for b in each])
-
-
 def q4_1(x: Array, w: Array) -> Array:
-    found = fit.affine(x, w, 15, _cuts(-0.03, 0.0, 0.03, 0.06), free=True)
+    found = fit.affine(x, w, 15, fit.cuts((-0.03, 0.0, 0.03, 0.06), 15), free=True)
     codes = fields.codes(fit.integers(0, 15)((x + found.minimum) * fit.inverse(found.scale)))
     return jnp.concatenate(
         [fields.half(found.scale), fields.half(-found.minimum), fields.nibbles(codes)], -1
@@ -67,7 +63,7 @@ def q4_1(x: Array, w: Array) -> Array:
 
 
 def q5_1(x: Array, w: Array) -> Array:
-    found = fit.affine(x, w, 31, _cuts(-0.015, 0.0, 0.015, 0.03), free=True)
+    found = fit.affine(x, w, 31, fit.cuts((-0.015, 0.0, 0.015, 0.03), 31), free=True)
     codes = fields.codes(fit.integers(0, 31)((x + found.minimum) * fit.inverse(found.scale)))
     high = fields.bits(codes >> jnp.uint8(4))
     scales = [fields.half(found.scale), fields.half(-found.minimum)]
