@@ -114,7 +114,7 @@ def _weight_args(module: str, weight: QArray, code: codes.Code) -> QuantizationA
         return QuantizationArgs(**common, scale_dtype="torch.uint8")
     if powers:
         raise _refusal(module, f"{weight.qtype} with scales of {scale}")
-    if "perm" in weight.aux:
+    if "perm" in weight.aux:  # vLLM reads it; compressed-tensors has dropped it after 0.13
         common["actorder"] = "group"
     blocks = weight.act is not None and weight.act.strategy == "group"
     if weight.group == (n, k) and not blocks:

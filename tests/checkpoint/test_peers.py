@@ -28,8 +28,6 @@ PYTHONS = {
     ("name", "method", "dense", "tool"),
     [
         ("ct-w4a16-g32-gptq-actorder-weight", "compressed-tensors", (), "transformers"),
-        ("gptq-4b-g32-desc", "compressed-tensors", (), "transformers"),
-        ("ct-nvfp4a16", "compressed-tensors", (), "transformers"),
         ("gguf-qwen2-Q4_0", "compressed-tensors", ("Embedding",), "transformers"),
         ("gguf-Q4_1", "safetensors", (), "transformers"),
         ("gguf-gemma3-Q5_0", "safetensors", (), "transformers"),
