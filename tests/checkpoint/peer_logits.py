@@ -21,12 +21,16 @@ def transformers_model(folder: str) -> torch.nn.Module:
 def gptqmodel_model(folder: str) -> torch.nn.Module:
     """Layers as GPTQModel dequantizes them, since its kernels compute in 16 bits."""
     from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
     def dequantized(module: torch.nn.Module) -> torch.Tensor | None:
-        if not hasattr(module, "dequantize_weight"):
+        if not hasattr(module, "qweight"):
             return None
         module.scales = module.scales.float()
-        return module.dequantize_weight().T
+        if hasattr(module, "dequantize_weight"):
+            return module.dequantize_weight().T
+        codes = (module.qweight, module.qzeros, module.scales)
+        return dequantize_gemm(*codes, module.bits, module.group_size).T
 
     model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH).model
     return replaced(model, dequantized)
@@ -55,7 +59,10 @@ def replaced(model: torch.nn.Module, dequantized: Dequantized) -> torch.nn.Modul
             linear.bias.data = module.bias.data.float()
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, linear)
-    return model.float()
+    for values in (*model.parameters(), *model.buffers()):
+        if values.is_floating_point():
+            values.data = values.data.float()
+    return model
 
 
 tool, folder, ids, out = sys.argv[1:]
