@@ -237,7 +237,7 @@ def saves(name: str) -> bool:
     from qjax.formats.base import QuantizationConfig
     from qjax.registry import quantization_config
 
-    return name != "gguf" and quantization_config(name).encode is not QuantizationConfig.encode
+    return name == "gguf" or quantization_config(name).encode is not QuantizationConfig.encode
 
 
 def support_table() -> Iterator[str]:
