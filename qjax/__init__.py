@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from qjax.qarray import QArray
     from qjax.registry import register_quantization_config
     from qjax.report import report
+    from qjax.scheme import QuantizationArgs, QuantizationScheme
 
 __version__ = "0.1.0"
 
@@ -61,7 +62,9 @@ _HOMES = {
     "Params": "qjax.params",
     "QArray": "qjax.qarray",
     "QjaxError": "qjax.errors",
+    "QuantizationArgs": "qjax.scheme",
     "QuantizationConfig": "qjax.formats.base",
+    "QuantizationScheme": "qjax.scheme",
     "RecipeError": "qjax.errors",
     "RequestError": "qjax.errors",
     "SamplingParams": "qjax.engine.sampling_params",
@@ -93,7 +96,9 @@ __all__ = [
     "Params",
     "QArray",
     "QjaxError",
+    "QuantizationArgs",
     "QuantizationConfig",
+    "QuantizationScheme",
     "RecipeError",
     "RequestError",
     "SamplingParams",

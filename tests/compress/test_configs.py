@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import qjax
@@ -10,17 +11,31 @@ from qjax.compress.rotation import folded
 from qjax.compress.steps import plan
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
-
-
 FILES = [file for file in sorted(RECIPES.glob("*.yaml")) if "autoround" not in file.stem]
+SAMPLES = np.random.default_rng(0).integers(0, 512, (4, 64))
+
+
+@pytest.fixture(scope="module")
+def base(golden) -> qjax.Params:
+    return qjax.load(golden / "base-tiny-llama")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_recipe_fits(file, golden):
-    config = qjax.load(golden / "base-tiny-llama").config
+def test_recipe_fits(file, base):
     modifiers = parse(file)
-    folded(modifiers, config)
-    steps = plan(modifiers, config)
+    folded(modifiers, base.config)
+    steps = plan(modifiers, base.config)
     named = {module for step in steps for module in step.schemes}
     if file.stem != "kv_fp8":
-        assert len(named) >= 7 * config.num_layers
+        assert len(named) >= 7 * base.config.num_layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_recipe_runs(file, base, golden):
+    """Logits stay near those that transformers gave for the model; 2 and 3 bits cost more."""
+    reference = np.load(golden / "base-tiny-llama" / "reference.npz")
+    ids, expected = reference["ids_0"], reference["logits_0"].astype(np.float64)
+    found = np.asarray(qjax.forward(qjax.oneshot(base, file, SAMPLES, progress=False), ids))
+    likeness = np.corrcoef(found.ravel(), expected.ravel())[0, 1]
+    assert likeness > (0.8 if file.stem[:2] in ("w2", "q2") else 0.98)
