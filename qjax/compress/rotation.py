@@ -40,10 +40,10 @@ class Folded:
         return floats
 
     def hidden(self, x: np.ndarray) -> np.ndarray:
-        """What embeddings float32 [..., E] become."""
-        return (
-            x if self.stream is None else np.asarray(hadamard.rotated(jnp.asarray(x), self.stream))
-        )
+        """What embeddings float32 [..., E] become; an array that can be written to, as they are."""
+        if self.stream is None:
+            return x
+        return np.array(hadamard.rotated(jnp.asarray(x), self.stream))
 
     def ends(self, params: Params) -> dict[str, Any]:
         """Embedding, head and last norm, by name; a head that was the embedding is one of its own
