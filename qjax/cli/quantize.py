@@ -94,6 +94,14 @@ def quantize(
         int | None,
         typer.Option("--seq-len", help="Tokens of each.", min=2, rich_help_panel=_SAMPLES),
     ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            help="An importance matrix of llama.cpp instead of samples, for types of GGUF.",
+            rich_help_panel=_SAMPLES,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option("--seed", help="Draws the samples.", rich_help_panel=_SAMPLES)
     ] = 0,
@@ -137,6 +145,7 @@ def quantize(
         num_calibration_samples=num_samples,
         max_seq_length=seq_len,
         seed=seed,
+        imatrix=imatrix,
         format=format,
         dtype=dtype,
         on_layer=_report,

@@ -14,6 +14,7 @@ import numpy as np
 
 from qjax import ops
 from qjax.checkpoint import saver
+from qjax.checkpoint.imatrix import read_imatrix
 from qjax.checkpoint.save_plan import DENSE, GGUF, ORBAX
 from qjax.compress import dataset as datasets
 from qjax.compress import layers
@@ -26,6 +27,7 @@ from qjax.compress.shorthand import modifiers_for
 from qjax.compress.state import Finished, State
 from qjax.compress.steps import Step, plan, touches
 from qjax.compress.walk import check, walk
+from qjax.errors import RecipeError
 from qjax.models.config import ModelConfig
 from qjax.params import PLAIN, Params
 from qjax.qarray import QArray
@@ -49,6 +51,7 @@ def oneshot(
     splits: str | Mapping[str, str] | None = None,
     dataset_config_name: str | None = None,
     seed: int = 0,
+    imatrix: str | os.PathLike[str] | None = None,
     format: str | None = None,
     dtype: str | None = None,
     progress: bool = True,
@@ -71,6 +74,8 @@ def oneshot(
         the same call goes on where it was; None saves nothing.
       num_calibration_samples, max_seq_length, shuffle_calibration_samples, text_column, splits,
         dataset_config_name, seed: of the samples.
+      imatrix: an importance matrix of llama.cpp, by which types of GGUF weigh columns instead of by
+        samples.
       format: what it is saved as, see `qjax.save`; None for GGUF where the recipe has types of it,
         else "compressed-tensors".
       dtype: of what is saved and not quantized, see `qjax.save`; None leaves it, with float32 for
@@ -90,7 +95,13 @@ def oneshot(
     folder = None if output_dir is None else Path(output_dir)
     params = model if isinstance(model, Params) else _load(model)
     rotations = folded(modifiers, params.config)
-    steps = plan(modifiers, params.config)
+    squares = {}
+    if imatrix is not None:
+        read = read_imatrix(imatrix, params.config)
+        squares = {module: each.mean for module, each in read.items()}
+    steps = plan(modifiers, params.config, squares)
+    if imatrix is not None and not any(step.types for step in steps):
+        raise RecipeError("imatrix: this recipe has no type of GGUF, which alone goes by it")
     chosen = format or _format(steps)
     if folder is not None:
         saver.check(params, folder, chosen, dtype)

@@ -74,11 +74,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Step:
-    """A modifier with what it does to which modules of this model, by their full names."""
+    """A modifier with what it does to which modules of this model, by their full names.
+
+    Attributes:
+      types: of GGUF.
+      squares: the mean square of each input, float32 [K] or [experts, K], where no samples tell.
+    """
 
     modifier: Modifier
     schemes: Mapping[str, QuantizationScheme]
-    types: Mapping[str, str]  # of GGUF
+    types: Mapping[str, str]
+    squares: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 # Modifiers that `apply` carries out; a recipe with another must not pass for done.
@@ -92,8 +98,15 @@ CARRIED_OUT = (
 )
 
 
-def plan(modifiers: tuple[Modifier, ...], config: ModelConfig) -> tuple[Step, ...]:
+def plan(
+    modifiers: tuple[Modifier, ...],
+    config: ModelConfig,
+    squares: Mapping[str, np.ndarray] | None = None,
+) -> tuple[Step, ...]:
     """The steps of a recipe for a model.
+
+    Args:
+      squares: see `Step`.
 
     Raises:
       RecipeError: a modifier does not fit the model, or its settings contradict each other.
@@ -104,8 +117,14 @@ def plan(modifiers: tuple[Modifier, ...], config: ModelConfig) -> tuple[Step, ..
             raise UnsupportedError(f"{type(modifier).__name__} is read, but not carried out")
     others = [name.rpartition(".")[0] for name in parameter_shapes(config)]
     claims = assign_all(modifiers, modules(config), others)
+    weighed = bool(squares)
     return tuple(
-        Step(each, schemes, _ggml_types(schemes, config, each.requires_calibration_data))
+        Step(
+            each,
+            schemes,
+            _ggml_types(schemes, config, weighed or each.requires_calibration_data),
+            squares or {},
+        )
         for each, schemes in zip(modifiers, claims, strict=True)
     )
 
@@ -246,7 +265,7 @@ def round_layer(layer: Layer, step: Step, scale_dtype: str) -> None:
     for group in shared_inputs(own):
         named = [name for name in group if layer.prefix + name in step.types]
         for name in named:
-            _finish(layer, name, _blocks(layer, name, step.types[layer.prefix + name]))
+            _finish(layer, name, _blocks(layer, name, step))
         weights = [
             Weight(
                 layer.prefix + name,
@@ -261,10 +280,10 @@ def round_layer(layer: Layer, step: Step, scale_dtype: str) -> None:
             _finish(layer, name.removeprefix(layer.prefix), weight)
 
 
-def _blocks(layer: Layer, name: str, qtype: str) -> QArray:
+def _blocks(layer: Layer, name: str, step: Step) -> QArray:
     """A weight in blocks of a GGUF type."""
+    qtype, importance = step.types[layer.prefix + name], step.squares.get(layer.prefix + name)
     values, stats = np.asarray(layer.floats[f"{name}.weight"]), layer.stats_of(name)
-    importance = None
     if stats is not None:
         importance = np.asarray(jnp.diagonal(stats.moment, axis1=-2, axis2=-1))
     if values.ndim == 2:

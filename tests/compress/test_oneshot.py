@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.checkpoint.imatrix import Squares, write_imatrix
 from qjax.compress import layers, state, walk
+from qjax.compress.algorithms import ggml
 from qjax.compress.modifiers import (
     AWQModifier,
     GPTQModifier,
@@ -43,7 +45,9 @@ def weights_of(params: qjax.Params) -> dict[str, np.ndarray]:
 
 
 def logits_error(params: qjax.Params, base: qjax.Params) -> float:
-    a, b = (np.asarray(qjax.forward(p, TOKENS), np.float64) for p in (params, base))
+    a, b = (
+        np.asarray(qjax.forward(p, jax.numpy.asarray(TOKENS)), np.float64) for p in (params, base)
+    )
     return float(((a - b) ** 2).sum() / (b**2).sum())
 
 
@@ -207,6 +211,19 @@ def test_target_bits(uneven: qjax.Params, target: float) -> None:
     assert len({leaf.qtype for leaf in matrices.values()}) > 1
     q, k = (matrices[f"0.self_attn.{name}_proj.weight"].qtype for name in "qk")
     assert q == k  # runtimes join them
+
+
+def test_importance_matrix_of_a_file(llama: qjax.Params, tmp_path: Path) -> None:
+    name, file = "model.layers.0.mlp.down_proj", tmp_path / "imatrix.gguf"
+    weight = np.asarray(layers.dense(layers.leaf(llama, f"{name}.weight")))
+    mean = np.exp(np.random.default_rng(0).normal(size=weight.shape[1])).astype(np.float32)
+    write_imatrix(file, {name: Squares(mean, np.array(64, np.float32))}, llama.config)
+    found = qjax.oneshot(llama, "Q4_0", imatrix=file, progress=False)
+    wanted = qjax.QArray(ggml.quantize(weight, "q4_0", mean), "q4_0", weight.shape)
+    assert np.array_equal(weights_of(found)[f"{name}.weight"], wanted.dequantize())
+    assert not np.array_equal(ggml.quantize(weight, "q4_0"), wanted.qvalue)
+    with pytest.raises(qjax.RecipeError, match="no type of GGUF"):
+        qjax.oneshot(llama, "FP8_DYNAMIC", imatrix=file)
 
 
 ON_FOUR_DEVICES = """
