@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from qjax import ops
 from qjax.compress import statistics
 from qjax.compress.statistics import InputStats
@@ -24,6 +25,7 @@ from qjax.qarray import QArray
 Flat = dict[str, Any]
 """Parameters of one layer by their names below it: "self_attn.q_proj.weight"."""
 
+LAYERS = "model.layers."
 EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
 
 
@@ -39,7 +41,7 @@ def modules(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def prefix(index: int) -> str:
     """What the names of a layer's parameters begin with."""
-    return f"model.layers.{index}."
+    return f"{LAYERS}{index}."
 
 
 def flat(tree: Mapping[str, Any], at: str = "") -> Flat:
@@ -94,8 +96,20 @@ def run(config: ModelConfig, index: int, layer: Flat, x: jax.Array) -> tuple[jax
     pages = batch.block_table.size
     cache = init_layer_cache(config, pages, PAGE_SIZE, "float32")
     rows = x.reshape(sequences * length, -1)
-    y, cache = functional.run_layer(config, index, nested(layer), rows, batch, cache)
-    return y.reshape(x.shape), cache
+    y, cached = functional.run_layer(config, index, nested(layer), rows, batch, cache)
+    assert cached is not None
+    return y.reshape(x.shape), cached
+
+
+def run_uncached(config: ModelConfig, index: int, layer: Flat, x: jax.Array) -> jax.Array:
+    """The outputs alone, in operations that have gradients."""
+    sequences, length, _ = x.shape
+    batch = whole_sequences(sequences, length, "exact")
+    rows = x.reshape(sequences * length, -1)
+    # Kernels have no gradients.
+    with dispatch.use("xla"):
+        y, _ = functional.run_layer(config, index, nested(layer), rows, batch, None)
+    return y.reshape(x.shape)
 
 
 @partial(jax.jit, static_argnames=("config", "index"))

@@ -7,8 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from qjax.compress.layers import Flat, run
+from qjax.compress.layers import Flat, run_uncached
 from qjax.models.config import ModelConfig
 from qjax.ops import floats
 
@@ -32,23 +31,21 @@ def output_weights(
       float32 [N] for each module; of the networks of experts, for none.
     """
     names = {id(weight): name.removesuffix(".weight") for name, weight in layer.items()}
-    # Kernels have no gradients.
-    with dispatch.use("xla"):
-        with floats.watch() as seen:
-            run(config, index, layer, x)
-        shifts = [
-            None
-            if product.sizes is not None
-            else tuple(jnp.zeros((len(product.inputs), len(w))) for w in product.weights)
-            for product in seen
-        ]
-        signs = jax.random.rademacher(key, x.shape, jnp.float32)
+    with floats.watch() as seen:
+        run_uncached(config, index, layer, x)
+    shifts = [
+        None
+        if product.sizes is not None
+        else tuple(jnp.zeros((len(product.inputs), len(w))) for w in product.weights)
+        for product in seen
+    ]
+    signs = jax.random.rademacher(key, x.shape, jnp.float32)
 
-        def projected(shifts: list[tuple[jax.Array, ...] | None]) -> jax.Array:
-            with floats.shifted(shifts):
-                return (run(config, index, layer, x)[0] * signs).sum()
+    def projected(shifts: list[tuple[jax.Array, ...] | None]) -> jax.Array:
+        with floats.shifted(shifts):
+            return (run_uncached(config, index, layer, x) * signs).sum()
 
-        gradients = jax.grad(projected)(shifts)
+    gradients = jax.grad(projected)(shifts)
     return {
         names[id(weight)]: jnp.square(gradient).mean(0)
         for product, each in zip(seen, gradients, strict=True)

@@ -54,13 +54,13 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        layer_cache: LayerCache,
+        layer_cache: LayerCache | None,
         batch: Batch,
         tables: dict[RopeConfig, tuple[jax.Array, jax.Array]],
         *,
         norm: jax.Array,
         post_norm: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, LayerCache | None]:
         """x + attention(norm(x)), with `post_norm` on what is added. x is float32 [T, E]."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = ops.linear(

@@ -78,13 +78,13 @@ class LatentAttention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        layer_cache: LayerCache,
+        layer_cache: LayerCache | None,
         batch: Batch,
         tables: dict[RopeConfig, tuple[jax.Array, jax.Array]],
         *,
         norm: jax.Array,
         post_norm: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, LayerCache | None]:
         """x + attention(norm(x)), with `post_norm` on what is added. x is float32 [T, E]."""
         q, k, v = self._heads(x, batch, tables[self.rope], norm)
         size = self.spec.head_dim

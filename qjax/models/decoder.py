@@ -89,10 +89,10 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        layer_cache: LayerCache,
+        layer_cache: LayerCache | None,
         batch: Batch,
         tables: dict[RopeConfig, tuple[jax.Array, jax.Array]],
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, LayerCache | None]:
         # Without post norms, `post_attention_layernorm` is the one before the feed-forward network.
         if self.post_norms:
             after_attention, before_mlp, after_mlp = (

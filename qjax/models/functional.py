@@ -64,14 +64,14 @@ def same_layer(config: ModelConfig, index: int) -> int:
 
 
 def run_layer(
-    config: ModelConfig, index: int, tree: Any, x: jax.Array, batch: Batch, cache: LayerCache
-) -> tuple[jax.Array, LayerCache]:
+    config: ModelConfig, index: int, tree: Any, x: jax.Array, batch: Batch, cache: LayerCache | None
+) -> tuple[jax.Array, LayerCache | None]:
     """Layer `index` alone.
 
     Args:
       tree: its parameters, as they lie below "model.layers.<index>".
       x: hidden states float32 [T, E].
-      cache: of this layer.
+      cache: of this layer, or None: see `ops.paged_attention`.
     """
     layer = nnx.merge(_abstract_layer(config, index), nnx.State(tree))
     return layer(x, cache, batch, position_tables(config, batch))

@@ -11,13 +11,14 @@ from pallas_kernels.kv_update.pages import FP8
 from pallas_kernels.kv_update.turn import turn
 from pallas_kernels.paged_attention import AttentionSpec
 from qjax.kv_cache import Batch, LayerCache
+from qjax.ops.whole_attention import attend_whole
 
 
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    layer_cache: LayerCache,
+    layer_cache: LayerCache | None,
     batch: Batch,
     spec: AttentionSpec,
     *,
@@ -27,12 +28,13 @@ def paged_attention(
     norm_eps: float = 0.0,
     cache_scales: tuple[jax.Array, jax.Array] | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, LayerCache]:
+) -> tuple[jax.Array, LayerCache | None]:
     """Writes k and v of the batch's tokens to the cache and attends with q.
 
     Args:
       q: float32 [T, num_heads * head_dim]. k, v: float32 [T, num_kv_heads * head_dim].
-      layer_cache: of this layer.
+      layer_cache: of this layer; None where nothing is cached and the batch is of whole sequences
+        of one length: see `whole_attention`, which has gradients.
       rope: (cos, sin), float32 [T, rotary_dim / 2].
       q_norm, k_norm: float32 [head_dim], norms of each head before rope, with `norm_eps`.
       cache_scales: of k and of v, float32 [1] or [num_kv_heads], for a cache of an 8-bit float;
@@ -42,6 +44,9 @@ def paged_attention(
     Returns:
       float32 [T, num_heads * head_dim], and the layer's cache.
     """
+    if layer_cache is None:
+        heads = {"rope": rope, "q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
+        return attend_whole(q, k, v, len(batch.seq_lens), spec, sinks=sinks, **heads), None
     k_scale = v_scale = None
     if layer_cache.keys.dtype in FP8:
         k_scale, v_scale = cache_scales or (None, None)
