@@ -65,6 +65,13 @@ class Hidden:
         for rows, y in self._run(layers.outputs, index, layer):
             self.values[rows] = y
 
+    def outputs(self, index: int, layer: Flat) -> np.ndarray:
+        """What `advance` would put there: float32 [S, T, E] on the host."""
+        found = np.empty_like(self.values)
+        for rows, y in self._run(layers.outputs, index, layer):
+            found[rows] = y
+        return found
+
     def cached_extremes(self, index: int, layer: Flat) -> tuple[jax.Array, jax.Array]:
         """See `layers.cached_extremes`."""
         found = [each for _, each in self._run(layers.cached_extremes, index, layer)]

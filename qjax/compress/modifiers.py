@@ -212,12 +212,12 @@ class SmoothQuantModifier:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoRoundModifier(QuantizationMixin):
-    """AutoRound: rounding and clipping are learned by signed gradient descent, block by block.
+    """AutoRound: rounding and clipping are learned by gradient descent, block by block.
 
     Attributes:
       iters: steps of each block.
       batch_size: samples of a step.
-      lr: step size; None for 1 / iters.
+      lr: size of the first step, in units of scales; None for 1 / iters. It shrinks to 0.
       disable_opt_rtn: with iters 0, round to nearest without a search for scales.
       enable_torch_compile, device_ids: change nothing here.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,12 @@ from qjax.compress import grid as grids
 from qjax.compress.algorithms import hqq
 from qjax.compress.algorithms.gptq import Rounded, gptq
 from qjax.compress.grid import Grid, Scales
-from qjax.compress.modifiers import GPTQModifier, HQQModifier, QuantizationMixin
+from qjax.compress.modifiers import (
+    AutoRoundModifier,
+    GPTQModifier,
+    HQQModifier,
+    QuantizationMixin,
+)
 from qjax.compress.statistics import InputStats
 from qjax.errors import CalibrationError
 from qjax.formats.ct_config import act_spec
@@ -186,14 +191,20 @@ def _gptq(
 ) -> Rounded:
     assert isinstance(modifier, GPTQModifier)
     order = like.args.actorder
-    settings: dict[str, Any] = {
+    settings = {
         "actorder": "weight" if order == "aware" else order,
         "block_size": modifier.block_size,
-        "sweeps": SWEEPS,
+        "dampening": modifier.dampening_frac,
     }
-    values, moment = _over_devices(values, _stats(like, names).moment)
-    for dampening in (modifier.dampening_frac, *_MORE_DAMPENING):
-        found = gptq(values, moment, grid, dampening=dampening, **settings)
+    return _by_gptq(values, _stats(like, names).moment, grid, names, settings)
+
+
+def _by_gptq(
+    values: jax.Array, moment: jax.Array, grid: Grid, names: str, settings: Mapping[str, Any]
+) -> Rounded:
+    values, moment = _over_devices(values, moment)
+    for more in ({}, *({"dampening": each} for each in _MORE_DAMPENING)):
+        found = gptq(values, moment, grid, sweeps=SWEEPS, **{**settings, **more})
         if bool(jnp.isfinite(found.codes).all()):
             return found
     raise CalibrationError(
@@ -216,6 +227,18 @@ def _over_devices(values: jax.Array, moment: jax.Array) -> tuple[jax.Array, jax.
     )
 
 
+def _before_autoround(
+    values: jax.Array, like: Weight, grid: Grid, modifier: QuantizationMixin, names: str
+) -> Rounded:
+    """What AutoRound starts from; without steps, all that it does."""
+    assert isinstance(modifier, AutoRoundModifier)
+    if modifier.iters:
+        return _by_gptq(values, _stats(like, names).moment, grid, names, {})
+    search = not modifier.disable_opt_rtn
+    importance = _importance(_stats(like, names).moment, grid) if search else None
+    return _to_nearest(values, importance, grid, search)
+
+
 def _hqq(
     values: jax.Array, like: Weight, grid: Grid, modifier: QuantizationMixin, names: str
 ) -> Rounded:
@@ -225,7 +248,7 @@ def _hqq(
 
 
 _by_hqq = jax.jit(hqq.optimized, static_argnums=(1, 2, 3, 4, 5))
-_METHODS = {GPTQModifier: _gptq, HQQModifier: _hqq}
+_METHODS = {GPTQModifier: _gptq, AutoRoundModifier: _before_autoround, HQQModifier: _hqq}
 
 
 def _stats(weight: Weight, names: str) -> InputStats:

@@ -15,8 +15,9 @@ from qjax.compress.algorithms.gptq import relative_error
 from qjax.compress.assignment import assign_all
 from qjax.compress.gguf_mixes import mix_types
 from qjax.compress.hidden import Hidden
-from qjax.compress.layers import Flat, dense, modules, shared_inputs
+from qjax.compress.layers import LAYERS, Flat, dense, modules, shared_inputs
 from qjax.compress.modifiers import (
+    AutoRoundModifier,
     AWQModifier,
     GPTQModifier,
     HQQModifier,
@@ -28,6 +29,7 @@ from qjax.compress.modifiers import (
 )
 from qjax.compress.rounding import Weight, grid_of, quantized
 from qjax.compress.statistics import InputStats
+from qjax.compress.tuning import tuned
 from qjax.errors import CalibrationError, UnsupportedError
 from qjax.models.config import ModelConfig
 from qjax.models.functional import parameter_shapes
@@ -95,6 +97,7 @@ CARRIED_OUT = (
     AWQModifier,
     SmoothQuantModifier,
     SpinQuantModifier,  # before, see `rotation`
+    AutoRoundModifier,
 )
 
 
@@ -118,6 +121,9 @@ def plan(
     others = [name.rpartition(".")[0] for name in parameter_shapes(config)]
     claims = assign_all(modifiers, modules(config), others)
     weighed = bool(squares)
+    for modifier, schemes in zip(modifiers, claims, strict=True):
+        if isinstance(modifier, AutoRoundModifier):
+            _check_learnable(schemes)
     return tuple(
         Step(
             each,
@@ -127,6 +133,22 @@ def plan(
         )
         for each, schemes in zip(modifiers, claims, strict=True)
     )
+
+
+def _check_learnable(schemes: Mapping[str, QuantizationScheme]) -> None:
+    """That AutoRound can learn all weights."""
+    for name, scheme in schemes.items():
+        weights, reason = scheme.weights, None
+        if not name.startswith(LAYERS):
+            reason = "not in a decoder layer, whose outputs tell what is better: ignore it"
+        elif scheme.ggml is not None:
+            reason = f"{scheme.ggml} is chosen by GGUF's own search: use QuantizationModifier"
+        elif scheme.input_activations is not None:
+            reason = "its inputs are rounded, too: use GPTQModifier"
+        elif weights is None or weights.type != "int":
+            reason = "only integers are learned: use QuantizationModifier"
+        if reason is not None:
+            raise UnsupportedError(f"AutoRoundModifier, {name}: {reason}")
 
 
 def _ggml_types(
@@ -168,6 +190,8 @@ def apply(
             later = {k: v for other in steps[number + 1 :] for k, v in other.schemes.items()}
             counts = {} if hidden is None else hidden.output_weights(layer.index or 0, layer.floats)
             balance(layer, step.modifier, later, config, scale_dtype, counts)
+        elif isinstance(step.modifier, AutoRoundModifier) and step.modifier.iters:
+            learn(layer, step, hidden, scale_dtype)
         elif step.schemes:
             round_layer(layer, step, scale_dtype)
 
@@ -258,6 +282,42 @@ def _fold(layer: Layer, scaling: mappings.Scaling, s: jax.Array) -> None:
         layer.stats[first] = statistics.scaled(layer.stats[first], 1 / scaling.columns(s))
 
 
+def learn(layer: Layer, step: Step, hidden: Hidden | None, scale_dtype: str) -> None:
+    """AutoRound, of all the weights of a layer that it names."""
+    assert isinstance(step.modifier, AutoRoundModifier)
+    own = [name for name in layer.modules if layer.prefix + name in step.schemes]
+    if not own:
+        return
+    assert layer.index is not None
+    assert hidden is not None
+    start: dict[str, QArray] = {}
+    for group in shared_inputs(own):
+        found = quantized(_weights(layer, step, group), step.modifier, scale_dtype)
+        start |= {name.removeprefix(layer.prefix): weight for name, weight in found.items()}
+    kinds = {
+        name: grid_of(
+            step.schemes[layer.prefix + name], layer.floats[f"{name}.weight"].shape, scale_dtype
+        )
+        for name in own
+    }
+    better = tuned(layer.floats, start, kinds, hidden, layer.index, step.modifier)
+    for name, weight in better.items():
+        _finish(layer, name, weight)
+
+
+def _weights(layer: Layer, step: Step, names: Iterable[str]) -> list[Weight]:
+    """Those of some modules, as `quantized` takes them."""
+    return [
+        Weight(
+            layer.prefix + name,
+            layer.floats[f"{name}.weight"],
+            step.schemes[layer.prefix + name],
+            layer.stats_of(name),
+        )
+        for name in names
+    ]
+
+
 def round_layer(layer: Layer, step: Step, scale_dtype: str) -> None:
     """Rounds the weights that a quantizing modifier names."""
     assert isinstance(step.modifier, QuantizationMixin)
@@ -266,16 +326,7 @@ def round_layer(layer: Layer, step: Step, scale_dtype: str) -> None:
         named = [name for name in group if layer.prefix + name in step.types]
         for name in named:
             _finish(layer, name, _blocks(layer, name, step))
-        weights = [
-            Weight(
-                layer.prefix + name,
-                layer.floats[f"{name}.weight"],
-                step.schemes[layer.prefix + name],
-                layer.stats_of(name),
-            )
-            for name in group
-            if name not in named
-        ]
+        weights = _weights(layer, step, (name for name in group if name not in named))
         for name, weight in quantized(weights, step.modifier, scale_dtype).items():
             _finish(layer, name.removeprefix(layer.prefix), weight)
 
