@@ -268,13 +268,17 @@ def _tensors(
 
 
 def _array(place: Array, values: np.ndarray, offset: np.float32, dtype: str | None) -> np.ndarray:
-    values = values.astype(np.float32)
+    """A norm, a bias or a scale in the dtype that was asked for, or that it had; as float32 where
+    that would change it, as it does what a scale was folded into."""
+    values = values.astype(np.float32).reshape(place.shape)
     last = place.tensor.rpartition(".")[2]
-    if last in ("k_scale", "v_scale"):
-        return values.reshape(place.shape).astype(DTYPES[STORED[place.qtype]])
-    if last not in ("bias", "sinks") and offset:
-        values = values - offset
-    return values.reshape(place.shape).astype(DTYPES[dtype or STORED[place.qtype]])
+    scale = last in ("k_scale", "v_scale")
+    plain = scale or last in ("bias", "sinks") or not offset
+    less = values if plain else values - offset
+    stored = less.astype(DTYPES[STORED[place.qtype] if scale else dtype or STORED[place.qtype]])
+    back = stored.astype(np.float32)
+    same = np.array_equal(back if plain else back + offset, values)
+    return stored if same or (dtype and not scale) else less
 
 
 def _change(before: QArray, after: QArray) -> float:
