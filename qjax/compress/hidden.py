@@ -84,7 +84,7 @@ class Hidden:
         """program(config, index, layer, x) of every batch x, in order, on the first device; where
         there are several, as many batches are on their way, each on a device of its own."""
         kind, devices = functional.same_layer(self.config, index), jax.local_devices()
-        copies = [layer if one is devices[0] else jax.device_put(layer, one) for one in devices]
+        copies = [jax.device_put(layer, one) for one in devices]
         waiting: deque[tuple[slice, Any]] = deque()
         for number, rows in enumerate(self.batches()):
             here = number % len(devices)

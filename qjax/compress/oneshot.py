@@ -15,6 +15,7 @@ import numpy as np
 from qjax import ops
 from qjax.checkpoint import saver
 from qjax.checkpoint.imatrix import read_imatrix
+from qjax.checkpoint.loader import load
 from qjax.checkpoint.save_plan import DENSE, GGUF, ORBAX
 from qjax.compress import dataset as datasets
 from qjax.compress import layers
@@ -27,6 +28,7 @@ from qjax.compress.shorthand import modifiers_for
 from qjax.compress.state import Finished, State
 from qjax.compress.steps import Step, plan, touches
 from qjax.compress.walk import check, walk
+from qjax.engine import compile_cache
 from qjax.errors import RecipeError
 from qjax.models.config import ModelConfig
 from qjax.params import PLAIN, Params
@@ -91,9 +93,10 @@ def oneshot(
       CalibrationError: the samples are of no use to a method.
       CheckpointError: `output_dir` holds something.
     """
+    compile_cache.enable()
     modifiers = _modifiers(recipe)
     folder = None if output_dir is None else Path(output_dir)
-    params = model if isinstance(model, Params) else _load(model)
+    params = model if isinstance(model, Params) else load(model)
     rotations = folded(modifiers, params.config)
     squares = {}
     if imatrix is not None:
@@ -161,12 +164,6 @@ def _modifiers(recipe: Any) -> tuple[Modifier, ...]:
     if isinstance(recipe, str) and is_preset(recipe):
         return parse(modifiers_for(recipe))
     return parse(recipe)
-
-
-def _load(source: Any) -> Params:
-    from qjax.checkpoint.loader import load
-
-    return load(source)
 
 
 def _format(steps: Sequence[Step]) -> str:

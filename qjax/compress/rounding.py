@@ -93,6 +93,7 @@ def _alike(weights: Sequence[Weight], scale_dtype: str) -> Iterator[list[Weight]
             if w is first
             or (
                 w.args == first.args
+                and w.scheme.input_activations == first.scheme.input_activations
                 and w.values.ndim == first.values.ndim
                 and grid.group[0] == 1
                 and w.values.shape[:-2] == first.values.shape[:-2]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.inputs import FLOATS
 from qjax.compress import layers
 from qjax.compress.hidden import Hidden
 from qjax.compress.layers import Flat
@@ -24,8 +25,6 @@ from qjax.compress.steps import Layer, Step, apply, touches
 from qjax.errors import CalibrationError
 from qjax.params import Params
 from qjax.qarray import QArray
-
-FP8_TOP = 448.0
 
 
 def walk(
@@ -156,7 +155,7 @@ def _cache_scales(layer: Layer, extremes: tuple[jax.Array, jax.Array]) -> Flat:
     """Scales with which the largest number is the largest of float8_e4m3: float32 [1] each."""
     return {
         f"{layer.prefix}self_attn.{name}_scale": np.asarray(
-            jnp.maximum(largest.max(), 1e-12) / FP8_TOP
+            jnp.maximum(largest.max(), 1e-12) / FLOATS["fp8_e4m3"].top
         )[None]
         for name, largest in zip("kv", extremes, strict=True)
     }

@@ -1,5 +1,6 @@
 """The recipes in configs/recipes fit a model, each with what its name says."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,15 @@ import pytest
 
 import qjax
 from qjax.compress import layers
+from qjax.compress.modifiers import (
+    AutoRoundModifier,
+    AWQModifier,
+    GPTQModifier,
+    HQQModifier,
+    SmoothQuantModifier,
+    SpinQuantModifier,
+)
+from qjax.compress.presets import GGML
 from qjax.compress.recipe import parse
 from qjax.compress.rotation import folded
 from qjax.compress.steps import plan
@@ -19,6 +29,34 @@ SAMPLES = np.random.default_rng(0).integers(0, 512, (4, 64))
 @pytest.fixture(scope="module")
 def base(golden) -> qjax.Params:
     return qjax.load(golden / "base-tiny-llama")
+
+
+METHODS = {
+    "gptq": GPTQModifier,
+    "awq": AWQModifier,
+    "smoothquant": SmoothQuantModifier,
+    "autoround": AutoRoundModifier,
+    "hqq": HQQModifier,
+    "spinquant": SpinQuantModifier,
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_name_of_recipe(file):
+    """Each is what its name says."""
+    found = parse(file)
+    schemes = [scheme for m in found for scheme in getattr(m, "schemes", ())]
+    caches = [m for m in found if getattr(m, "kv_cache_scheme", None) is not None]
+    assert bool(caches) == ("kv" in file.stem)
+    assert schemes or file.stem == "kv_fp8"
+    for method, kind in METHODS.items():
+        assert method not in file.stem or any(isinstance(m, kind) for m in found)
+    if bits := re.match(r"w(\d)a", file.stem):
+        assert {scheme.weights.num_bits for scheme in schemes} == {int(bits[1])}
+    elif file.stem.upper() in GGML:
+        assert [scheme.ggml for scheme in schemes] == [file.stem.upper()]
+    elif file.stem.startswith(("fp8", "nvfp4", "mxfp")):
+        assert {scheme.weights.type for scheme in schemes} == {"float"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

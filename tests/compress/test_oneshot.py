@@ -213,6 +213,22 @@ def test_target_bits(uneven: qjax.Params, target: float) -> None:
     assert q == k  # runtimes join them
 
 
+def test_neighbours_of_one_kind_keep_their_own_inputs(llama: qjax.Params) -> None:
+    """q and k take the same inputs and the same codes, but only k rounds its inputs."""
+    weights = QuantizationArgs(8, strategy="channel")
+    tokens = QuantizationArgs(8, strategy="token", dynamic=True)
+    groups = {
+        "plain": QuantizationScheme(("re:.*q_proj",), weights),
+        "rounded": QuantizationScheme(("re:.*k_proj",), weights, tokens),
+    }
+    found = qjax.oneshot(llama, QuantizationModifier(config_groups=groups), progress=False)
+    q, k = (
+        layers.leaf(found, f"model.layers.0.self_attn.{name}_proj.weight") for name in ("q", "k")
+    )
+    assert (q.act, q.qtype) == (None, "uint8b128")
+    assert (k.act.dtype, k.qtype) == ("int8", "int8")
+
+
 def test_importance_matrix_of_a_file(llama: qjax.Params, tmp_path: Path) -> None:
     name, file = "model.layers.0.mlp.down_proj", tmp_path / "imatrix.gguf"
     weight = np.asarray(layers.dense(layers.leaf(llama, f"{name}.weight")))
