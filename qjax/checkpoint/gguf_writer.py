@@ -27,6 +27,7 @@ from qjax.checkpoint.gguf_metadata import file_type, model_metadata, rope_tensor
 from qjax.checkpoint.gguf_stream import GGUFStream
 from qjax.checkpoint.gguf_vocabulary import vocabulary_metadata
 from qjax.checkpoint.loader import pair_order
+from qjax.checkpoint.places import leaf_of
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats.base import PLAIN
 from qjax.formats.gguf import stored
@@ -178,14 +179,8 @@ class _Tensors:
         """Whether a tensor of the source is no parameter and still holds."""
         weight = self._parts.get(name.removesuffix(_INPUT_SCALE) + ".weight")
         if name.endswith(_INPUT_SCALE) and weight is not None:
-            return self._leaf(weight[0]).qtype == "fp4_e2m1"
+            return leaf_of(self._params, weight[0]).qtype == "fp4_e2m1"
         return name in ROPE_TENSORS
-
-    def _leaf(self, name: str) -> Any:
-        node = self._params.tree
-        for key in name.split("."):
-            node = node[key]
-        return node
 
     def announced(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes, in the order in which they come."""
@@ -210,7 +205,7 @@ class _Tensors:
         return list(shapes.items())
 
     def _has_scale(self, name: str) -> bool:
-        leaf = self._leaf(name)
+        leaf = leaf_of(self._params, name)
         if not isinstance(leaf, QArray) or leaf.qtype != "fp4_e2m1" or leaf.group is None:
             return False
         return leaf.group[1] == 16 and "global_scale" in leaf.aux
@@ -253,7 +248,7 @@ class _Tensors:
 
     def _host(self, name: str) -> Any:
         """A parameter on the host, its rows as GGUF has them."""
-        leaf = self._leaf(name)
+        leaf = leaf_of(self._params, name)
         order = pair_order(name, self._params.config) if self._rotated else None
         order = None if order is None else np.argsort(order)
         if not isinstance(leaf, QArray):

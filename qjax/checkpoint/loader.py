@@ -82,11 +82,7 @@ def load(
         places = opened.places()
         tree: dict[str, Any] = {}
         for name, leaf in _read_all(opened, places):
-            *parents, last = name.split(".")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = leaf
+            native.put(tree, name.split("."), leaf)
     host = Host(
         str(found.name), opened.load_tokenizer, opened.generation_config, opened.origin(places)
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from qjax import ops
+from qjax.checkpoint import native
 from qjax.compress import statistics
 from qjax.compress.statistics import InputStats
 from qjax.kv_cache import PAGE_SIZE, LayerCache, init_layer_cache, whole_sequences
@@ -44,38 +45,22 @@ def prefix(index: int) -> str:
     return f"{LAYERS}{index}."
 
 
-def flat(tree: Mapping[str, Any], at: str = "") -> Flat:
+def flat(tree: Mapping[str, Any]) -> Flat:
     """A nested dict as one, names joined by dots."""
-    found: Flat = {}
-    for key, value in tree.items():
-        inside = flat(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: value}
-        found |= inside
-    return found
+    return {".".join(path): leaf for path, leaf in native.leaves_of(tree)}
 
 
 def nested(names: Mapping[str, Any]) -> dict[str, Any]:
     """What `flat` was given."""
     tree: dict[str, Any] = {}
     for name, value in names.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
+        native.put(tree, name.split("."), value)
     return tree
 
 
 def dense(weight: QArray) -> jax.Array:
     """float32 [..., N, K] of a weight in any layout, see `dequantized`."""
     return jnp.asarray(dequantized(ops.unprepare(jax.tree.map(np.asarray, weight))))
-
-
-def leaf(params: Params, name: str) -> Any:
-    """A parameter by its full name."""
-    node = params.tree
-    for key in name.split("."):
-        node = node[key]
-    return node
 
 
 def stored_layer(params: Params, index: int) -> Flat:

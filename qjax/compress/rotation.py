@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.checkpoint.places import leaf_of
 from qjax.compress.algorithms import hadamard
 from qjax.compress.algorithms.hadamard import Rotation
-from qjax.compress.layers import EMBEDDING, HEAD, NORM, Flat, dense, leaf
+from qjax.compress.layers import EMBEDDING, HEAD, NORM, Flat, dense
 from qjax.compress.modifiers import Modifier, QuIPModifier, SpinQuantModifier
 from qjax.errors import RecipeError, UnsupportedError
 from qjax.models.config import ModelConfig
@@ -51,9 +52,9 @@ class Folded:
         if self.stream is None:
             return {}
         names = [f"{EMBEDDING}.weight", f"{HEAD}.weight", f"{NORM}.weight"]
-        head = None if params.config.tie_word_embeddings else dense(leaf(params, names[1]))
+        head = None if params.config.tie_word_embeddings else dense(leaf_of(params, names[1]))
         table, head, norm = hadamard.rotate_ends(
-            dense(leaf(params, names[0])), head, leaf(params, names[2]), self.stream
+            dense(leaf_of(params, names[0])), head, leaf_of(params, names[2]), self.stream
         )
         tables = [QArray.from_dense(np.asarray(each)) for each in (table, head)]
         return dict(zip(names, (*tables, norm), strict=True))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.inputs import FLOATS
+from qjax.checkpoint.places import leaf_of
 from qjax.compress import layers
 from qjax.compress.hidden import Hidden
 from qjax.compress.layers import Flat
@@ -93,7 +94,7 @@ def walk(
     for name in (layers.EMBEDDING, layers.HEAD):
         if touches(steps, name):
             key = f"{name}.weight"
-            stored = {key: ends[key] if key in ends else layers.leaf(params, key)}
+            stored = {key: ends[key] if key in ends else leaf_of(params, key)}
             layer = Layer(None, "", layers.floats_of(stored))
             apply(layer, steps, None, params.config, scale_dtype)
             yield Finished(None, _tree(layer, stored, {}), layer.errors)

@@ -13,6 +13,7 @@ import pytest
 
 import qjax
 from qjax.checkpoint.imatrix import Squares, write_imatrix
+from qjax.checkpoint.places import leaf_of
 from qjax.compress import layers, state, walk
 from qjax.compress.algorithms import ggml
 from qjax.compress.modifiers import (
@@ -222,16 +223,14 @@ def test_neighbours_of_one_kind_keep_their_own_inputs(llama: qjax.Params) -> Non
         "rounded": QuantizationScheme(("re:.*k_proj",), weights, tokens),
     }
     found = qjax.oneshot(llama, QuantizationModifier(config_groups=groups), progress=False)
-    q, k = (
-        layers.leaf(found, f"model.layers.0.self_attn.{name}_proj.weight") for name in ("q", "k")
-    )
+    q, k = (leaf_of(found, f"model.layers.0.self_attn.{name}_proj.weight") for name in ("q", "k"))
     assert (q.act, q.qtype) == (None, "uint8b128")
     assert (k.act.dtype, k.qtype) == ("int8", "int8")
 
 
 def test_importance_matrix_of_a_file(llama: qjax.Params, tmp_path: Path) -> None:
     name, file = "model.layers.0.mlp.down_proj", tmp_path / "imatrix.gguf"
-    weight = np.asarray(layers.dense(layers.leaf(llama, f"{name}.weight")))
+    weight = np.asarray(layers.dense(leaf_of(llama, f"{name}.weight")))
     mean = np.exp(np.random.default_rng(0).normal(size=weight.shape[1])).astype(np.float32)
     write_imatrix(file, {name: Squares(mean, np.array(64, np.float32))}, llama.config)
     found = qjax.oneshot(llama, "Q4_0", imatrix=file, progress=False)
