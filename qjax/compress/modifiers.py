@@ -34,6 +34,9 @@ class QuantizationMixin:
       kv_cache_scheme: what keys and values are rounded to, or None.
       weight_observer, input_observer: how ranges are found, for all groups; or observer with the
         keys "weights" and "input". ("imatrix_mse" serves GGUF types, too.)
+        Where none is named, rounding to the nearest takes the ranges of weights from their
+        extremes, as LLM Compressor does; but where samples run through the model, those that lose
+        least for them ("imatrix_mse").
       bypass_divisibility_checks: allow a last group that is smaller than the others.
       target_bits: bits a weight that all layers together may take; those of each are chosen by how
         much it suffers. The scheme then gives all but the bits. (LLM Compressor has no such field.)
