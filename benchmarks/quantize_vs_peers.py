@@ -3,7 +3,7 @@
     qjax convert smollm2-135m base --format safetensors
     python benchmarks/quantize_vs_peers.py base --calibration valid.txt --text test.txt \\
         --peer-python ~/peers/bin/python --llama-tools ~/llama.cpp/build/bin \\
-        --json benchmarks/results/quantize-MACHINE.json
+        --json benchmarks/results/quantize/MACHINE.json
 
 Both sides get the same weights in float32, the same recipe and the same calibration tokens: the
 first `--sequences` x `--length` of a text. Both results are then read by qjax, which measures their
@@ -12,12 +12,13 @@ those of processes that quantize one after the other, from the model's folder to
 their imports; compiling counts.
 
 Installs nothing: LLM Compressor must be in the environment of `--peer-python`, llama-imatrix and
-llama-quantize in the folder `--llama-tools`. Where one of them is not given, its methods are left
-out.
+llama-quantize in the folder `--llama-tools`. Where one of them is not given, qjax stands alone.
+Rows of other methods that are already in the file of `--json` stay there.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -54,7 +55,7 @@ class Side:
 class Row:
     method: Method
     ours: Side
-    peer: Side
+    peer: Side | None
 
 
 def calibration(model: qjax.Params, text: Path, sequences: int, length: int) -> np.ndarray:
@@ -120,8 +121,10 @@ def table(rows: list[Row], base: float) -> Iterator[str]:
     )
     yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for row in rows:
-        for one in (row.ours, row.peer):
-            ratio = f"**{row.ours.kl_mean / row.peer.kl_mean:.3f}**" if one is row.ours else ""
+        for one in (row.ours, *([row.peer] if row.peer else [])):
+            ratio = ""
+            if row.peer and one is row.ours:
+                ratio = f"**{row.ours.kl_mean / row.peer.kl_mean:.3f}**"
             yield (
                 f"| {row.method.name} | {one.tool} | {one.perplexity:.3f} | {one.kl_mean:.5f} | "
                 f"{one.kl_error:.5f} | {one.kl_99:.4f} | {one.same_top:.2%} | {one.seconds:.1f} | "
@@ -153,22 +156,28 @@ class Comparison:
             self.versions["llama.cpp"] = self._llama.version()
 
     def row(self, method: Method) -> Row:
-        outputs = {}
-        for who in ("qjax", "peer"):
-            name = f"{who} {method.name}".replace(" ", "-").replace("+", "and")
-            outputs[who] = self._work / (name + (".gguf" if method.gguf else ""))
+        name = method.name.replace(" ", "-").replace("+", "and")
+        ending = ".gguf" if method.gguf else ""
+        outputs = [self._work / f"{who}-{name}{ending}" for who in ("qjax", "peer")]
         request = {"recipe": method.recipe, "tokens": str(self._tokens)}
         with Worker(sys.executable, "oneshot_worker.py", self._options.model) as worker:
             self.versions["qjax"] = worker.ask("info")
-            ours = worker.ask("quantize", **request, output=str(outputs["qjax"]))
-        if method.gguf:
-            assert self._llama
-            tool, theirs = "llama-quantize", self._llama.quantize(method.gguf, outputs["peer"])
-        else:
-            tool, theirs = "LLM Compressor", self._compressed(request, outputs["peer"])
-        found = [divergence(self._base, qjax.load(outputs[who])) for who in ("qjax", "peer")]
-        self.base_perplexity = found[0].base.value
-        return Row(method, side("qjax", ours, found[0]), side(tool, theirs, found[1]))
+            ours = self._measured(
+                "qjax", outputs[0], worker.ask("quantize", **request, output=str(outputs[0]))
+            )
+        peer = None
+        if method.gguf and self._llama:
+            seconds = self._llama.quantize(method.gguf, outputs[1])
+            peer = self._measured("llama-quantize", outputs[1], seconds)
+        elif not method.gguf and self._options.peer_python:
+            seconds = self._compressed(request, outputs[1])
+            peer = self._measured("LLM Compressor", outputs[1], seconds)
+        return Row(method, ours, peer)
+
+    def _measured(self, tool: str, output: Path, seconds: float) -> Side:
+        found = divergence(self._base, qjax.load(output))
+        self.base_perplexity = found.base.value
+        return side(tool, seconds, found)
 
     def _compressed(self, request: dict[str, str], output: Path) -> float:
         with Worker(
@@ -195,21 +204,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-batch", type=int, default=8, help="sequences of a batch of its")
     parser.add_argument("--llama-tools", type=Path, help="folder of llama.cpp's programs")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", default="", help="methods whose name holds this text")
+    parser.add_argument(
+        "--only", action="append", default=[], help="methods whose name holds this text; repeatable"
+    )
     parser.add_argument("--json", type=Path, help="also write all figures here, a table beside it")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
-    wanted = [
-        method
-        for method in METHODS
-        if options.only in method.name
-        and (options.llama_tools if method.gguf else options.peer_python)
-    ]
+    only = options.only or [""]
+    wanted = [method for method in METHODS if any(text in method.name for text in only)]
     if not wanted:
-        sys.exit("no method is left: --peer-python or --llama-tools is needed, see --help.")
+        sys.exit(f"no method has such a name: {', '.join(method.name for method in METHODS)}")
     with tempfile.TemporaryDirectory() as work:
         comparison = Comparison(options, Path(work))
         rows = []
@@ -222,17 +229,39 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace, comparison: Comparison, rows: list[Row]) -> None:
-    """All figures as JSON, and a table in Markdown beside it."""
-    settings = ("sequences", "length", "windows", "peer_batch", "threads")
+    """All figures as JSON, and a table in Markdown beside it; with the rows of earlier runs.
+
+    Raises:
+      RuntimeError: these were taken with other settings, or of another model.
+    """
+    names = ("sequences", "length", "windows", "peer_batch", "threads")
+    settings = {name: getattr(options, name) for name in names}
+    versions, perplexity = comparison.versions, comparison.base_perplexity
+    found = {row.method.name: row for row in rows}
+    if options.json.exists():
+        before = json.loads(options.json.read_text())
+        same = math.isclose(before["perplexity"], perplexity, rel_tol=1e-6)
+        if before["settings"] != settings or not same:
+            raise RuntimeError(f"{options.json} holds results of other settings or another model")
+        versions = before["versions"] | versions
+        found = {row["method"]["name"]: _row(row) for row in before["rows"]} | found
+    order = {method.name: place for place, method in enumerate(METHODS)}
+    rows = sorted(found.values(), key=lambda row: order.get(row.method.name, len(order)))
     report = {
-        "settings": {name: getattr(options, name) for name in settings},
-        "versions": comparison.versions,
-        "perplexity": comparison.base_perplexity,
+        "settings": settings,
+        "versions": versions,
+        "perplexity": perplexity,
         "rows": [asdict(row) for row in rows],
     }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=2) + "\n")
-    text = "\n".join(table(rows, comparison.base_perplexity))
+    text = "\n".join(table(rows, perplexity))
     options.json.with_suffix(".md").write_text(text + "\n")
+
+
+def _row(found: dict[str, Any]) -> Row:
+    peer = found["peer"] and Side(**found["peer"])
+    return Row(Method(**found["method"]), Side(**found["ours"]), peer)
 
 
 if __name__ == "__main__":
