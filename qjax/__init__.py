@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         QjaxError,
         RecipeError,
         RequestError,
+        ShardingError,
         UnsupportedError,
     )
     from qjax.formats.base import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from qjax.registry import register_quantization_config
     from qjax.report import report
     from qjax.scheme import QuantizationArgs, QuantizationScheme
+    from qjax.sharding import make_mesh
 
 __version__ = "0.1.0"
 
@@ -68,6 +70,7 @@ _HOMES = {
     "RecipeError": "qjax.errors",
     "RequestError": "qjax.errors",
     "SamplingParams": "qjax.engine.sampling_params",
+    "ShardingError": "qjax.errors",
     "UnsupportedError": "qjax.errors",
     "expect": "qjax.formats.base",
     "fault": "qjax.formats.base",
@@ -75,6 +78,7 @@ _HOMES = {
     "generate": "qjax.api",
     "key_bases": "qjax.key_bases",
     "load": "qjax.api",
+    "make_mesh": "qjax.sharding",
     "oneshot": "qjax.compress.oneshot",
     "register_quantization_config": "qjax.registry",
     "report": "qjax.report",
@@ -102,6 +106,7 @@ __all__ = [
     "RecipeError",
     "RequestError",
     "SamplingParams",
+    "ShardingError",
     "UnsupportedError",
     "expect",
     "fault",
@@ -109,6 +114,7 @@ __all__ = [
     "generate",
     "key_bases",
     "load",
+    "make_mesh",
     "oneshot",
     "register_quantization_config",
     "report",

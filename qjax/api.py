@@ -17,7 +17,7 @@ from qjax.kv_cache import bytes_per_token, cache_dtypes
 from qjax.params import Params
 
 if TYPE_CHECKING:
-    from jax.sharding import Sharding
+    from jax.sharding import Mesh, Sharding
 
     from qjax.formats.base import QuantizationConfig
 
@@ -35,6 +35,8 @@ def load(
     quantization: str | None = None,
     quantize_activations: bool = True,
     sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    mesh: Mesh | None = None,
+    tensor_parallel_size: int | None = None,
 ) -> Params:
     """Loads a model, its weights as they are stored.
 
@@ -49,21 +51,30 @@ def load(
         what the rounding costs.
       sharding: of a folder that was saved with format="orbax": where each array is to lie, by its
         name ("model.layers.0.mlp.up_proj.weight/scale") and its shape.
+      mesh: devices to split the model over, from `qjax.make_mesh`.
+      tensor_parallel_size: or, instead, how many of them; None for one device.
 
     Raises:
       CheckpointError: the files are damaged or do not fit together.
       DownloadError: the name is unknown, or it cannot be fetched.
       UnsupportedError: the model is of a kind that qjax does not run.
+      ShardingError: it cannot be split over so many devices; tells over how many it can.
     """
     from qjax.checkpoint import loader
     from qjax.engine import compile_cache
+    from qjax.sharding import make_mesh
 
     compile_cache.enable()
+    if tensor_parallel_size is not None:
+        if mesh is not None:
+            raise RequestError("give mesh or tensor_parallel_size, not both.")
+        mesh = make_mesh(tensor_parallel_size)
     return loader.load(
         source,
         quantization=quantization,
         quantize_activations=quantize_activations,
         sharding=sharding,
+        mesh=mesh,
     )
 
 

@@ -62,6 +62,10 @@ class CalibrationError(QjaxError, ValueError):
     numbers are not finite."""
 
 
+class ShardingError(QjaxError, ValueError):
+    """A model, or one of its weights, cannot be split over so many devices."""
+
+
 class DownloadError(QjaxError, OSError):
     """A model could not be found or fetched; the message says what to do."""
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.kv_cache import PAGE_SIZE, Basis, cache_dtypes, init_cache, whole_sequences
-from qjax.models import functional
+from qjax.models import parts
 from qjax.params import Params
 
 
@@ -48,7 +48,9 @@ def forward(
     rows, length = tokens.shape
     batch = whole_sequences(rows, length, numerics)
     dtypes = cache_dtypes(params.config, kv_cache_dtype, "float32", kv_cache_dtype_skip_layers)
-    cache = init_cache(params.config, batch.block_table.size, PAGE_SIZE, dtypes, bases=key_bases)
-    hidden, _ = functional.run(params.config, params.tree, tokens.reshape(-1), batch, cache)
-    logits = functional.logits(params.config, params.tree, hidden, batch)
+    cache = init_cache(
+        parts.cache_config(params), batch.block_table.size, PAGE_SIZE, dtypes, bases=key_bases
+    )
+    hidden, _ = parts.run(params, tokens.reshape(-1), batch, cache)
+    logits = parts.logits(params, hidden, batch)
     return logits.reshape(rows, length, -1)

@@ -31,7 +31,7 @@ from qjax import ops
 from qjax.errors import RequestError
 from qjax.kv_cache import PAGE_SIZE, Basis, init_cache, whole_sequences
 from qjax.layers.rope import rope_tables
-from qjax.models import functional
+from qjax.models import parts
 from qjax.models.config import ModelConfig
 from qjax.params import Params
 
@@ -62,9 +62,9 @@ def key_bases(
     gains = [gains_by_basis(dtype, config.kv_scales) for dtype in names]
     if not any(gains):
         return (None,) * config.num_layers
-    found, which = params.host.key_bases, (config, numerics)
+    found, which = params.host.key_bases, (config, params.mesh, numerics)
     if which not in found:
-        found[which] = _find(config, params.tree, numerics)
+        found[which] = _find(params, numerics)
     return tuple(basis if gain else None for basis, gain in zip(found[which], gains, strict=True))
 
 
@@ -74,12 +74,15 @@ def gains_by_basis(dtype: str, kv_scales: int = 0) -> bool:
     return dtype == "int4" or (dtype in FP8 and not kv_scales)
 
 
-def _find(config: ModelConfig, tree: object, numerics: str) -> tuple[Basis, ...]:
+def _find(params: Params, numerics: str) -> tuple[Basis, ...]:
     """The basis of every layer, on the host."""
+    config = params.config
+    # Devices that are more than there are heads of keys have copies of them, one after another.
+    copies = parts.cache_config(params).num_kv_heads // config.num_kv_heads
     random = np.random.default_rng(0)
     length = min(_TOKENS, config.max_position_embeddings)
     tokens = random.integers(0, config.vocab_size, length, np.int32)
-    records = jax.device_get(_record(config, numerics, tree, tokens))
+    records = jax.device_get(_record(numerics, params, tokens))
     share = random.random(length * _POSITIONS)
     positions = np.exp(share * np.log(config.max_position_embeddings)).astype(np.int32) - 1
     bases = []
@@ -89,19 +92,21 @@ def _find(config: ModelConfig, tree: object, numerics: str) -> tuple[Basis, ...]
                 f"layer {layer} gives keys or queries that are not finite: no cache of 4 bits, nor "
                 "of 8-bit floats, can be made for this model; check its weights."
             )
-        bases.append(_basis(*(_moments(x, config, layer, positions) for x in heads)))
+        keys, queries = heads
+        of = partial(_moments, config=config, layer=layer, positions=positions)
+        basis = _basis(of(keys[:, ::copies]), of(queries))
+        bases.append(Basis(*(np.repeat(matrix, copies, 0) for matrix in basis)))
     return tuple(bases)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _record(
-    config: ModelConfig, numerics: str, tree: object, tokens: jax.Array
-) -> list[tuple[jax.Array, ...] | None]:
+@partial(jax.jit, static_argnums=0)
+def _record(numerics: str, params: Params, tokens: jax.Array) -> list[tuple[jax.Array, ...] | None]:
     """Keys and queries of every layer, before they are rotated: float32 [T, H, D]."""
     batch = whole_sequences(1, len(tokens), numerics)
+    config = parts.cache_config(params)
     cache = init_cache(config, batch.block_table.size, PAGE_SIZE, "float32")
     asking = tuple(layer._replace(seen=()) for layer in cache)
-    return [layer.seen for layer in functional.run(config, tree, tokens, batch, asking)[1]]
+    return [layer.seen for layer in parts.run(params, tokens, batch, asking)[1]]
 
 
 def _moments(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.kv_update.pages import CACHE_DTYPES, Basis, Pages, empty
 from qjax.errors import RequestError
+from qjax.sharding import Parallel
 
 if TYPE_CHECKING:
     from qjax.models.config import ModelConfig
@@ -45,7 +46,7 @@ KVCache = tuple[LayerCache, ...]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "query_start_loc", "seq_lens", "block_table"],
-    meta_fields=["numerics"],
+    meta_fields=["numerics", "parallel"],
 )
 @dataclass(frozen=True)
 class Batch:
@@ -59,6 +60,7 @@ class Batch:
       block_table: int32 [S, B], the pages of each sequence in order.
       numerics: how activations may be rounded before they meet a weight: "exact" not at all,
         the others as `pallas_kernels.matmul` describes its `activation_dtype`. Static.
+      parallel: how the model is split, inside of a `shard_map`; None elsewhere. Static.
     """
 
     positions: Any
@@ -66,6 +68,7 @@ class Batch:
     seq_lens: Any
     block_table: Any
     numerics: str = field(default="exact")
+    parallel: Parallel | None = None
 
     def __post_init__(self) -> None:
         if self.numerics not in NUMERICS:

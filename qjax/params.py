@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from qjax.models.config import ModelConfig
 
 
@@ -129,11 +131,13 @@ class Params:
       tree: nested dict of QArrays and float32 arrays, with Hugging Face parameter names as keys.
       config: what the model is; static.
       host: tokenizer, generation config and source.
+      mesh: the devices over which the weights are split, see `qjax.sharding`; None for one device.
     """
 
     tree: Any
     config: ModelConfig
     host: Host = field(default_factory=Host)
+    mesh: Mesh | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -175,11 +179,13 @@ class Params:
         return Summary(tuple(sorted(rows, key=lambda row: -row.nbytes)))
 
     def tree_flatten_with_keys(self):
-        return ((jax.tree_util.GetAttrKey("tree"), self.tree),), (self.config, self.host)
+        return ((jax.tree_util.GetAttrKey("tree"), self.tree),), (self.config, self.host, self.mesh)
 
     def tree_flatten(self):
-        return (self.tree,), (self.config, self.host)
+        return (self.tree,), (self.config, self.host, self.mesh)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[ModelConfig, Host], children: tuple[Any]) -> Params:
+    def tree_unflatten(
+        cls, static: tuple[ModelConfig, Host, Mesh | None], children: tuple[Any]
+    ) -> Params:
         return cls(children[0], *static)

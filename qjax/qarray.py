@@ -30,7 +30,8 @@ AUX_KEYS = frozenset(
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["qvalue", "scale", "zero_point", "aux"],
-    meta_fields=["qtype", "shape", "group", "additive", "rounded", "act", "hadamard", "layout"],
+    meta_fields=["qtype", "shape", "group", "additive", "rounded", "act", "hadamard", "layout"]
+    + ["split"],
 )
 @dataclass(frozen=True)
 class QArray:
@@ -58,6 +59,8 @@ class QArray:
       hadamard: sizes of the normalized Hadamard matrices that runs of input and of output columns
         are multiplied by; 0 for none.
       layout: "canonical", or the tiling private to the kernel whose `prepare` made it.
+      split: into how many pieces outputs and inputs are cut, each on a device of its own. Pieces of
+        a private layout lie one after another, each laid out for itself (see `qjax.sharding`).
 
     Raises:
       ValueError: the fields contradict each other. (Arrays are checked only where they are numpy or
@@ -76,6 +79,7 @@ class QArray:
     act: ActSpec | None = None
     hadamard: tuple[int, int] = (0, 0)
     layout: str = CANONICAL
+    split: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         if self.qtype not in QTYPES:

@@ -32,6 +32,7 @@ FLOORS = {
             "packing",
             "numerics",
             "qarray",
+            "parts",
         )
     ],
     "formats": ["qjax.formats"],

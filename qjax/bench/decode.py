@@ -84,7 +84,7 @@ def prepare(
     config, numerics = params.config, numerics_for("fast", batch_size)
     width = -(-(context + DECODE_STEPS) // page_size)
     bases = key_bases(params, cache_dtype, numerics.prefill)
-    cache, formats = device_cache(config, batch_size * width, page_size, cache_dtype, bases)
+    cache, formats = device_cache(params, batch_size * width, page_size, cache_dtype, bases)
     table = np.arange(batch_size * width, dtype=np.int32).reshape(batch_size, width)
     rows = np.arange(batch_size, dtype=np.int32)
     batch = Batch(

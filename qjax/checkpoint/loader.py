@@ -13,19 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qjax import ops
 from qjax.checkpoint import native, orbax_folder, plan
 from qjax.checkpoint.opened import Opened, open_folder, open_gguf, open_native
-from qjax.errors import CheckpointError, UnsupportedError
+from qjax.checkpoint.targets import WHOLE, Targets, Wanted
+from qjax.errors import CheckpointError, ShardingError, UnsupportedError
 from qjax.models import functional
 from qjax.models.config import ModelConfig
 from qjax.params import Host, Params
+from qjax.parts import part
 from qjax.qarray import QArray
 
 _OF_ROUNDING = ("act_scale", "act_zero_point", "act_global_scale")
@@ -37,6 +41,7 @@ def load(
     quantization: str | None = None,
     quantize_activations: bool = True,
     sharding: orbax_folder.Shard | None = None,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Loads a model's weights as they are stored, on this machine's default device.
 
@@ -49,6 +54,8 @@ def load(
         them, which shows what that costs.
       sharding: of a folder in orbax's format: where each array is to lie, by its name and shape;
         weights then keep the layout in which they were saved.
+      mesh: from `qjax.sharding.make_mesh`: devices that each get a part of the model. A process
+        reads what its own devices want.
 
     Returns:
       Params; the tokenizer is loaded when it is first used.
@@ -56,6 +63,7 @@ def load(
     Raises:
       CheckpointError: a file is damaged, or a tensor is missing, superfluous or of a wrong shape.
       UnsupportedError: the architecture, or the type of a tensor, is not one that qjax runs.
+      ShardingError: the model, or a weight, cannot be split over the mesh.
       DownloadError: the name is unknown, or it cannot be fetched.
     """
     from qjax.checkpoint.source import resolve
@@ -81,12 +89,13 @@ def load(
     with closing(opened.files):
         places = opened.places()
         tree: dict[str, Any] = {}
-        for name, leaf in _read_all(opened, places):
+        targets = None if mesh is None else Targets.of(mesh, opened.config)
+        for name, leaf in _read_all(opened, places, targets):
             native.put(tree, name.split("."), leaf)
     host = Host(
         str(found.name), opened.load_tokenizer, opened.generation_config, opened.origin(places)
     )
-    return Params(tree, opened.config, host)
+    return Params(tree, opened.config, host, mesh)
 
 
 def _load_native(
@@ -130,7 +139,9 @@ def _prepared(name: str, weight: QArray, config: ModelConfig) -> QArray:
     return ops.prepare(weight)
 
 
-def _read_all(opened: Opened, places: plan.Plan) -> Iterator[tuple[str, Any]]:
+def _read_all(
+    opened: Opened, places: plan.Plan, targets: Targets | None
+) -> Iterator[tuple[str, Any]]:
     from tqdm.auto import tqdm
 
     # Repacking is native code that lets go of the interpreter lock: two cores, half the time.
@@ -143,7 +154,7 @@ def _read_all(opened: Opened, places: plan.Plan) -> Iterator[tuple[str, Any]]:
         # Each task in a context of its own: `dispatch.use` holds in the pool's threads too.
         contexts = [copy_context() for _ in places]
         leaves = pool.map(
-            lambda context, place: context.run(_read, opened, place),
+            lambda context, place: context.run(_read, opened, place, targets),
             contexts,
             places.values(),
         )
@@ -155,24 +166,45 @@ def _read_all(opened: Opened, places: plan.Plan) -> Iterator[tuple[str, Any]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _read(opened: Opened, place: plan.Weight | plan.Vector) -> QArray | jax.Array:
-    """One parameter on the device: a matrix as a QArray, anything else as float32."""
+def _read(
+    opened: Opened, place: plan.Weight | plan.Vector, targets: Targets | None
+) -> QArray | jax.Array:
+    """One parameter on its devices: a matrix as a QArray, anything else as float32."""
     if isinstance(place, plan.Vector):
-        return jax.device_put(_vector(opened, place))
-    pieces = [_decode(opened, piece) for piece in place.pieces]
-    weight = pieces[0] if len(pieces) == 1 else _stacked(place, pieces)
-    if opened.rotated_pairs:
-        weight = _unrotate(place.name, weight, opened.config)
-    if not opened.quantize_activations:
-        weight = without_activation_quantization(weight)
-    weight = _prepared(place.name, weight, opened.config)
+        vector = _vector(opened, place)
+        return jax.device_put(vector) if targets is None else targets.vector(place.name, vector)
+    if targets is not None:
+        weight = targets.weight(place.name, partial(_piece, opened, place))
+    else:
+        weight = jax.device_put(_piece(opened, place))
     # Not copied where the bytes lie as a device wants them (on a CPU, at a multiple of 64).
-    weight = jax.block_until_ready(jax.device_put(weight))
+    weight = jax.block_until_ready(weight)
     if weight.layout != "canonical":
         for piece in place.pieces:
             for suffix in piece.layer.reads:
                 opened.files.release(piece.stored[suffix].name)
     return weight
+
+
+def _piece(opened: Opened, place: plan.Weight, wanted: Wanted = WHOLE) -> QArray:
+    """A weight, or a piece of it, on the host as the kernels like it."""
+    pieces = place.pieces
+    if len(pieces) > 1:
+        pieces = pieces[wanted.of_experts(len(pieces))]
+    decoded = [_decode(opened, piece) for piece in pieces]
+    weight = decoded[0] if len(place.pieces) == 1 else _stacked(place, decoded)
+    if opened.rotated_pairs:
+        weight = _unrotate(place.name, weight, opened.config)
+    if not opened.quantize_activations:
+        weight = without_activation_quantization(weight)
+    if len(place.pieces) == 1:
+        weight = wanted.experts_of(weight)
+    try:
+        weight = part(weight, wanted.parts, wanted.index)
+    except ShardingError as error:
+        file = next(iter(place.pieces[0].stored.values())).file
+        raise ShardingError(f"{file}, {place.name}: {error}") from None
+    return _prepared(place.name, weight, opened.config)
 
 
 def _stacked(place: plan.Weight, experts: list[QArray]) -> QArray:

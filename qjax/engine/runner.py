@@ -12,16 +12,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from pallas_kernels import dispatch, platform
 from qjax.engine import batch as batches
 from qjax.engine.compile_cache import load_or_compile
-from qjax.engine.device_cache import cache_shapes, device_cache
+from qjax.engine.device_cache import cache_shapes, device_cache, shape_of
 from qjax.engine.scheduler import Plan
-from qjax.engine.step import Rows, State, StepOutput, StepSpec, step_program, step_results
+from qjax.engine.step import (
+    Rows,
+    State,
+    StepOutput,
+    StepSpec,
+    state_specs,
+    step_program,
+    step_results,
+)
 from qjax.errors import RequestError
 from qjax.key_bases import key_bases
 from qjax.kv_cache import Batch, cache_dtypes
+from qjax.models.parts import Parts
 from qjax.params import Params
 
 
@@ -116,8 +126,9 @@ class Runner:
                 stacklevel=2,
             )
         bases = key_bases(params, dtypes, self._numerics.prefill)
-        self._cache, self._formats = device_cache(config, num_blocks, block_size, dtypes, bases)
-        self._state = jax.device_put(State(last=np.zeros(max_num_seqs, np.int32)), may_alias=False)
+        self._cache, self._formats = device_cache(params, num_blocks, block_size, dtypes, bases)
+        self._mesh = params.mesh
+        self._state = self._placed(State(last=np.zeros(max_num_seqs, np.int32)))
         self._near: dict[tuple, Future] = {}
         # The batch that the last decode step left on the device, and the plan that it continues.
         self._decoding: tuple[tuple, Batch, Rows] | None = None
@@ -147,9 +158,9 @@ class Runner:
         spec = batches.step_spec(plan)
         if spec.penalties and self._state.counts is None:
             shape = self.num_slots, self.config.vocab_size
-            self._state = replace(
-                self._state, seen=jnp.zeros(shape, bool), counts=jnp.zeros(shape, jnp.int32)
-            )
+            counters = State(None, np.zeros(shape, bool), np.zeros(shape, np.int32))
+            counters = self._placed(counters)
+            self._state = replace(self._state, seen=counters.seen, counts=counters.counts)
         if self._decoding is not None and self._decoding[0] == _identity(plan):
             return spec, None, None, self._decoding[1], self._decoding[2], np.int32(plan.steps)
         numerics = self._numerics.prefill if plan.prefill else self._numerics.decode
@@ -157,27 +168,31 @@ class Runner:
         sampling = None if spec.plain else batches.make_rows(plan, spec, self.config.vocab_size)
         rows = Rows(*batches.make_slots(plan, self.num_slots), sampling)
         if not plan.prefill:
-            return spec, None, None, batch, jax.device_put(rows), np.int32(plan.steps)
+            if self._mesh is None:  # it comes again with each step that follows
+                rows = jax.device_put(rows)
+            return spec, None, None, batch, rows, np.int32(plan.steps)
         tokens, targets = batches.make_tokens(plan)
         return spec, tokens, targets if spec.prompt_logprobs else None, batch, rows, None
 
     def _program(self, spec: StepSpec, args: list[Any]) -> Future:
-        tree, state, *rest = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.tree, self._state, *args)
-        )
+        tree, state, *rest = jax.tree.map(shape_of, (self.tree, self._state, *args))
         structs = tree, cache_shapes(self._cache, self._formats), state, *rest
         leaves, structure = jax.tree.flatten(structs)
         shapes = tuple((x.shape, x.dtype.name) for x in leaves)
-        key = self.config, spec, structure, shapes, dispatch.named()
+        key = self.config, spec, structure, shapes, self._mesh, dispatch.named()
 
         def compile_it() -> jax.stages.Compiled:
             # Tracing holds the interpreter anyway: in turns, the first asked for is first done.
             with _tracing:
-                lowered = step_program(self._formats).lower(*structs, config=self.config, spec=spec)
+                lowered = step_program(self._formats, self._mesh).lower(
+                    *structs, config=self.config, spec=spec
+                )
             return lowered.compile()
 
         def build() -> jax.stages.Compiled:
             try:
+                if self._mesh is not None:  # its devices are not written to disk
+                    return compile_it()
                 results = step_results(spec, self._cache, self._state, batch=args[2])
                 return load_or_compile(repr(key), (structs, {}), results, compile_it)
             except BaseException:
@@ -187,6 +202,14 @@ class Runner:
         if key not in _programs:
             _programs[key] = _compilers.submit(copy_context().run, build)
         return _programs[key]
+
+    def _placed(self, state: State) -> State:
+        """Zeros of its own for a state, where the weights are."""
+        if self._mesh is None:
+            return jax.device_put(state, may_alias=False)
+        specs = state_specs(state, Parts(self._mesh, self.config))
+        shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
+        return jax.jit(lambda: jax.tree.map(jnp.zeros_like, state), out_shardings=shardings)()
 
 
 def _identity(plan: Plan) -> tuple:

@@ -12,12 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from qjax import sampler
 from qjax.engine.sampling_params import MAX_LOGPROBS
 from qjax.kv_cache import Batch
 from qjax.models import functional
 from qjax.models.config import ModelConfig
+from qjax.ops.vocabulary import Vocabulary
+from qjax.models.parts import Parts
 from qjax.sampler import TokenLogprobs
 
 # Most tokens of a sequence that one dispatch decodes. The host's work for a dispatch costs a third
@@ -117,7 +121,8 @@ def step(
     prompt_logprobs = None
     if spec.prompt_logprobs:
         logits = functional.logits(config, tree, hidden, batch)
-        prompt_logprobs = sampler.token_logprobs(logits, targets, MAX_LOGPROBS)
+        vocabulary = Vocabulary.of(batch.parallel)
+        prompt_logprobs = sampler.token_logprobs(logits, targets, MAX_LOGPROBS, vocabulary)
     hidden = hidden[jnp.maximum(batch.query_start_loc[1:] - 1, 0)]
     logits = functional.logits(config, tree, hidden, batch)
     if spec.penalties:
@@ -128,18 +133,73 @@ def step(
 
 
 @lru_cache
-def step_program(cache_formats: Any = None) -> Any:
+def step_program(cache_formats: Any = None, mesh: Mesh | None = None) -> Any:
     """`step` under `jax.jit`, its cache and state donated, `config` and `spec` static.
 
     Args:
       cache_formats: see `qjax.engine.device_cache`; the cache that comes in has them already.
+      mesh: over which the weights are split; each device then takes the step for its part, inside
+        of a `jax.shard_map`.
     """
     return jax.jit(
-        step,
+        step if mesh is None else partial(_step_of_parts, mesh=mesh),
         static_argnames=("config", "spec"),
         donate_argnames=("cache", "state"),
         out_shardings=None if cache_formats is None else (None, cache_formats, None, None),
     )
+
+
+def _step_of_parts(
+    tree: Any,
+    cache: Any,
+    state: State,
+    tokens: Any,
+    targets: Any,
+    batch: Batch,
+    rows: Rows,
+    count: jax.Array | None,
+    *,
+    config: ModelConfig,
+    spec: StepSpec,
+    mesh: Mesh,
+) -> tuple[StepOutput, Any, State, Batch | None]:
+    """`step` of split weights."""
+    parts = Parts(mesh, config)
+
+    def own(leaves: Any, *args: Any) -> Any:
+        cache, state, tokens, targets, batch, rows, count = args
+        *found, following = step(
+            parts.tree(tree, leaves),
+            *(cache, state, tokens, targets, parts.batch(batch), rows, count),
+            config=parts.config,
+            spec=spec,
+        )
+        return *found, None if following is None else replace(following, parallel=None)
+
+    cached, kept = parts.cache_specs(cache), state_specs(state, parts)
+    return jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=(
+            parts.specs(tree),
+            *(cached, kept, P(), P(), P(), _row_specs(rows, parts), P()),
+        ),
+        out_specs=(P(), cached, kept, P()),
+        check_vma=False,
+    )(jax.tree.leaves(tree), cache, state, tokens, targets, batch, rows, count)
+
+
+def state_specs(state: State, parts: Parts) -> State:
+    """Which axes of the mesh a state is split over: it has a column for each token."""
+    of_vocabulary = P(None, parts.vocabulary)
+    return jax.tree.map(lambda x: of_vocabulary if len(x.shape) == 2 else P(), state)
+
+
+def _row_specs(rows: Rows, parts: Parts) -> Rows:
+    found = jax.tree.map(lambda _: P(), rows)
+    if rows.sampling is None or rows.sampling.bias is None:
+        return found
+    return replace(found, sampling=replace(found.sampling, bias=P(None, parts.vocabulary)))
 
 
 def _decode(
@@ -171,13 +231,11 @@ def _decode(
     size = len(batch.seq_lens)
     output = jnp.zeros((DECODE_STEPS, size), jnp.int32), None
     if spec.logprobs:
-        logits = jax.ShapeDtypeStruct((size, config.vocab_size), jnp.float32)
-        find = partial(sampler.token_logprobs, k=MAX_LOGPROBS)
-        one = jax.eval_shape(find, logits, output[0][0])
-        output = (
-            output[0],
-            jax.tree.map(lambda x: jnp.zeros((DECODE_STEPS, *x.shape), x.dtype), one),
-        )
+        shape = DECODE_STEPS, size
+        numbers, ids = jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
+        several = (*shape, MAX_LOGPROBS)
+        top, top_ids = jnp.zeros(several), jnp.zeros(several, jnp.int32)
+        output = output[0], TokenLogprobs(numbers, ids, top_ids, top)
     carry = lax.fori_loop(0, count, once, (output, cache, state, batch))
     (picked, logprobs), cache, state, batch = carry
     return StepOutput(picked, logprobs, None), cache, state, batch
@@ -187,12 +245,16 @@ def _emit(
     logits: jax.Array, state: State, batch: Batch, rows: Rows, spec: StepSpec
 ) -> tuple[jax.Array, TokenLogprobs | None, State]:
     """(new tokens int32 [S], their logprobs if asked, the state with them entered)."""
-    picked = _pick(logits, state, batch, rows, spec)
-    logprobs = sampler.token_logprobs(logits, picked, MAX_LOGPROBS) if spec.logprobs else None
+    vocabulary = Vocabulary.of(batch.parallel)
+    picked = _pick(logits, state, batch, rows, spec, vocabulary)
+    logprobs = None
+    if spec.logprobs:
+        logprobs = sampler.token_logprobs(logits, picked, MAX_LOGPROBS, vocabulary)
     emitting = jnp.where(rows.emits, rows.slot, state.last.shape[0])
     state = replace(state, last=state.last.at[emitting].set(picked, mode="drop"))
     if spec.penalties:
-        counts = state.counts.at[emitting, picked].add(1, mode="drop")
+        own = vocabulary.own(picked, logits.shape[1])
+        counts = state.counts.at[emitting, own].add(1, mode="drop")
         state = replace(state, counts=counts)
     return picked, logprobs, state
 
@@ -208,20 +270,27 @@ def step_results(spec: StepSpec, cache: Any, state: State, batch: Batch) -> Any:
     return output, cache, state, None if spec.prefill else batch
 
 
-def _pick(logits: jax.Array, state: State, batch: Batch, rows: Rows, spec: StepSpec) -> jax.Array:
+def _pick(
+    logits: jax.Array,
+    state: State,
+    batch: Batch,
+    rows: Rows,
+    spec: StepSpec,
+    vocabulary: Vocabulary,
+) -> jax.Array:
     if spec.plain:
-        return sampler.greedy(logits)
+        return sampler.greedy(logits, vocabulary)
     # The new token stands right after the tokens so far.
     positions = batch.seq_lens
     if spec.bias:
-        logits = sampler.add_bias(logits, rows.sampling, positions)
+        logits = sampler.add_bias(logits, rows.sampling, positions, vocabulary)
     if spec.penalties:
         seen = state.seen.at[rows.slot].get(mode="clip")
         counts = state.counts.at[rows.slot].get(mode="clip")
         logits = sampler.penalize(logits, rows.sampling, seen, counts)
     if spec.greedy:
-        return sampler.greedy(logits)
-    return sampler.sample(logits, rows.sampling, positions)
+        return sampler.greedy(logits, vocabulary)
+    return sampler.sample(logits, rows.sampling, positions, vocabulary)
 
 
 def _count_prompt(state: State, tokens: jax.Array, batch: Batch, rows: Rows) -> State:
@@ -236,6 +305,7 @@ def _count_prompt(state: State, tokens: jax.Array, batch: Batch, rows: Rows) -> 
     row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), ends.shape[0] - 1)
     slot = jnp.where(index < ends[-1], rows.slot[row], nowhere)
     generated = batch.positions >= rows.prompt_len[row]
+    tokens = Vocabulary.of(batch.parallel).own(tokens, seen.shape[1])
     seen = seen.at[jnp.where(generated, nowhere, slot), tokens].set(True, mode="drop")
     counts = counts.at[jnp.where(generated, slot, nowhere), tokens].add(1, mode="drop")
     return replace(state, seen=seen, counts=counts)

@@ -24,7 +24,7 @@ from qjax.evaluate.logits import ROWS
 from qjax.evaluate.perplexity import row_losses
 from qjax.key_bases import key_bases
 from qjax.kv_cache import PAGE_SIZE, Batch, cache_dtypes, init_cache, whole_sequences
-from qjax.models import functional
+from qjax.models import parts
 from qjax.params import Params
 
 # A sequence that is longer than a step of the engine is a batch of its own.
@@ -184,8 +184,8 @@ def _hidden(
 ) -> jax.Array:
     # A sequence has new tokens in one page, or fewer, beside those that it fills.
     pages = len(tokens) // PAGE_SIZE + len(batch.seq_lens)
-    cache = init_cache(params.config, pages, PAGE_SIZE, dtypes, bases=bases)
-    return functional.run(params.config, params.tree, tokens, batch, cache)[0]
+    cache = init_cache(parts.cache_config(params), pages, PAGE_SIZE, dtypes, bases=bases)
+    return parts.run(params, tokens, batch, cache)[0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -195,5 +195,5 @@ def _score(
     """log p of each target, and whether it is the likeliest token, both [R]."""
     rows = hidden[where]
     one = whole_sequences(1, len(where), numerics)
-    logits = functional.logits(params.config, params.tree, rows, one)
+    logits = parts.logits(params, rows, one)
     return -row_losses(logits, targets), logits.argmax(-1) == targets

@@ -13,7 +13,7 @@ import numpy as np
 from qjax.engine.runner import numerics_for
 from qjax.key_bases import key_bases
 from qjax.kv_cache import PAGE_SIZE, cache_dtypes, init_cache, whole_sequences
-from qjax.models import functional
+from qjax.models import parts
 from qjax.params import Params
 
 ROWS = 128  # of logits at a time: a large vocabulary makes them large
@@ -87,12 +87,14 @@ def _hidden(
 ) -> jax.Array:
     count, length = tokens.shape
     batch = whole_sequences(count, length, numerics)
-    cache = init_cache(params.config, batch.block_table.size, PAGE_SIZE, dtypes, bases=bases)
-    hidden, _ = functional.run(params.config, params.tree, tokens.reshape(-1), batch, cache)
+    cache = init_cache(
+        parts.cache_config(params), batch.block_table.size, PAGE_SIZE, dtypes, bases=bases
+    )
+    hidden, _ = parts.run(params, tokens.reshape(-1), batch, cache)
     return hidden.reshape(count, length, -1)
 
 
 @partial(jax.jit, static_argnums=0)
 def _head(numerics: str, params: Params, hidden: jax.Array) -> jax.Array:
     batch = whole_sequences(1, len(hidden), numerics)
-    return functional.logits(params.config, params.tree, hidden, batch)
+    return parts.logits(params, hidden, batch)

@@ -104,6 +104,7 @@ class LatentAttention(nnx.Module):
             self.o_proj.w,
             bias=self.o_proj.b,
             batch=batch,
+            by_inputs=True,
             residual=x,
             post_norm=post_norm,
             norm_eps=self.eps,

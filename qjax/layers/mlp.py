@@ -39,8 +39,9 @@ class GatedMLP(nnx.Module):
         norm: jax.Array,
         post_norm: jax.Array | None = None,
         residual: jax.Array | None = None,
+        total: bool = True,
     ) -> jax.Array:
-        """mlp(norm(x)) alone, or joined to a residual."""
+        """mlp(norm(x)) alone, or joined to a residual; `total` as in `ops.linear`."""
         hidden = ops.linear(
             x,
             (self.gate_proj.w, self.up_proj.w),
@@ -55,6 +56,8 @@ class GatedMLP(nnx.Module):
             self.down_proj.w,
             bias=self.down_proj.b,
             batch=batch,
+            by_inputs=True,
+            total=total,
             residual=residual,
             post_norm=post_norm,
             norm_eps=self.eps,

@@ -13,6 +13,7 @@ from qjax.layers.linear import Linear
 from qjax.layers.mlp import GatedMLP
 from qjax.layers.moe_config import MoEConfig
 from qjax.layers.router import RouterConfig, route
+from qjax.ops.collectives import summed
 from qjax.ops.linear import linear
 from qjax.ops.moe import experts
 
@@ -96,15 +97,17 @@ class SparseMLP(nnx.Module):
             norm_eps=self.eps,
             activation=self.activation,
         )
-        return self._shared(x, batch, norm) + y
+        if not self.moe.shared_size:
+            return x + summed(y, batch.parallel)
+        # What devices have of both networks meets in one sum.
+        return x + summed(self._shared(x, batch, norm) + y, batch.parallel)
 
     def _shared(self, x: jax.Array, batch: Batch, norm: jax.Array) -> jax.Array:
-        """x + gate * shared(norm(x)), as much of it as there is."""
-        if not self.moe.shared_size:
-            return x
+        """gate * shared(norm(x)), of this device."""
         shared = getattr(self, self.moe.shared_name)
+        y = shared.added(x, batch, norm=norm, total=False)
         if not self.moe.shared_gate:
-            return shared(x, batch, norm=norm, post_norm=None)
+            return y
         gate = getattr(self, f"{self.moe.shared_name}_gate")
         score = linear(x, gate.w, batch=batch, norm=norm, norm_eps=self.eps)
-        return x + jax.nn.sigmoid(score) * shared.added(x, batch, norm=norm)
+        return jax.nn.sigmoid(score) * y

@@ -23,6 +23,7 @@ from qjax.layers.mlp import GatedMLP
 from qjax.layers.moe import SparseMLP
 from qjax.layers.rope import RopeConfig, rope_tables
 from qjax.models.config import ModelConfig
+from qjax.sharding import Parallel
 
 
 class DecoderLayer(nnx.Module):
@@ -138,7 +139,7 @@ class Decoder(nnx.Module):
         Returns:
           float32 [T, E] before the final norm, and the cache with the tokens' keys and values.
         """
-        x = self.embed(tokens)
+        x = self.embed(tokens, batch.parallel)
         tables = position_tables(self.config, batch)
         layers = []
         for layer, layer_cache in zip(self.model.layers, cache, strict=True):
@@ -146,14 +147,17 @@ class Decoder(nnx.Module):
             layers.append(layer_cache)
         return x, tuple(layers)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: jax.Array, parallel: Parallel | None = None) -> jax.Array:
         """float32 [T, E] of tokens int32 [T]."""
-        x = ops.embedding(self.model.embed_tokens.w, tokens)
+        x = ops.embedding(self.model.embed_tokens.w, tokens, parallel)
         scale = self.config.embedding_scale
         return x if scale == 1.0 else x * jnp.float32(scale)
 
     def logits(self, hidden: jax.Array, batch: Batch) -> jax.Array:
-        """float32 [R, V] from hidden states [R, E]: final norm, head, soft cap."""
+        """float32 [R, V] from hidden states [R, E]: final norm, head, soft cap.
+
+        Where the vocabulary is split, each device's part of it.
+        """
         # A prompt needs the logits of few of its rows: 8 bits would gain no time there.
         if batch.numerics == "int8" and len(hidden) < len(batch.positions):
             batch = replace(batch, numerics="int16")

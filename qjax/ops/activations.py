@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.inputs import Inputs
 from pallas_kernels.quantize import rounded
+from qjax.ops.collectives import extremes, gathered
 from qjax.qarray import QArray
 
 # Of a weight, in the order of `Inputs`.
@@ -40,7 +41,14 @@ def scaled(x: jax.Array, w: QArray) -> jax.Array:
     return x if scale is None else x * scale.astype(jnp.float32)
 
 
-def inputs(x: jax.Array, w: QArray, rows: jax.Array | None = None) -> jax.Array:
+def sees_whole_rows(w: QArray) -> bool:
+    """Whether what happens to an input depends on others, beyond its group."""
+    return "perm" in w.aux or (w.act is not None and w.act.dynamic and w.act.strategy != "group")
+
+
+def inputs(
+    x: jax.Array, w: QArray, rows: jax.Array | None = None, across: tuple[str, ...] = ()
+) -> jax.Array:
     """What the weight is multiplied with.
 
     In this order: scaled, rotated, rounded, columns put in the order of the weight's.
@@ -48,14 +56,33 @@ def inputs(x: jax.Array, w: QArray, rows: jax.Array | None = None) -> jax.Array:
     Args:
       x: float32 [T, K].
       rows: int32 [1]; rows from there on are padding, which no scale shall depend on.
+      across: axes of the mesh along which each device has some of the columns. Scales are those of
+        the whole rows.
 
     Returns:
       float32 [T, K].
     """
     aux = w.aux
+    if across and "perm" in aux:
+        x, across = gathered(x, across), ()
     x = scaled(x, w)
     if w.hadamard[0]:
         x = hadamard(x, w.hadamard[0])
     if w.act is not None:
-        x = rounded(x, w.act, arrays(w), rows)
+        if across and sees_whole_rows(w):
+            x = _rounded_across(x, w, rows, across)
+        else:
+            x = rounded(x, w.act, arrays(w), rows)
     return x[:, aux["perm"][0]] if "perm" in aux else x
+
+
+def _rounded_across(
+    x: jax.Array, w: QArray, rows: jax.Array | None, across: tuple[str, ...]
+) -> jax.Array:
+    """Columns rounded with the scales of whole rows: their extremes stand beside them meanwhile."""
+    assert w.act is not None
+    counted = x
+    if w.act.outliers is not None:  # these columns have no part in a scale
+        counted = jnp.where((jnp.abs(x) >= w.act.outliers).any(0), 0, x)
+    wide = jnp.concatenate([x, extremes(counted, across)], -1)
+    return rounded(wide, w.act, arrays(w), rows)[:, : x.shape[1]]

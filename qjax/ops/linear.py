@@ -14,8 +14,11 @@ from pallas_kernels import matmul as kernels
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.matmul import WeightArrays
 from pallas_kernels.matmul.around import epilogue, rms_norm
+from qjax.errors import UnsupportedError
 from qjax.ops import activations, floats
+from qjax.ops.collectives import summed
 from qjax.qarray import QArray
+from qjax.sharding import MODEL
 
 if TYPE_CHECKING:
     from qjax.kv_cache import Batch
@@ -49,6 +52,8 @@ def linear(  # pyright: ignore[reportInconsistentOverload]  (it names what `arou
     residual: jax.Array | None = None,
     post_norm: jax.Array | None = None,
     rows: jax.Array | None = None,
+    by_inputs: bool = False,
+    total: bool = True,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """x @ w.T for one weight or for several that share their input.
 
@@ -65,6 +70,9 @@ def linear(  # pyright: ignore[reportInconsistentOverload]  (it names what `arou
       residual: float32 [T, N], added last.
       post_norm: float32 [N], RMSNorm of the result before the residual.
       rows: int32 [1], the number of rows that are not padding, where `batch` does not tell.
+      by_inputs: where the model is split (`batch.parallel`), each device has some of the columns of
+        this x and this one w, not some of the outputs; their products are summed.
+      total: whether to sum them here; else what is added comes later too.
 
     Returns:
       float32 [T, N]; a tuple of them where w is a tuple and there is no activation.
@@ -74,11 +82,20 @@ def linear(  # pyright: ignore[reportInconsistentOverload]  (it names what `arou
     biases = bias if isinstance(bias, tuple) else (bias,) * len(weights)
     if rows is None and x.shape[0] == batch.positions.shape[0]:
         rows = batch.query_start_loc[-1:]
+    across = by_inputs and batch.parallel is not None
     product = partial(
         kernels.matmul, activation_dtype=ACTIVATION_DTYPES[batch.numerics], num_rows=rows
     )
     fused = {"norm_eps": norm_eps, "activation": activation}
     fused |= {"residual": residual, "post_norm": post_norm}
+    if across:
+        exact = batch.numerics == "exact"
+        apart = partial(_product_apart, product, x, norm=norm, norm_eps=norm_eps, rows=rows)
+        y = apart(weights[0], across=MODEL, exact=exact)
+        if not total:
+            return y
+        outputs = epilogue([summed(y, batch.parallel)], biases=biases, **fused)
+        return outputs[0]
     if not isinstance(weights[0], QArray):
         outputs = floats.linear(x, weights, norm=norm, biases=biases, **fused)
         return outputs if several and activation is None else outputs[0]
@@ -112,17 +129,22 @@ def _product(
     *,
     norm: jax.Array | None,
     rows: jax.Array | None,
+    across: tuple[str, ...] = (),
     **fused: Any,
 ) -> tuple[jax.Array, ...]:
-    """Products with weights that take the same inputs; the kernel treats these where it can."""
+    """Products with weights that take the same inputs; the kernel treats these where it can.
+
+    `across`: axes along which devices have columns of rows whose scales belong to all of them.
+    """
     first, pairs = weights[0], [(each.spec, each.arrays) for each in weights]
     if any(map(activations.treats_inputs, weights)):
-        if _kernel_treats(weights):
+        whole = across and activations.sees_whole_rows(first)
+        if not whole and _kernel_treats(weights):
             fused |= {"act": first.act, "inputs": tuple(map(activations.arrays, weights))}
         else:
             if norm is not None:
                 x = rms_norm(x, norm, fused["norm_eps"])
-            norm, x = None, activations.inputs(x, first, rows)
+            norm, x = None, activations.inputs(x, first, rows, across)
     return product(x, pairs, norm=norm, **fused)
 
 
@@ -134,11 +156,21 @@ def _product_apart(
     norm: jax.Array | None,
     norm_eps: float,
     rows: jax.Array | None,
+    across: tuple[str, ...] = (),
+    exact: bool = True,
 ) -> jax.Array:
-    """One weight's product with inputs of its own, and what its outputs want: float32 [T, N]."""
+    """One weight's product with inputs of its own, and what its outputs want: float32 [T, N].
+
+    Where devices have some columns each (`across`), scales of rounded inputs are those of whole
+    rows in exact numerics, elsewhere each device's own.
+    """
+    if "perm" in w.aux and "lora_a" in w.aux and across:
+        raise UnsupportedError("a split weight with reordered inputs and an adapter")
     if norm is not None and "lora_a" in w.aux:
         x, norm = rms_norm(x, norm, norm_eps), None
-    (y,) = _product(product, x, (w,), norm=norm, norm_eps=norm_eps, rows=rows)
+    across = across if exact or "perm" in w.aux else ()
+    fused = {"norm_eps": norm_eps, "across": across}
+    (y,) = _product(product, x, (w,), norm=norm, rows=rows, **fused)
     if "output_perm" in w.aux:
         y = y[:, w.aux["output_perm"][0]]
     if "lora_a" in w.aux:
