@@ -30,8 +30,9 @@ AUX_KEYS = frozenset(
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["qvalue", "scale", "zero_point", "aux"],
-    meta_fields=["qtype", "shape", "group", "additive", "rounded", "act", "hadamard", "layout"]
-    + ["split"],
+    meta_fields=[
+        *("qtype", "shape", "group", "additive", "rounded", "act", "hadamard", "layout", "split")
+    ],
 )
 @dataclass(frozen=True)
 class QArray:

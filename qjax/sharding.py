@@ -28,6 +28,8 @@ from qjax.errors import ShardingError
 from qjax.qarray import QArray
 
 if TYPE_CHECKING:
+    from jaxlib._jax import Device
+
     from qjax.models.config import ModelConfig
 
 AXES = ("data", "expert", "tensor")
@@ -45,7 +47,7 @@ def make_mesh(
     *,
     expert: int = 1,
     data: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
 ) -> Mesh:
     """A mesh of the first data * expert * tensor devices, in the order that suits their network.
 
@@ -213,7 +215,7 @@ def sizes(split: Split, parallel: Parallel) -> tuple[int, int, int]:
 
 def index_of(split: Split, parallel: Parallel, device: tuple[int, int]) -> tuple[int, int, int]:
     """Which of these pieces a device has, by its place along "expert" and "tensor"."""
-    place = dict(zip(MODEL, device, strict=True))
+    place = {"expert": device[0], "tensor": device[1]}
     devices = {"expert": parallel.expert, "tensor": parallel.tensor}
 
     def along(axes: tuple[str, ...]) -> int:
@@ -261,7 +263,7 @@ def specs(leaf: Any, split: Split) -> Any:
     )
 
 
-def joined(pieces: dict[jax.Device, Any], split: Split, parallel: Parallel, mesh: Mesh) -> Any:
+def joined(pieces: dict[Device, Any], split: Split, parallel: Parallel, mesh: Mesh) -> Any:
     """A parameter of which each device of this process has its piece.
 
     Args:

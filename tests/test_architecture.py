@@ -74,7 +74,7 @@ ALSO = {
         "pallas_kernels.matmul.spec",
     ],
     "formats": ["pallas_kernels.codes", "pallas_kernels.inputs"],
-    "state": ["pallas_kernels.kv_update.pages"],
+    "state": ["pallas_kernels.kv_update.pages", "pallas_kernels.matmul.spec"],
     "layers": ["pallas_kernels.paged_attention.spec"],
     "models": ["pallas_kernels.paged_attention.spec"],
     "checkpoint": [
@@ -298,7 +298,13 @@ def calls(module: Module, *names: str) -> Iterator[ast.Call]:
 
 def meshes_have_axis_types(module: Module) -> Iterator[str]:
     for call in calls(module, "make_mesh"):
-        if "axis_types" not in {keyword.arg for keyword in call.keywords}:
+        of_jax = isinstance(call.func, ast.Attribute) or "make_mesh" in {
+            alias.name
+            for node in module.nodes
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax")
+            for alias in node.names
+        }
+        if of_jax and "axis_types" not in {keyword.arg for keyword in call.keywords}:
             yield f"line {call.lineno}: make_mesh without axis_types"
 
 

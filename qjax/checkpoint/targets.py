@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,6 +13,9 @@ from jax.sharding import Mesh
 from qjax.models.config import ModelConfig
 from qjax.qarray import QArray
 from qjax.sharding import Parallel, Split, index_of, joined, sizes, split_of
+
+if TYPE_CHECKING:
+    from jaxlib._jax import Device
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Targets:
     mesh: Mesh
     config: ModelConfig
     parallel: Parallel
-    places: dict[jax.Device, tuple[int, int]]
+    places: dict[Device, tuple[int, int]]
 
     @classmethod
     def of(cls, mesh: Mesh, config: ModelConfig) -> Targets:
@@ -66,10 +69,10 @@ class Targets:
     def weight(self, name: str, read: Callable[[Wanted], QArray]) -> QArray:
         """A weight of which each device has its piece; `read` makes one on the host."""
         split = split_of(name, self.config, self.parallel)
-        devices: dict[Wanted, list[jax.Device]] = {}
+        devices: dict[Wanted, list[Device]] = {}
         for device, place in self.places.items():
             devices.setdefault(self._wanted(split, place), []).append(device)
-        found: dict[jax.Device, Any] = {}
+        found: dict[Device, Any] = {}
         for wanted, those in devices.items():
             piece = read(wanted)
             found |= {device: jax.device_put(piece, device) for device in those}

@@ -35,13 +35,13 @@ def device_cache(
     make = partial(init_cache, cache_config(params), num_pages, page_size, dtypes)
     if params.mesh is not None:
         shapes = make(jax.ShapeDtypeStruct, bases)
-        specs = Parts(params.mesh, params.config).cache_specs(shapes)
-        shardings = jax.tree.map(lambda spec: NamedSharding(params.mesh, spec), specs)
+        parts = Parts(params.mesh, params.config)
+        shardings = parts.placed(parts.cache_specs(shapes))
         formats = cache_formats(shapes, shardings)
         made = jax.jit(lambda: make(bases=bases), out_shardings=formats or shardings)()
         return made, formats
     shapes, one = make(jax.ShapeDtypeStruct, bases), jax.device_put(0).sharding
-    formats = cache_formats(shapes, jax.tree.map(lambda _: one, shapes))
+    formats = cache_formats(shapes, one)
     if formats is None:
         # Copied, since a donated array must be the device's own.
         return jax.device_put(make(np.zeros, bases), may_alias=False), None
@@ -53,7 +53,7 @@ def cache_formats(cache: KVCache, shardings: Any) -> Any:
 
     Args:
       cache: of jax.Array or jax.ShapeDtypeStruct.
-      shardings: which devices have it, for each of its arrays.
+      shardings: which devices have it; one, or one for each of its arrays.
     """
     if platform.device_kind() != "tpu":
         return None
@@ -61,7 +61,7 @@ def cache_formats(cache: KVCache, shardings: Any) -> Any:
     def row_major(x: Any, sharding: Any) -> Format:
         return Format(Layout(major_to_minor=tuple(range(len(x.shape)))), sharding)
 
-    return jax.tree.map(row_major, cache, shardings)
+    return jax.tree.map(row_major, cache, jax.tree.broadcast(shardings, cache))
 
 
 def cache_shapes(cache: KVCache, formats: Any) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from pallas_kernels import dispatch, platform
 from qjax.engine import batch as batches
@@ -207,8 +206,8 @@ class Runner:
         """Zeros of its own for a state, where the weights are."""
         if self._mesh is None:
             return jax.device_put(state, may_alias=False)
-        specs = state_specs(state, Parts(self._mesh, self.config))
-        shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
+        parts = Parts(self._mesh, self.config)
+        shardings = parts.placed(state_specs(state, parts))
         return jax.jit(lambda: jax.tree.map(jnp.zeros_like, state), out_shardings=shardings)()
 
 

@@ -20,8 +20,8 @@ from qjax.engine.sampling_params import MAX_LOGPROBS
 from qjax.kv_cache import Batch
 from qjax.models import functional
 from qjax.models.config import ModelConfig
-from qjax.ops.vocabulary import Vocabulary
 from qjax.models.parts import Parts
+from qjax.ops.vocabulary import Vocabulary
 from qjax.sampler import TokenLogprobs
 
 # Most tokens of a sequence that one dispatch decodes. The host's work for a dispatch costs a third

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax.kv_cache import Batch, KVCache
@@ -51,6 +51,10 @@ class Parts:
     def batch(self, batch: Batch) -> Batch:
         """For layers that have to know of other devices."""
         return replace(batch, parallel=self.parallel)
+
+    def placed(self, specs: Any) -> Any:
+        """A sharding for each spec."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
 
     def cache_specs(self, cache: KVCache) -> Any:
         """Pages by their heads, and so what turns keys."""
