@@ -6,6 +6,7 @@ weights inside the traced function. Only trees cross the border of `jax.jit`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,9 +24,23 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, by its Hugging Face name."""
-    flat = nnx.to_flat_state(_abstract(config)[1])
-    return {".".join(map(str, path)): leaf.get_value().shape for path, leaf in flat}
+    """Shape of every parameter, by its Hugging Face name.
+
+    Of layers that are alike one is built: a hundred would take seconds.
+    """
+    around = _flat(_abstract(replace(config, num_layers=0, layer_types=()))[1])
+    kinds = [same_layer(config, index) for index in range(config.num_layers)]
+    layers = {index: _flat(_abstract_layer(config, index)[1]) for index in set(kinds)}
+    found = {name: shape for name, shape in around.items() if name < "model.layers"}
+    for index, kind in enumerate(kinds):
+        found |= {f"model.layers.{index}.{name}": shape for name, shape in layers[kind].items()}
+    return found | around
+
+
+def _flat(state: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        ".".join(map(str, path)): leaf.get_value().shape for path, leaf in nnx.to_flat_state(state)
+    }
 
 
 def _merge(config: ModelConfig, tree: Any) -> Decoder:
@@ -52,8 +67,8 @@ def logits(config: ModelConfig, tree: Any, hidden: jax.Array, batch: Batch) -> j
 
 
 @lru_cache
-def _abstract_layer(config: ModelConfig, index: int) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, index)))[0]
+def _abstract_layer(config: ModelConfig, index: int) -> tuple[nnx.GraphDef, Any]:
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, index)))
 
 
 def same_layer(config: ModelConfig, index: int) -> int:
@@ -73,7 +88,7 @@ def run_layer(
       x: hidden states float32 [T, E].
       cache: of this layer, or None: see `ops.paged_attention`.
     """
-    layer = nnx.merge(_abstract_layer(config, index), nnx.State(tree))
+    layer = nnx.merge(_abstract_layer(config, index)[0], nnx.State(tree))
     return layer(x, cache, batch, position_tables(config, batch))
 
 
