@@ -43,7 +43,7 @@ FLOORS = {
     "checkpoint": ["qjax.checkpoint"],
     "running": ["qjax.engine", "qjax.compress", "qjax.forward", "qjax.key_bases"],
     "api": ["qjax.api", "qjax.llm", "qjax.distributed", "qjax.evaluate"],
-    "measuring": ["qjax.bench", "qjax.tune", "qjax.report"],
+    "measuring": ["qjax.bench", "qjax.tune", "qjax.report", "qjax.planning"],
     "programs": ["qjax.cli", "qjax.server", "qjax.__main__", "qjax.bench.__main__"],
     "facade": ["qjax"],
 }

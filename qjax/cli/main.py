@@ -16,6 +16,7 @@ from qjax.cli import (
     generate,
     inspect,
     methods,
+    plan,
     pull,
     quantize,
     report,
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    *(generate, chat, pull, inspect, quantize, convert),
+    *(generate, chat, pull, inspect, plan, quantize, convert),
     *(methods, bench, tune, report, doctor),
 ):
     app.command()(command.command)
