@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qjax.errors import (
         CalibrationError,
         CheckpointError,
+        DistributedError,
         DownloadError,
         QjaxError,
         RecipeError,
@@ -56,6 +57,7 @@ _HOMES = {
     "CalibrationError": "qjax.errors",
     "Checkpoint": "qjax.formats.base",
     "CheckpointError": "qjax.errors",
+    "DistributedError": "qjax.errors",
     "DownloadError": "qjax.errors",
     "Engine": "qjax.engine.engine",
     "GenerationResult": "qjax.engine.request",
@@ -92,6 +94,7 @@ __all__ = [
     "CalibrationError",
     "Checkpoint",
     "CheckpointError",
+    "DistributedError",
     "DownloadError",
     "Engine",
     "GenerationResult",

@@ -70,6 +70,10 @@ class DownloadError(QjaxError, OSError):
     """A model could not be found or fetched; the message says what to do."""
 
 
+class DistributedError(QjaxError, RuntimeError):
+    """The processes of a distributed program cannot meet, or one of them does not do its part."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question, " (did you mean 'x'?)", where a known name is near to this one, else ""."""
     found = difflib.get_close_matches(name, list(known), 1)

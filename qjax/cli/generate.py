@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qjax.cli import options
+from qjax.cli import options, processes
 
 if TYPE_CHECKING:
     from qjax.engine.request import GenerationResult
+    from qjax.params import Params
 
 
 def generate(
@@ -48,6 +49,12 @@ def generate(
             help="Round activations where the checkpoint's method does, or leave them.",
         ),
     ] = True,
+    tensor_parallel_size: processes.TensorParallelSize = None,
+    enable_expert_parallel: processes.EnableExpertParallel = False,
+    distributed: processes.Distributed = False,
+    coordinator_address: processes.CoordinatorAddress = None,
+    num_processes: processes.NumProcesses = None,
+    process_id: processes.ProcessId = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole result as JSON, at the end.")
     ] = False,
@@ -68,41 +75,57 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
     )
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text:
+    if not prompt:
         raise qjax.RequestError("prompt is empty: give at least one token.")
     if raw and system:
         raise qjax.RequestError("--system needs the chat template: leave out --raw.")
-    params = qjax.load(model, quantization=quantization, quantize_activations=quantize_activations)
-    asked: Any = text
-    if not raw and params.tokenizer.has_chat_template:
-        first = [{"role": "system", "content": system}] if system else []
-        asked = [*first, {"role": "user", "content": text}]
-    elif system:
-        raise qjax.RequestError(f"--system needs a chat template, and {model} has none.")
-    stream = qjax.generate(
-        params,
-        asked,
-        sampling,
-        numerics=numerics.value,
-        stream=True,
-        max_model_len=max_model_len,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
-    )
-    try:
-        for piece in stream:
-            if not as_json:
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        stream.close()
-    if as_json:
-        print(json.dumps(asdict(stream.result), ensure_ascii=False))
-    else:
-        print()
-        print(summary(stream.result), file=sys.stderr)
+    with processes.joined(distributed, coordinator_address, num_processes, process_id) as group:
+        params = qjax.load(
+            model,
+            quantization=quantization,
+            quantize_activations=quantize_activations,
+            mesh=processes.mesh_of(group, tensor_parallel_size, enable_expert_parallel),
+        )
+        if group is not None and not group.lead(params):
+            return
+        text = sys.stdin.read() if prompt == "-" else prompt
+        stream = qjax.generate(
+            params,
+            question(params, text, system, raw),
+            sampling,
+            numerics=numerics.value,
+            stream=True,
+            max_model_len=max_model_len,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
+        )
+        try:
+            for piece in stream:
+                if not as_json:
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            stream.close()
+        if as_json:
+            print(json.dumps(asdict(stream.result), ensure_ascii=False))
+        else:
+            print()
+            print(summary(stream.result), file=sys.stderr)
     if stream.result.finish_reason == "abort":
         raise typer.Exit(130)
+
+
+def question(params: "Params", text: str, system: str | None, raw: bool) -> Any:
+    """The prompt: of a model with a chat template, a message."""
+    from qjax.errors import RequestError
+
+    if not text:
+        raise RequestError("prompt is empty: give at least one token.")
+    if not raw and params.tokenizer.has_chat_template:
+        first = [{"role": "system", "content": system}] if system else []
+        return [*first, {"role": "user", "content": text}]
+    if system:
+        raise RequestError(f"--system needs a chat template, and {params.source} has none.")
+    return text
 
 
 def summary(result: "GenerationResult") -> str:

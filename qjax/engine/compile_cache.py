@@ -62,9 +62,12 @@ def load_or_compile(
 
     path = Path(base) / "steps" / _version() / _digest(f"{key} {tuning.version()}")
     structures = jax.tree.structure(arguments), jax.tree.structure(results)
+    devices = sorted(jax.device_put(0).devices(), key=lambda device: device.id)
     # A file that is not there, damaged, or that this version of jax cannot read, is made anew.
     with contextlib.suppress(Exception):
-        return serialize_executable.deserialize_and_load(path.read_bytes(), *structures)
+        return serialize_executable.deserialize_and_load(
+            path.read_bytes(), *structures, execution_devices=devices
+        )
     _found.any = False
     compiled = compile_it()
     if _found.any:

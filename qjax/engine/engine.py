@@ -1,10 +1,13 @@
 """The loop: plan a step, send it to the device, and meanwhile read the step before it."""
 
 import resource
+import secrets
 import sys
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -47,9 +50,19 @@ class Engine:
       seed: makes what requests without a seed of their own get repeatable, as long as they come in
         the same order; None draws a fresh one.
 
+    An engine is deterministic: the same calls, in the same order, come to the same tokens.
+
+    Attributes:
+      journal: of all engines: told of each call before it is carried out, as (engine, "make",
+        keywords), (engine, "add", prompt_ids, params, sample), (engine, "step", digest) or
+        (engine, "abort", number of the request); None where nobody asks.
+      digest: of the tokens that came so far, to compare with another engine's.
+
     Raises:
       RequestError: an argument is out of range.
     """
+
+    journal: ClassVar[Callable[..., None] | None] = None
 
     def __init__(
         self,
@@ -66,7 +79,26 @@ class Engine:
         seed: int | None = None,
     ):
         self.params = params
-        self._seeds = np.random.SeedSequence(SamplingParams(seed=seed).seed)
+        seed = SamplingParams(seed=seed).seed
+        if seed is None:
+            seed = secrets.randbits(64)
+        self._record(
+            "make",
+            {
+                "num_blocks": num_blocks,
+                "block_size": block_size,
+                "max_num_seqs": max_num_seqs,
+                "max_model_len": max_model_len,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "numerics": numerics,
+                "kv_cache_dtype": kv_cache_dtype,
+                "kv_cache_dtype_skip_layers": list(kv_cache_dtype_skip_layers),
+                "seed": seed,
+            },
+        )
+        self.digest = 0
+        self._added = 0
+        self._seeds = np.random.SeedSequence(seed)
         self.max_model_len = model_len(params, max_model_len)
         self._eos_ids = eos_ids(params)
         self.scheduler = Scheduler(
@@ -104,6 +136,7 @@ class Engine:
                 f"prompt of {len(prompt_ids)} tokens and max_tokens of {max_tokens} do not fit "
                 f"the cache, which holds {held} tokens: shorten them or make the cache larger."
             )
+        self._record("add", prompt_ids, params, sample)
         if params.seed is None:
             seeds = self._seeds.spawn(1)[0]
         else:
@@ -115,7 +148,9 @@ class Engine:
             eos_ids=self._eos_ids,
             max_tokens=max_tokens,
             key=seeds.generate_state(2),
+            number=self._added,
         )
+        self._added += 1
         self.scheduler.add(request)
         return request
 
@@ -129,6 +164,7 @@ class Engine:
         Returns:
           The requests that got a token; the finished ones have a `finish_reason`.
         """
+        self._record("step", self.digest)
         plan = self.scheduler.schedule(may_preempt=self._pending is None)
         if plan is None:
             return self._read()
@@ -153,8 +189,13 @@ class Engine:
     def abort(self, request: Request) -> None:
         """Ends a request early; its pages are free at once."""
         if request.finish_reason is None:
+            self._record("abort", request.number)
             request.finish("abort")
             self.scheduler.release(request)
+
+    def _record(self, call: str, *arguments: Any) -> None:
+        if Engine.journal is not None:
+            Engine.journal(self, call, *arguments)
 
     def _clock(self) -> float:
         return time.perf_counter() - self.runner.compile_seconds
@@ -168,6 +209,8 @@ class Engine:
         tokens, logprobs, prompt_logprobs = jax.device_get(
             (output.tokens, output.logprobs, output.prompt_logprobs)
         )
+        picked = tokens[: plan.steps, : len(plan.requests)]
+        self.digest = zlib.crc32(picked.tobytes(), self.digest)
         now = self._clock()
         changed = []
         for row, request in enumerate(plan.requests):

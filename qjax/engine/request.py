@@ -113,6 +113,7 @@ class Request:
     eos_ids: frozenset[int]
     max_tokens: int
     key: np.ndarray  # uint32 [2], the request's own random key
+    number: int = 0  # in the order in which they came to the engine
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_sampled: int = 0

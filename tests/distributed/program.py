@@ -1,0 +1,60 @@
+"""A program that several processes run together; test_processes.py starts it.
+
+python -m tests.distributed.program ADDRESS COUNT NUMBER MODEL WHAT STEP_TIMEOUT
+"""
+
+import json
+import os
+import sys
+import time
+
+import qjax
+from qjax import distributed
+
+
+def texts(params):
+    """Greedy, sampled without a seed of their own, one cut short, and of a second engine."""
+    llm = qjax.LLM(params, seed=7, max_num_seqs=4, max_model_len=96)
+    greedy = llm.generate([[1, 2, 3], [5, 6, 7, 8]], qjax.SamplingParams(max_tokens=20))
+    sampled = llm.generate(
+        [[9, 10]], qjax.SamplingParams(max_tokens=12, n=2, temperature=1.0, logit_bias={11: 2.0})
+    )
+    stream = qjax.generate(params, [4, 5, 6], stream=True, max_tokens=40, ignore_eos=True)
+    next(stream)
+    stream.close()
+    return [list(r.token_ids) for r in (*greedy, *sampled[0])]
+
+
+def forever(params):
+    """Steps without end; the numbers of finished rounds go out as they come."""
+    llm = qjax.LLM(params, seed=7, max_num_seqs=4, max_model_len=96)
+    while True:
+        llm.generate([[1, 2, 3]] * 4, qjax.SamplingParams(max_tokens=64, ignore_eos=True))
+        print("round", flush=True)
+
+
+def main(address: str, count: str, number: str, model: str, what: str, step_timeout: str) -> None:
+    """`what` begins with "split-" where each process has a part of the model only."""
+    meeting = address, int(count), int(number)
+    with distributed.initialize(
+        *meeting, initialization_timeout=60, step_timeout=float(step_timeout)
+    ) as processes:
+        print(processes, os.getpid(), flush=True)
+        split = what.startswith("split-")
+        params = qjax.load(model, tensor_parallel_size=int(count) if split else None)
+        if what == "fail" and processes.process_id == 1:
+            raise qjax.CheckpointError("no such thing here")
+        if processes.lead(params):
+            what = what.removeprefix("split-")
+            if what == "texts":
+                print(json.dumps(texts(params)))
+            elif what == "idle":
+                print("round", flush=True)
+                time.sleep(200)
+            else:
+                forever(params)
+    print("over", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
