@@ -6,10 +6,13 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
+from pallas_kernels import codes
 from pallas_kernels.matmul.spec import CANONICAL
 from qjax.errors import ShardingError, UnsupportedError
+from qjax.lazy import LazyArray
 from qjax.qarray import QArray
 from qjax.qtypes import QTYPES
 
@@ -69,16 +72,28 @@ def _columns(weight: QArray, parts: int, index: int) -> QArray:
     # Scales of inputs that are reordered belong to the inputs as they come, which all have.
     keys = ("perm", "lora_a") if "perm" in weight.aux else ("act_pre_scale", "lora_a")
     cut = {key: weight.aux[key][..., here] for key in keys if key in weight.aux}
-    row = qtype.row_bytes(size)
     return replace(
         weight,
-        qvalue=weight.qvalue[..., index * row : (index + 1) * row],
+        qvalue=weight.qvalue[..., _bytes(weight, size, index)],
         shape=(weight.shape[0], size),
         group=group,
         scale=scale,
         zero_point=zero_point,
         aux=weight.aux | cut,
     )
+
+
+def _bytes(weight: QArray, size: int, index: int) -> slice | np.ndarray:
+    """Where the bytes of columns lie in a row."""
+    row = QTYPES[weight.qtype].row_bytes(size)
+    code = codes.CODES.get(weight.qtype)
+    if code is None or code.kind != "sparse":
+        return slice(index * row, (index + 1) * row)
+    # The codes that are kept of all columns lie before the places of all.
+    kept = size // 2 * code.kept // 8
+    whole = weight.shape[1] // size * kept
+    places = np.arange(row - kept) + whole + index * (row - kept)
+    return np.concatenate([np.arange(kept) + index * kept, places])
 
 
 def _groups(
@@ -102,10 +117,9 @@ def _taken(array: Any, tiles: np.ndarray, axis: int) -> Any:
     """The scales `tiles` of an axis; a view where they follow each other."""
     if array is None:
         return None
-    if len(tiles) == tiles[-1] - tiles[0] + 1:
-        here = slice(int(tiles[0]), int(tiles[-1]) + 1)
-        return array[..., here, :] if axis == -2 else array[..., here]
-    return np.take(array, tiles, axis)
+    follow = len(tiles) == tiles[-1] - tiles[0] + 1
+    here = slice(int(tiles[0]), int(tiles[-1]) + 1) if follow else tiles
+    return array[..., here, :] if axis == -2 else array[..., here]
 
 
 def _size(what: str, length: int, parts: int, unit: int) -> int:
@@ -121,3 +135,22 @@ def _size(what: str, length: int, parts: int, unit: int) -> int:
             "can"
         )
     return length // parts
+
+
+def lazily(weight: QArray) -> QArray:
+    """A weight on the host whose large arrays are read (`read`) when all that is wanted of them
+    has been said.
+    """
+    lazy = {
+        name: LazyArray.of(array)
+        for name in ("qvalue", "scale", "zero_point")
+        if (array := getattr(weight, name)) is not None
+    }
+    return replace(weight, **lazy)
+
+
+def read(weight: QArray) -> QArray:
+    """The weight with arrays of numpy in place of lazy ones."""
+    return jax.tree.map(
+        lambda leaf: np.ascontiguousarray(leaf) if isinstance(leaf, LazyArray) else leaf, weight
+    )

@@ -14,6 +14,7 @@ import numpy as np
 from pallas_kernels.codes import is_finite
 from pallas_kernels.inputs import ActSpec
 from pallas_kernels.matmul.spec import CANONICAL, WeightArrays, WeightSpec, decode
+from qjax import lazy
 from qjax.errors import UnsupportedError
 from qjax.qtypes import QTYPES
 
@@ -114,7 +115,7 @@ class QArray:
                 )
 
     @classmethod
-    def from_dense(cls, weight: np.ndarray) -> QArray:
+    def from_dense(cls, weight: np.ndarray | lazy.LazyArray) -> QArray:
         """Wraps a float32, float16 or bfloat16 array [..., N, K] without copying it where it is
         contiguous.
 
@@ -125,7 +126,7 @@ class QArray:
         if weight.dtype.name not in names:
             known = ", ".join(names)
             raise UnsupportedError(f"a dense weight of dtype {weight.dtype}; these work: {known}")
-        raw = np.ascontiguousarray(weight).view(np.uint8)
+        raw = lazy.as_bytes(weight)
         return cls(raw, names[weight.dtype.name], (weight.shape[-2], weight.shape[-1]))
 
     @staticmethod
@@ -143,7 +144,7 @@ class QArray:
         structures = {jax.tree.structure(weight) for weight in weights}
         if len(structures) != 1:
             raise ValueError(f"QArray: {len(structures)} kinds of weights cannot be stacked")
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *weights)
+        return jax.tree.map(lambda *leaves: lazy.stack(leaves), *weights)
 
     def rows(self, wanted: slice) -> QArray:
         """Some outputs of a canonical weight on the host.
@@ -166,7 +167,7 @@ class QArray:
             assert self.group is not None
             size = self.group[0]
             if start % size and size > 1:
-                return np.repeat(array, size, axis=-2)[..., start:stop, :]
+                return array[..., np.arange(start, stop) // size, :]
             return array[..., start // size : -(-stop // size), :]
 
         group, scale = self.group, cut(self.scale)
@@ -201,7 +202,7 @@ class QArray:
             )
         return replace(
             self,
-            qvalue=self.qvalue[kept],
+            qvalue=self.qvalue[..., kept, :],
             shape=(len(kept), self.shape[1]),
             group=(int(counts[0]), columns),
             aux={**self.aux, "output_perm": np.searchsorted(kept, order).astype(np.int32)[None]},

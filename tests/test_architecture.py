@@ -31,6 +31,7 @@ FLOORS = {
             "qtypes",
             "packing",
             "numerics",
+            "lazy",
             "qarray",
             "parts",
         )

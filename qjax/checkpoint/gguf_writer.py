@@ -26,7 +26,7 @@ from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
 from qjax.checkpoint.gguf_metadata import file_type, model_metadata, rope_tensors
 from qjax.checkpoint.gguf_stream import GGUFStream
 from qjax.checkpoint.gguf_vocabulary import vocabulary_metadata
-from qjax.checkpoint.loader import pair_order
+from qjax.checkpoint.pieces import pair_order
 from qjax.checkpoint.places import leaf_of
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats.base import PLAIN

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from contextvars import copy_context
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qjax import ops
-from qjax.checkpoint import native, orbax_folder, plan
+from qjax.checkpoint import native, orbax_folder, pieces, plan
 from qjax.checkpoint.opened import Opened, open_folder, open_gguf, open_native
 from qjax.checkpoint.targets import WHOLE, Targets, Wanted
-from qjax.errors import CheckpointError, ShardingError, UnsupportedError
+from qjax.errors import CheckpointError, UnsupportedError
 from qjax.models import functional
 from qjax.models.config import ModelConfig
 from qjax.params import Host, Params
-from qjax.parts import part
 from qjax.qarray import QArray
-
-_OF_ROUNDING = ("act_scale", "act_zero_point", "act_global_scale")
 
 
 def load(
@@ -110,7 +106,7 @@ def _load_native(
                 continue
             scales = leaf.size
         if isinstance(leaf, QArray) and not quantize_activations:
-            leaf = without_activation_quantization(leaf)
+            leaf = pieces.without_activation_quantization(leaf)
         if sharding is None:
             if isinstance(leaf, QArray):
                 leaf = _prepared(".".join(path), ops.unprepare(leaf), opened.config)
@@ -173,79 +169,22 @@ def _read(
     if isinstance(place, plan.Vector):
         vector = _vector(opened, place)
         return jax.device_put(vector) if targets is None else targets.vector(place.name, vector)
+    decoded = pieces.decoded(opened, place)
+
+    def read(wanted: Wanted) -> QArray:
+        return _prepared(place.name, pieces.cut(place, decoded, wanted), opened.config)
+
     if targets is not None:
-        weight = targets.weight(place.name, partial(_piece, opened, place))
+        weight = targets.weight(place.name, read)
     else:
-        weight = jax.device_put(_piece(opened, place))
+        weight = jax.device_put(read(WHOLE))
     # Not copied where the bytes lie as a device wants them (on a CPU, at a multiple of 64).
     weight = jax.block_until_ready(weight)
-    if weight.layout != "canonical":
+    if targets is not None or weight.layout != "canonical":
         for piece in place.pieces:
             for suffix in piece.layer.reads:
                 opened.files.release(piece.stored[suffix].name)
     return weight
-
-
-def _piece(opened: Opened, place: plan.Weight, wanted: Wanted = WHOLE) -> QArray:
-    """A weight, or a piece of it, on the host as the kernels like it."""
-    pieces = place.pieces
-    if len(pieces) > 1:
-        pieces = pieces[wanted.of_experts(len(pieces))]
-    decoded = [_decode(opened, piece) for piece in pieces]
-    weight = decoded[0] if len(place.pieces) == 1 else _stacked(place, decoded)
-    if opened.rotated_pairs:
-        weight = _unrotate(place.name, weight, opened.config)
-    if not opened.quantize_activations:
-        weight = without_activation_quantization(weight)
-    if len(place.pieces) == 1:
-        weight = wanted.experts_of(weight)
-    try:
-        weight = part(weight, wanted.parts, wanted.index)
-    except ShardingError as error:
-        file = next(iter(place.pieces[0].stored.values())).file
-        raise ShardingError(f"{file}, {place.name}: {error}") from None
-    return _prepared(place.name, weight, opened.config)
-
-
-def _stacked(place: plan.Weight, experts: list[QArray]) -> QArray:
-    try:
-        return QArray.stack(experts)
-    except ValueError as error:
-        kinds = " and ".join(sorted({f"{w.qtype} in groups of {w.group}" for w in experts}))
-        raise UnsupportedError(
-            f"{next(iter(place.pieces[0].stored.values())).file}, {place.name}: experts of one "
-            f"layer must be stored alike, but these are {kinds}"
-        ) from error
-
-
-def _decode(opened: Opened, piece: plan.Piece) -> QArray:
-    weight = piece.layer.decode(plan.read(opened.files, piece))
-    for name, array in (
-        ("scale", weight.scale),
-        ("zero_point", weight.zero_point),
-        *weight.aux.items(),
-    ):
-        if array is not None and not np.isfinite(np.asarray(array, np.float32)).all():
-            raise CheckpointError(
-                f"its {name} holds values that are not finite",
-                file=next(iter(piece.stored.values())).file,
-                field=piece.module,
-            )
-    if not weight.is_finite:
-        raise CheckpointError(
-            "it holds codes that are not finite",
-            file=next(iter(piece.stored.values())).file,
-            field=piece.module,
-        )
-    return weight if piece.rows is None else weight.rows(piece.rows)
-
-
-def without_activation_quantization(weight: QArray) -> QArray:
-    """The weight with inputs that are not rounded."""
-    if weight.act is None:
-        return weight
-    kept = {k: v for k, v in weight.aux.items() if k not in _OF_ROUNDING}
-    return replace(weight, act=None, aux=kept)
 
 
 def _vector(opened: Opened, place: plan.Vector) -> np.ndarray:
@@ -269,24 +208,6 @@ def _vector(opened: Opened, place: plan.Vector) -> np.ndarray:
     if place.name.endswith(".bias"):
         if not opened.rotated_pairs:
             return values
-        order = pair_order(place.name, opened.config)
+        order = pieces.pair_order(place.name, opened.config)
         return values if order is None else values[order]
     return values + np.float32(opened.norm_offset)
-
-
-def _unrotate(name: str, weight: QArray, config: ModelConfig) -> QArray:
-    order = pair_order(name, config)
-    return weight if order is None else weight.take_rows(order)
-
-
-def pair_order(name: str, config: ModelConfig) -> np.ndarray | None:
-    """The order that puts the rows of q and k back into halves; None for other parameters.
-
-    llama.cpp rotates neighbouring rows of a head, this model (as Hugging Face's) rows that are half
-    a head apart. Only whole rows move, so this holds for packed blocks too.
-    """
-    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-    if heads is None:
-        return None
-    rows = np.arange(heads * config.head_dim)
-    return rows.reshape(heads, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)

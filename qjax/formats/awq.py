@@ -33,6 +33,7 @@ from qjax.formats.base import (
 )
 from qjax.formats.dynamic import Dynamic, LayerSettings, find, read, settings_for
 from qjax.formats.history import HISTORY
+from qjax.lazy import LazyArray
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 
@@ -223,12 +224,16 @@ def gemm(
         reads.append("qzeros")
 
     def decode(arrays: Arrays) -> QArray:
-        values, zero = _columns(arrays["qweight"], bits, interleaved).T, None
+        def values(rows: slice, columns: slice) -> np.ndarray:
+            words = slice(rows.start * bits // 32, rows.stop * bits // 32)
+            return _columns(arrays["qweight"][columns, words], bits, interleaved).T
+
+        packed, zero = weights.repacked((n, k), bits, values, rows=32), None
         if "qzeros" in arrays:
             zero = _columns(arrays["qzeros"], bits, interleaved).T
         if symmetric:
             zero = _no_zeros(stored, zero, bits)
-        return _weight(values, arrays["scales"].T, zero, shape, size, bits)
+        return _weight(packed, arrays["scales"].T, zero, shape, size, bits)
 
     return Layer(tuple(reads), decode)
 
@@ -253,19 +258,19 @@ def _words(values: np.ndarray, bits: int, interleaved: bool) -> np.ndarray:
 
 
 def _weight(
-    values: np.ndarray,
+    packed: Any,
     scale: np.ndarray,
     zero: np.ndarray | None,
     shape: tuple[int, ...],
     size: int,
     bits: int = 4,
 ) -> QArray:
-    """Codes [N, K], scales [N, G] and zero points [N, G] as a QArray."""
+    """Packed codes [N, row_bytes], scales [N, G] and zero points [N, G] as a QArray."""
     return weights.coded(
-        codes.pack(np.ascontiguousarray(values), bits),
+        packed,
         f"uint{bits}b{1 << (bits - 1)}" if zero is None else f"uint{bits}",
         shape,
-        np.ascontiguousarray(scale),
+        LazyArray.of(scale),
         (1, size),
         zero_point=None if zero is None else np.ascontiguousarray(zero),
     )
@@ -297,13 +302,11 @@ def _gemv(
     expect(module, stored, "scales", PLAIN, (n, room))
 
     def decode(arrays: Arrays) -> QArray:
-        stream = np.ascontiguousarray(arrays["qweight"]).view(np.uint8)
         zero_stream = np.ascontiguousarray(arrays["qzeros"]).view(np.uint8)
         zero = codes.unpack(zero_stream, 4, room, np)[:, :groups]
-        values = codes.unpack(stream, 4, k, np)
         if symmetric:
             zero = _no_zeros(stored, zero)
-        return _weight(values, arrays["scales"][:, :groups], zero, shape, size)
+        return _weight(arrays["qweight"], arrays["scales"][:, :groups], zero, shape, size)
 
     return Layer(("qweight", "qzeros", "scales"), decode)
 
@@ -323,17 +326,18 @@ def _gemv_fast(module: str, stored: Stored, shape: tuple[int, ...], group_size: 
         expect(module, stored, suffix, PLAIN, (room, n), (groups, n))
 
     def decode(arrays: Arrays) -> QArray:
-        words = np.ascontiguousarray(arrays["qweight"]).view(np.uint16)
-        nibbles = (words[..., None] >> np.array([0, 4, 8, 12], np.uint16)) & np.uint16(15)
-        # [blocks of 4 rows, blocks of 64 columns, row, two runs of 32]
-        runs = nibbles.astype(np.uint8).reshape(n // 4, k // 64, 4, 2, 32)
-        values = np.empty_like(runs)
-        values[..., _FAST] = runs
-        values = values.transpose(0, 2, 1, 3, 4).reshape(n, k)
-        scale, zero = (
-            np.ascontiguousarray(arrays[suffix][:groups].T) for suffix in ("scales", zeros)
-        )
-        packed = codes.pack(values, 4)
+        def values(rows: slice, columns: slice) -> np.ndarray:
+            words = arrays["qweight"][rows.start // 4 : rows.stop // 4, columns]
+            words = np.ascontiguousarray(words).view(np.uint16)
+            nibbles = (words[..., None] >> np.array([0, 4, 8, 12], np.uint16)) & np.uint16(15)
+            # [blocks of 4 rows, blocks of 64 columns, row, two runs of 32]
+            runs = nibbles.astype(np.uint8).reshape(len(words), -1, 4, 2, 32)
+            found = np.empty_like(runs)
+            found[..., _FAST] = runs
+            return found.transpose(0, 2, 1, 3, 4).reshape(4 * len(words), -1)
+
+        packed = weights.repacked((n, k), 4, values, rows=4, columns=64)
+        scale, zero = (LazyArray.of(arrays[suffix][:groups].T) for suffix in ("scales", zeros))
         return weights.coded(
             packed, "uint4", shape, scale, (1, size), zero_point=zero, additive=True
         )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from qjax.errors import CheckpointError, UnsupportedError, nearest
+from qjax.lazy import LazyArray
 from qjax.qarray import QArray
 
 PLAIN = ("f32", "f16", "bf16")
@@ -69,6 +70,8 @@ class Layer:
     Attributes:
       reads: the suffixes that `decode` wants; any other that is stored is an error.
       decode: suffix -> array to a canonical QArray on the host, of the shape that was asked for.
+        Arrays that have to be made may be lazy (`qjax.lazy`), so that no more of them is made than
+        is wanted on this machine.
       ignores: suffixes that are known and need no place.
     """
 
@@ -218,9 +221,7 @@ def dense_layer(
         expect(module, stored, "weight", PLAIN, (*shape[:-2], shape[-1], shape[-2]))
         return Layer(
             ("weight",),
-            lambda arrays: QArray.from_dense(
-                np.ascontiguousarray(arrays["weight"].swapaxes(-1, -2))
-            ),
+            lambda arrays: QArray.from_dense(LazyArray.of(arrays["weight"].swapaxes(-1, -2))),
         )
     expect(module, stored, "weight", PLAIN, shape)
     return Layer(("weight",), lambda arrays: QArray.from_dense(arrays["weight"]))

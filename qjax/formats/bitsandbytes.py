@@ -32,6 +32,7 @@ from qjax.formats.base import (
     is_plain,
     no_checkpoint,
 )
+from qjax.lazy import LazyArray, as_bytes
 from qjax.qarray import ActSpec, QArray
 from qjax.registry import register_quantization_config
 
@@ -106,7 +107,9 @@ class BitsAndBytes(QuantizationConfig):
             )
         blocks = -(-n * k // state.blocksize)
         where = f"{record.file}, {record.name}"
+        # Of a block that lies across two rows, some groups in a row share the scale.
         group, times = weights.flat_group(where, (n, k), state.blocksize)
+        grid = weights.grid((n, k), group)
         nested = state.nested_blocksize is not None
         expect(module, stored, "weight.absmax", "u8" if nested else "f32", (blocks,))
         expect(module, stored, "weight.quant_map", "f32", (16,))
@@ -118,17 +121,24 @@ class BitsAndBytes(QuantizationConfig):
             reads += ["weight.nested_absmax", "weight.nested_quant_map"]
 
         def decode(arrays: Arrays) -> QArray:
-            absmax = arrays["weight.absmax"]
+            raw = as_bytes(arrays["weight"]).reshape(n, k // 2)
             if state.nested_blocksize is not None:
-                outer = np.repeat(arrays["weight.nested_absmax"], state.nested_blocksize)[:blocks]
-                absmax = arrays["weight.nested_quant_map"][absmax] * outer
-                absmax = absmax + np.float32(state.nested_offset)
-            if times > 1:  # the last block may be shorter
-                absmax = np.repeat(absmax, times)[: n * k // group[1]]
-            raw = np.ascontiguousarray(arrays["weight"]).view(np.uint8).reshape(n, k // 2)
-            swapped = (raw << np.uint8(4)) | (raw >> np.uint8(4))
+                nested = np.asarray(arrays["weight.nested_absmax"])
+                nested_map = np.asarray(arrays["weight.nested_quant_map"])
+
+            def absmax(rows: slice, columns: slice) -> np.ndarray:
+                row = np.arange(rows.start, rows.stop)[:, None]
+                block = (row * grid[1] + np.arange(columns.start, columns.stop)) // times
+                found = arrays["weight.absmax"][block]
+                if state.nested_blocksize is not None:
+                    found = nested_map[found] * nested[block // state.nested_blocksize]
+                    found = found + np.float32(state.nested_offset)
+                return found
+
+            packed = weights.bytewise(raw, lambda b: (b << np.uint8(4)) | (b >> np.uint8(4)))
+            scale = LazyArray(absmax, grid, np.dtype(np.float32))
             aux = {"codebook": arrays["weight.quant_map"].reshape(1, 16)}
-            weight = weights.coded(swapped, "lookup4", (n, k), absmax, group, aux=aux)
+            weight = weights.coded(packed, "lookup4", (n, k), scale, group, aux=aux)
             return replace(weight, rounded=state.rounded)
 
         return Layer(tuple(reads), decode, (states[0],))

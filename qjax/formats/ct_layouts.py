@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from pallas_kernels import codes
 from qjax.errors import UnsupportedError
 from qjax.formats import exact, marlin, weights
 from qjax.formats.base import PLAIN, Arrays, Layer, Record, Stored, expect, fault
+from qjax.lazy import LazyArray, as_bytes
 from qjax.qarray import QArray
 from qjax.scheme import QuantizationArgs
 
@@ -92,7 +94,7 @@ def _pack(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> 
         told = tuple(arrays["weight_shape"].tolist()) if "weight_shape" in arrays else ()
         if told and told[-2:] != (n, k):
             raise fault(stored["weight_shape"], f"says {told}, the model's sizes ask for {(n, k)}")
-        packed = _bytes(arrays["weight_packed"], k, bits, dense, record)
+        packed = _lazy_bytes(arrays["weight_packed"], k, bits, dense, record)
         zero = None
         if args.symmetric:
             if "weight_zero_point" in arrays and arrays["weight_zero_point"].any():
@@ -161,6 +163,18 @@ def _bytes(words: np.ndarray, count: int, bits: int, dense: bool, record: Record
     return stream[..., : -(-count * bits // 8)]
 
 
+def _lazy_bytes(words: np.ndarray, count: int, bits: int, dense: bool, record: Record) -> Any:
+    row = -(-count * bits // 8)
+    if dense:
+        return as_bytes(words)[..., :row]
+
+    def read(*index: slice) -> np.ndarray:
+        *rows, inside = index
+        return _bytes(np.asarray(words[tuple(rows)]), count, bits, dense, record)[..., inside]
+
+    return LazyArray(read, (*words.shape[:-1], row), np.dtype(np.uint8))
+
+
 def _int(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> Layer:
     """A byte a weight, signed; fewer bits than 8 are packed in memory."""
     record = expect(module, stored, "weight", "i8", shape)
@@ -178,7 +192,7 @@ def _int(module: str, stored: Stored, shape: Shape, args: QuantizationArgs) -> L
         aux = {}
         if "weight_g_idx" in arrays:
             g_idx, record_ = arrays["weight_g_idx"], stored["weight_g_idx"]
-            raw = packed.view(np.uint8)
+            raw = as_bytes(packed)
             packed, aux = weights.sort_columns(raw, args.num_bits, record_, g_idx, group[1])
         scale = arrays["weight_scale"]
         return weights.coded(packed, qtype, shape, scale, group, zero_point=zero, aux=aux)

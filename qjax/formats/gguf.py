@@ -18,6 +18,7 @@ import numpy as np
 from qjax.errors import UnsupportedError
 from qjax.formats.base import Arrays, Layer, QuantizationConfig, Record, Stored, expect, fault
 from qjax.formats.ggml_exact import as_blocks
+from qjax.lazy import LazyArray, as_bytes
 from qjax.qarray import QArray
 from qjax.qtypes import QTYPES
 
@@ -112,7 +113,7 @@ def stored(module: str, weight: QArray) -> tuple[str, dict[str, np.ndarray]]:
 
 def _blocks(qtype: str, shape: tuple[int, ...]) -> Callable[[Arrays], QArray]:
     def decode(arrays: Arrays) -> QArray:
-        raw = np.ascontiguousarray(arrays["weight"]).view(np.uint8)
+        raw = as_bytes(arrays["weight"])
         return QArray(raw.reshape(*shape[:-1], -1), qtype, (shape[-2], shape[-1]))
 
     return decode
@@ -123,25 +124,42 @@ def _fp4(record: Record, shape: tuple[int, ...]) -> Callable[[Arrays], QArray]:
     fp4 = _FP4[record.qtype]
 
     def decode(arrays: Arrays) -> QArray:
-        raw = arrays["weight"]
-        blocks = raw.reshape(*raw.shape[:-1], -1, fp4.nbytes)
-        scale = blocks[..., : fp4.groups].reshape(*raw.shape[:-1], -1)
-        if record.qtype == "nvfp4":
-            if (scale & 0x80).any():
-                raise fault(record, "has a scale with a sign bit; NVFP4's have none")
-            # ggml takes the pattern that would be NaN for zero.
-            scale = np.where(scale == 0x7F, np.uint8(0), scale)
-        halves = blocks[..., fp4.groups :].reshape(*raw.shape[:-1], -1, fp4.columns // 2)
-        even, odd = halves[..., 0::2], halves[..., 1::2]
-        codes = np.concatenate([even & 15 | odd << 4, even >> 4 | odd & 0xF0], axis=-1)
+        raw = arrays["weight"].reshape(*shape[:-1], -1)
+        rows, count = raw.shape[:-1], raw.shape[-1] // fp4.nbytes
+        row = count * fp4.groups * fp4.columns // 2
+
+        def blocks(index: tuple[slice, ...], size: int) -> np.ndarray:
+            """Those that these bytes, `size` of each block, come from: [..., blocks, nbytes]."""
+            *before, here = index
+            inside = slice(here.start // size * fp4.nbytes, here.stop // size * fp4.nbytes)
+            some = np.asarray(raw[(*before, inside)])
+            return some.reshape(*some.shape[:-1], -1, fp4.nbytes)
+
+        def scales(*index: slice) -> np.ndarray:
+            found = blocks(index, fp4.groups)[..., : fp4.groups]
+            scale = found.reshape(*found.shape[:-2], -1)
+            if record.qtype == "nvfp4":
+                if (scale & 0x80).any():
+                    raise fault(record, "has a scale with a sign bit; NVFP4's have none")
+                # ggml takes the pattern that would be NaN for zero.
+                scale = np.where(scale == 0x7F, np.uint8(0), scale)
+            return np.ascontiguousarray(scale).view(fp4.scale)
+
+        def codes(*index: slice) -> np.ndarray:
+            found = blocks(index, row // count)[..., fp4.groups :]
+            halves = found.reshape(*found.shape[:-2], -1, fp4.columns // 2)
+            even, odd = halves[..., 0::2], halves[..., 1::2]
+            pairs = np.concatenate([even & 15 | odd << 4, even >> 4 | odd & 0xF0], axis=-1)
+            return pairs.reshape(*found.shape[:-2], -1)
+
         aux = {}
         if "scale" in arrays:
             aux["global_scale"] = np.array(arrays["scale"]).reshape(*shape[:-2], 1, 1)
         return QArray(
-            codes.reshape(*raw.shape[:-1], -1),
+            LazyArray(codes, (*rows, row), np.dtype(np.uint8), (1, row // count)),
             "fp4_e2m1",
             (shape[-2], shape[-1]),
-            np.ascontiguousarray(scale).view(fp4.scale),
+            LazyArray(scales, (*rows, count * fp4.groups), np.dtype(fp4.scale), (1, fp4.groups)),
             aux=aux,
             group=(1, fp4.columns),
         )

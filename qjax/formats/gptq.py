@@ -31,6 +31,7 @@ from qjax.formats.base import (
 )
 from qjax.formats.dynamic import Dynamic, LayerSettings, bits_of, config_for, find, read
 from qjax.formats.history import HISTORY
+from qjax.lazy import LazyArray
 from qjax.qarray import QArray
 from qjax.registry import quantization_config, register_quantization_config
 
@@ -203,7 +204,7 @@ def layer(module: str, stored: Stored, shape: tuple[int, ...], settings: Setting
 
     def decode(arrays: Arrays) -> QArray:
         planes = _PLANES[bits] if bits in settings.planar else None
-        stream = _stream(np.ascontiguousarray(arrays["qweight"].T), k, bits, planes)
+        stream: Any = _lazy_stream(arrays["qweight"], k, bits, planes)
         zero = _zeros(arrays["qzeros"], n, settings, planes)
         aux = {}
         if "g_idx" in arrays:
@@ -215,13 +216,35 @@ def layer(module: str, stored: Stored, shape: tuple[int, ...], settings: Setting
             stream,
             f"uint{bits}b{half}" if symmetric else f"uint{bits}",
             (n, k),
-            scale_in(np.ascontiguousarray(arrays["scales"].T), settings.scale_dtype),
+            _lazy_scale(arrays["scales"], settings.scale_dtype),
             (1, size),
             zero_point=None if symmetric else zero,
             aux=aux,
         )
 
     return Layer(tuple(reads), decode)
+
+
+def _lazy_stream(words: np.ndarray, k: int, bits: int, planes: tuple[int, ...] | None) -> LazyArray:
+    """Codes in words along K, [W, N], as a dense stream of bits for each output."""
+    size = words.dtype.itemsize
+
+    def read(rows: slice, inside: slice) -> np.ndarray:
+        here = np.ascontiguousarray(words[inside.start // size : inside.stop // size, rows].T)
+        return _stream(here, (inside.stop - inside.start) * 8 // bits, bits, planes)
+
+    unit = 4 * bits if planes else size
+    return LazyArray(read, (words.shape[1], k * bits // 8), np.dtype(np.uint8), (1, unit))
+
+
+def _lazy_scale(scale: np.ndarray, dtype: str) -> LazyArray:
+    """Scales [G, N] for each output, see `scale_in`."""
+
+    def read(rows: slice, groups: slice) -> np.ndarray:
+        return scale_in(np.asarray(scale[groups, rows]).T, dtype)
+
+    kept = scale_in(np.empty(0, scale.dtype), dtype).dtype
+    return LazyArray(read, (scale.shape[1], scale.shape[0]), kept)
 
 
 def _stream(words: np.ndarray, count: int, bits: int, planes: tuple[int, ...] | None) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -33,6 +34,7 @@ from qjax.formats.base import (
     is_plain,
     no_checkpoint,
 )
+from qjax.lazy import as_bytes
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 
@@ -266,8 +268,7 @@ def _plan(
         expect(module, stored, suffix, PLAIN, scales, *single)
 
     def decode(arrays: Arrays) -> QArray:
-        raw = np.ascontiguousarray(arrays["W_q"]).view(_WORDS[packing.word])
-        values = _unpack(raw, packing)[: matrix[0]].reshape(shape)
+        raw = as_bytes(arrays["W_q"]).view(_WORDS[packing.word])
         scale, zero = (arrays[suffix] for suffix in ("scale", "zero"))
         if times > 1:
             scale, zero = np.repeat(scale, times), np.repeat(zero, times)
@@ -275,9 +276,11 @@ def _plan(
         if slabs is not None:
             # Rows of one group become neighbours; the outputs are put back in order.
             perm = _output_perm(n, n // slabs)
-            values = values[np.argsort(perm)]
+            values = _unpack(np.asarray(raw), packing)[: matrix[0]].reshape(shape)
+            packed: Any = codes.pack(values[np.argsort(perm)], packing.bits)
             aux["output_perm"] = perm[None]
-        packed = codes.pack(values, packing.bits)
+        else:
+            packed = weights.repacked(shape, packing.bits, partial(_rows, raw, packing, shape))
         zero = weights.scales(zero, shape, group)
         return weights.coded(
             packed, f"uint{packing.bits}", shape, scale, group, zero_point=zero, aux=aux
@@ -286,12 +289,31 @@ def _plan(
     return decode
 
 
+def _rows(
+    words: np.ndarray, packing: _Packing, shape: tuple[int, int], rows: slice, columns: slice
+) -> np.ndarray:
+    """Some codes of a weight (N, K) whose matrix has these words, uint8."""
+    count, width = words.shape  # of the rows of a part
+    start, stop = rows.start * shape[1], rows.stop * shape[1]
+    first, last = start // width, -(-stop // width)
+    parts = []
+    for part in range(packing.count):
+        low, high = max(first - part * count, 0), min(last - part * count, count)
+        if low < high:
+            parts.append(_part(np.asarray(words[low:high]), packing, part))
+    flat = np.concatenate(parts).reshape(-1)[start - first * width : stop - first * width]
+    return flat.reshape(-1, shape[1])[:, columns]
+
+
+def _part(words: np.ndarray, packing: _Packing, part: int) -> np.ndarray:
+    shift = packing.bits * (packing.count - 1 - part)
+    mask = words.dtype.type((1 << packing.bits) - 1)
+    return ((words >> words.dtype.type(shift)) & mask).astype(np.uint8)
+
+
 def _unpack(words: np.ndarray, packing: _Packing) -> np.ndarray:
     """Codes uint8 [R * count, C] from words [R, C]: each holds one row of every R-th part."""
-    shifts = [packing.bits * (packing.count - 1 - part) for part in range(packing.count)]
-    mask = words.dtype.type((1 << packing.bits) - 1)
-    parts = [(words >> words.dtype.type(shift)) & mask for shift in shifts]
-    return np.concatenate(parts).astype(np.uint8)
+    return np.concatenate([_part(words, packing, part) for part in range(packing.count)])
 
 
 def _require_layout(module: str, weight: QArray) -> str:

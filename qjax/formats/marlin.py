@@ -34,6 +34,7 @@ from qjax.formats.base import (
     fault,
 )
 from qjax.formats.history import HISTORY
+from qjax.lazy import LazyArray
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 
@@ -108,9 +109,13 @@ def _dense(
     size = _check(module, stored, (n, k), bits, group_size, ("B", "s"), k)
 
     def decode(arrays: Arrays) -> QArray:
-        values = _untile(arrays["B"], k, n, bits, _order(bits)).T
-        scale = np.ascontiguousarray(_unshuffle(arrays["s"], _scales_order(size, k)).T)
-        packed = codes.pack(np.ascontiguousarray(values), bits)
+        def values(rows: slice, columns: slice) -> np.ndarray:
+            tiles = slice(columns.start // _TILE, columns.stop // _TILE)
+            words = arrays["B"][tiles, _words(rows, bits)]
+            return _untile(words, columns.stop - columns.start, bits, _order(bits)).T
+
+        packed = weights.repacked((n, k), bits, values, rows=64, columns=_TILE)
+        scale = _scales(arrays["s"], _scales_order(size, k))
         return weights.coded(packed, f"uint{bits}b{1 << (bits - 1)}", (n, k), scale, (1, size))
 
     return Layer(("B", "s"), decode, ("workspace",))
@@ -165,17 +170,23 @@ def sparse(
     # compressed-tensors tells grouped scales by the number of kept inputs, not by that of all.
     single = size >= (k // 2 if names == _COMPRESSED else k)
     meta = expect(module, stored, names[2], ("i16", "u16"), (k // 32, 2 * n))
+    qtype = f"sparse24_uint{bits}b{1 << (bits - 1)}"
 
     def decode(arrays: Arrays) -> QArray:
-        kept = _untile(arrays[names[0]], k // 2, n, bits, _order_sparse(bits)).T
-        places = _places(np.ascontiguousarray(arrays[names[2]]), n, k)
-        if (places[..., 0] >= places[..., 1]).any():
-            raise fault(meta, "does not name two of every four columns in rising order")
-        scale = arrays[names[1]]
-        scale = scale if single else _unshuffle(scale, _SCALES_SPARSE)
-        parts = [codes.pack(kept, bits), codes.pack(places.reshape(n, k // 2), 2)]
-        packed, scale = np.concatenate(parts, axis=1), np.ascontiguousarray(scale.T)
-        qtype = f"sparse24_uint{bits}b{1 << (bits - 1)}"
+        def read(rows: slice, _: slice) -> np.ndarray:
+            words = arrays[names[0]][:, _words(rows, bits)]
+            kept = _untile(words, k // 2, bits, _order_sparse(bits)).T
+            count = rows.stop - rows.start
+            some = arrays[names[2]][:, 2 * rows.start : 2 * rows.stop]
+            places = _places(np.ascontiguousarray(some), count, k)
+            if (places[..., 0] >= places[..., 1]).any():
+                raise fault(meta, "does not name two of every four columns in rising order")
+            parts = [codes.pack(kept, bits), codes.pack(places.reshape(count, k // 2), 2)]
+            return np.concatenate(parts, axis=1)
+
+        row = codes.row_bytes(qtype, k)
+        packed = LazyArray(read, (n, row), np.dtype(np.uint8), (64, row))
+        scale = _scales(arrays[names[1]], np.arange(64) if single else _SCALES_SPARSE)
         return weights.coded(packed, qtype, (n, k), scale, (1, size))
 
     return Layer(names, decode, ("workspace",))
@@ -211,9 +222,15 @@ def _scales_order(size: int, k: int) -> np.ndarray:
     return _SCALES_SINGLE if size == k else _SCALES_GROUPED
 
 
-def _untile(words: np.ndarray, rows: int, columns: int, bits: int, order: np.ndarray) -> np.ndarray:
+def _words(outputs: slice, bits: int) -> slice:
+    """Where the words of some outputs, runs of 64, lie in a row of tiles."""
+    return slice(outputs.start * _TILE * bits // 32, outputs.stop * _TILE * bits // 32)
+
+
+def _untile(words: np.ndarray, rows: int, bits: int, order: np.ndarray) -> np.ndarray:
     """Codes uint8 [rows, columns] from words of which each run of 1024 codes was shuffled."""
     stream = np.ascontiguousarray(words).view(np.uint8)
+    columns = 8 * stream.shape[1] // bits // _TILE
     shuffled = codes.unpack(stream, bits, columns * _TILE, np).reshape(-1, len(order))
     values = np.empty_like(shuffled)
     values[:, order] = shuffled
@@ -233,11 +250,17 @@ def _shuffle(scale: np.ndarray, order: np.ndarray) -> np.ndarray:
     return scale.reshape(-1, len(order))[:, order].reshape(scale.shape)
 
 
-def _unshuffle(scale: np.ndarray, order: np.ndarray) -> np.ndarray:
-    shuffled = scale.reshape(-1, len(order))
-    values = np.empty_like(shuffled)
-    values[:, order] = shuffled
-    return values.reshape(scale.shape)
+def _scales(scale: np.ndarray, order: np.ndarray) -> LazyArray:
+    """Scales [G, N], shuffled in runs, in order for each output."""
+
+    def read(outputs: slice, groups: slice) -> np.ndarray:
+        some = np.asarray(scale[groups, outputs])
+        shuffled = some.reshape(-1, len(order))
+        values = np.empty_like(shuffled)
+        values[:, order] = shuffled
+        return values.reshape(some.shape).T
+
+    return LazyArray(read, scale.shape[::-1], scale.dtype, (64, 1))
 
 
 @cache

@@ -316,9 +316,15 @@ def _int4(module: str, stored: Stored, shape: tuple[int, ...]) -> Layer:
     expect(module, stored, "weight_scale", PLAIN, weights.grid(shape, group))
 
     def decode(arrays: Arrays) -> QArray:
-        both = arrays["weight"]
-        signed = np.stack([both & np.uint8(15), both >> np.uint8(4)], axis=-2)
-        packed = codes.pack(signed.reshape(shape) ^ np.uint8(8), 4)
+        def values(*index: slice) -> np.ndarray:
+            *before, rows, columns = index
+            both = np.asarray(
+                arrays["weight"][(*before, slice(rows.start // 2, rows.stop // 2), columns)]
+            )
+            signed = np.stack([both & np.uint8(15), both >> np.uint8(4)], axis=-2)
+            return signed.reshape(*both.shape[:-2], -1, both.shape[-1]) ^ np.uint8(8)
+
+        packed = weights.repacked(shape, 4, values, rows=2)
         return weights.coded(packed, "uint4b8", shape, arrays["weight_scale"], group)
 
     # Of W4A8, weight_scale_2 is the scale of the float8 that TensorRT-LLM turns the weight into

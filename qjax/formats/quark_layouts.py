@@ -13,6 +13,7 @@ from pallas_kernels import codes
 from qjax.errors import UnsupportedError
 from qjax.formats import weights
 from qjax.formats.base import PLAIN, Arrays, Keys, Layer, Stored, expect
+from qjax.lazy import LazyArray
 from qjax.qarray import QArray
 
 Shape = tuple[int, ...]
@@ -128,8 +129,7 @@ def integers(
     size = (config.group_size or k) if grouped else k
     size = k if size == -1 else size
     count = -(-k // size)
-    stored_shape = (*lead, k, n) if grouped else (*lead, n, k)
-    unpack = _unpacker(config.dtype, stored_shape, order)
+    unpack = _unpacker(config.dtype, (*lead, k, n) if grouped else (*lead, n, k), order)
     expect(module, stored, "weight", unpack.dtypes, unpack.stored)
     if grouped:
         scale_shapes: list[Shape] = [(*lead, count, n)]
@@ -157,9 +157,18 @@ def integers(
 
     def decode(arrays: Arrays) -> QArray:
         half = 1 << (bits - 1)
-        values = rows_first(unpack(arrays["weight"]))
+
+        def values(*index: slice) -> np.ndarray:
+            *before, rows, columns = index
+            across, along = (columns, rows) if grouped else (rows, columns)
+            found = unpack.some(arrays["weight"], (*before, across), along)
+            # Two's complement as offset binary; zero points move along.
+            return rows_first(found ^ np.uint8(half) if signed else found)
+
+        unit = {"rows" if grouped else "columns": 8}  # of codes in a word, or in whole bytes
+        packed_codes = weights.repacked(shape, bits, values, **unit)
         scale = arrays["weight_scale"]
-        scale = rows_first(scale) if grouped else scale
+        scale = LazyArray.of(np.swapaxes(scale, -1, -2)) if grouped else scale
         zero = None
         if zeros:
             raw = arrays["weight_zero_point"]
@@ -169,20 +178,16 @@ def integers(
             else:
                 packed = not single and raw.shape == along_n.stored != (*lead, n)
                 zero = (along_n(raw) if packed else raw).reshape(*lead, -1, 1)
-        if signed:
-            # Two's complement as offset binary; zero points move along.
-            values = values ^ np.uint8(half)
-            if zero is not None:
-                as_int = zero.astype(np.int32)
-                as_int = np.where(as_int >= half, as_int - (1 << bits), as_int)
-                zero = None if not as_int.any() else as_int + half
+        if signed and zero is not None:
+            as_int = zero.astype(np.int32)
+            as_int = np.where(as_int >= half, as_int - (1 << bits), as_int)
+            zero = None if not as_int.any() else as_int + half
         qtype = f"uint{bits}" if zero is not None or not signed else f"uint{bits}b{half}"
         if zero is None and not signed:
-            zero = np.zeros(weights.scales(scale, shape, group).shape, np.uint8)
+            zero = np.zeros(weights.grid(shape, group), np.uint8)
         if zero is not None:
             zero = weights.scales(zero, shape, group)
             zero = zero.astype(np.uint8) if np.issubdtype(zero.dtype, np.integer) else zero
-        packed_codes = codes.pack(values, bits)
         return weights.coded(packed_codes, qtype, shape, scale, group, zero_point=zero)
 
     return Layer(("weight", "weight_scale", *zeros), decode)
@@ -190,29 +195,45 @@ def integers(
 
 @dataclass(frozen=True)
 class _Unpacker:
-    """Codes uint8 of a shape from what is stored; called with the stored array."""
+    """Codes uint8 of a shape from what is stored; called with the stored array.
+
+    Attributes:
+      eight: stored elements that eight codes take.
+    """
 
     dtypes: tuple[str, ...]
     stored: Shape
-    run: Callable[[np.ndarray], np.ndarray]
+    eight: int
+    run: Callable[..., np.ndarray]
+    count: int
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
-        return self.run(array)
+        return self.run(array, count=self.count)
+
+    def some(self, array: np.ndarray, before: tuple[slice, ...], along: slice) -> np.ndarray:
+        """The codes `along` the last axis, from a multiple of eight on, of some rows."""
+        here = slice(along.start * self.eight // 8, -(-along.stop * self.eight // 8))
+        return self.run(np.asarray(array[(*before, here)]), count=along.stop - along.start)
 
 
 def _unpacker(dtype: str, shape: Shape, order: Order) -> _Unpacker:
     *rest, last = shape
     if dtype in ("int4", "uint4"):
-        return _Unpacker(
-            ("i32", "u32"), (*rest, -(-last // 8)), partial(_words, count=last, order=order)
-        )
+        words = (*rest, -(-last // 8))
+        return _Unpacker(("i32", "u32"), words, 1, partial(_words, order=order), last)
     if dtype == "int3":
-        return _Unpacker(
-            ("u8",), (*rest, -(-last * 3 // 8)), lambda a: codes.unpack(a, 3, last, np)
-        )
+        return _Unpacker(("u8",), (*rest, -(-last * 3 // 8)), 3, _three, last)
     if dtype == "uint2":
-        return _Unpacker(("u8",), (*rest, -(-last // 4)), partial(_high_first, count=last))
-    return _Unpacker(("i8",), tuple(shape), lambda a: a.view(np.uint8) & np.uint8(3))
+        return _Unpacker(("u8",), (*rest, -(-last // 4)), 2, _high_first, last)
+    return _Unpacker(("i8",), tuple(shape), 8, _two, last)
+
+
+def _three(array: np.ndarray, count: int) -> np.ndarray:
+    return codes.unpack(array, 3, count, np)
+
+
+def _two(array: np.ndarray, count: int) -> np.ndarray:
+    return array[..., :count].view(np.uint8) & np.uint8(3)
 
 
 def _words(array: np.ndarray, count: int, order: Order) -> np.ndarray:

@@ -29,6 +29,7 @@ from qjax.formats.base import (
     expect,
     fault,
 )
+from qjax.lazy import LazyArray, as_bytes
 from qjax.qarray import ActSpec, QArray
 from qjax.registry import register_quantization_config
 
@@ -215,21 +216,20 @@ def _int4(module: str, stored: Stored, shape: Shape, data: Mapping[str, Any]) ->
     extra = _pre_scale(module, stored, shape)
 
     def decode(arrays: Arrays) -> QArray:
-        raw = np.ascontiguousarray(arrays[_QDATA]).view(np.uint8) ^ np.uint8(0x88)
-        scale, zero = (
-            np.ascontiguousarray(arrays[suffix].T)
-            for suffix in ("_weight_scale", "_weight_zero_point")
-        )
-        return _added(raw, shape, scale, zero, group, act)
+        raw = as_bytes(arrays[_QDATA])
+        packed = weights.bytewise(raw, lambda some: some ^ np.uint8(0x88))
+        scale = LazyArray.of(arrays["_weight_scale"].T)
+        zero = np.ascontiguousarray(arrays["_weight_zero_point"].T)
+        return _added(packed, shape, scale, zero, group, act)
 
     reads = (_QDATA, "_weight_scale", "_weight_zero_point", *extra)
     return Layer(reads, _with_pre_scale(decode, extra, shape))
 
 
 def _added(
-    packed: np.ndarray,
+    packed: LazyArray,
     shape: Shape,
-    scale: np.ndarray,
+    scale: Any,
     zero: np.ndarray,
     group: tuple[int, int],
     act: ActSpec | None = None,
@@ -261,18 +261,28 @@ def _tile_packed(module: str, stored: Stored, shape: Shape, data: Mapping[str, A
     expect(module, stored, "_weight_scale_and_zero", PLAIN, (groups, record.shape[0] * 8, 2))
     kept = -(-k // group[1])
 
-    def decode(arrays: Arrays) -> QArray:
-        words = np.ascontiguousarray(arrays[_QDATA]).view(np.uint32)
+    def untiled(words: np.ndarray) -> np.ndarray:
+        """Tiles [rows / 8, columns / 128, 32, 4] as uint8 [rows, columns]."""
+        words = np.ascontiguousarray(words).view(np.uint32)
         nibbles = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32) * np.uint32(4)
         parts = ((words[..., None] >> nibbles) & np.uint32(15)).astype(np.uint8)
         lane, word, value = np.meshgrid(np.arange(32), np.arange(4), np.arange(8), indexing="ij")
         column = 32 * word + np.array([0, 1, 8, 9, 16, 17, 24, 25])[value] + 2 * (lane % 4)
         tiles = np.empty((*words.shape[:2], 8, 128), np.uint8)
         tiles[:, :, lane // 4, column] = parts
-        values = tiles.transpose(0, 2, 1, 3).reshape(-1, padded)[:n, :k]
+        return tiles.transpose(0, 2, 1, 3).reshape(8 * words.shape[0], -1)
+
+    def decode(arrays: Arrays) -> QArray:
+        def values(rows: slice, columns: slice) -> np.ndarray:
+            here = slice(rows.start // 8, -(-rows.stop // 8))
+            there = slice(columns.start // 128, -(-columns.stop // 128))
+            size = rows.stop - rows.start, columns.stop - columns.start
+            return untiled(arrays[_QDATA][here, there])[: size[0], : size[1]]
+
+        packed = weights.repacked((n, k), 4, values, rows=8, columns=128)
         pairs = arrays["_weight_scale_and_zero"][:kept, :n]
         scale, zero = (np.ascontiguousarray(pairs[..., i].T) for i in (0, 1))
-        return _added(codes.pack(values, 4), shape, scale, zero, (1, group[1]))
+        return _added(packed, shape, scale, zero, (1, group[1]))
 
     return Layer((_QDATA, "_weight_scale_and_zero"), decode)
 

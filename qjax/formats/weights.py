@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import numpy as np
 from pallas_kernels import codes
 from qjax.errors import UnsupportedError
 from qjax.formats.base import Arrays, Keys, Layer, Record, Stored, expect, fault
+from qjax.lazy import LazyArray, as_bytes
 from qjax.qarray import QArray
 
 FP8_QTYPES = {"f8_e4m3": "fp8_e4m3", "f8_e5m2": "fp8_e5m2"}
@@ -99,9 +101,10 @@ def scale_group(
     )
 
 
-def scales(array: np.ndarray, shape: tuple[int, ...], group: tuple[int, int]) -> np.ndarray:
+def scales(array: Any, shape: tuple[int, ...], group: tuple[int, int]) -> Any:
     """Scales as a QArray has them: [..., ceil(N / rows), ceil(K / columns)]."""
-    return np.ascontiguousarray(array.reshape(grid(shape, group)))
+    wanted = grid(shape, group)
+    return array if tuple(array.shape) == wanted else array.reshape(wanted)
 
 
 def scalar(array: np.ndarray, lead: tuple[int, ...] = ()) -> np.ndarray:
@@ -109,23 +112,51 @@ def scalar(array: np.ndarray, lead: tuple[int, ...] = ()) -> np.ndarray:
     return np.asarray(array, np.float32).reshape(*lead, 1, 1)
 
 
+def repacked(
+    shape: tuple[int, ...],
+    bits: int,
+    values: Callable[..., np.ndarray],
+    rows: int = 1,
+    columns: int = 1,
+) -> LazyArray:
+    """Codes of a weight (..., N, K) that are packed as they are read.
+
+    Args:
+      values: makes the codes, uint8, that slices of all axes of the weight mean.
+      rows, columns: it is asked for multiples of these, but at the end of a weight.
+    """
+    unit = math.lcm(columns, 8 // math.gcd(bits, 8))
+
+    def read(*index: slice) -> np.ndarray:
+        *before, inside = index
+        here = slice(inside.start * 8 // bits, inside.stop * 8 // bits)
+        return codes.pack(np.ascontiguousarray(values(*before, here)), bits)
+
+    whole = (*shape[:-1], -(-shape[-1] * bits // 8))
+    return LazyArray(read, whole, np.dtype(np.uint8), (rows, unit * bits // 8))
+
+
+def bytewise(raw: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> LazyArray:
+    """Packed codes that come of stored bytes, one of each, as they are read."""
+    return LazyArray(lambda *index: change(np.asarray(raw[index])), raw.shape, raw.dtype)
+
+
 def coded(
-    packed: np.ndarray,
+    packed: Any,
     qtype: str,
     shape: tuple[int, ...],
-    scale: np.ndarray,
+    scale: Any,
     group: tuple[int, int],
     **more: Any,
 ) -> QArray:
     """A weight whose packed codes lie as a QArray wants them, in any dtype.
 
     Args:
-      packed: codes, [..., N, row_bytes] once viewed as bytes.
+      packed: codes, [..., N, row_bytes] once viewed as bytes; may be lazy, as the scales.
       scale: of the group's shape, or any that has as many numbers.
     """
-    raw = np.ascontiguousarray(packed).view(np.uint8)
     size = (shape[-2], shape[-1])
-    return QArray(raw, qtype, size, scales(scale, shape, group), group=group, **more)
+    return QArray(as_bytes(packed), qtype, size, scales(scale, shape, group), group=group, **more)
 
 
 def mx(
@@ -162,7 +193,7 @@ def mx(
 
 def signed_bytes(
     record: Record, values: np.ndarray, bits: int, zero: np.ndarray | None
-) -> tuple[np.ndarray, str, np.ndarray | None]:
+) -> tuple[np.ndarray | LazyArray, str, np.ndarray | None]:
     """Integers that lie in a byte each, as packed codes, their type and zero points.
 
     Args:
@@ -171,14 +202,19 @@ def signed_bytes(
       zero: signed zero points, or None where all are 0.
 
     Raises:
-      CheckpointError: a value needs more bits.
+      CheckpointError: a value needs more bits; where codes are packed, as they are read.
     """
     if bits == 8:
         return values, "int8", zero
     half = 1 << (bits - 1)
-    if values.min(initial=0) < -half or values.max(initial=0) >= half:
-        raise fault(record, f"holds values that {bits} bits cannot")
-    packed = codes.pack((values + np.int8(half)).view(np.uint8), bits)
+
+    def unsigned(*index: slice) -> np.ndarray:
+        signed = np.asarray(values[index])
+        if signed.min(initial=0) < -half or signed.max(initial=0) >= half:
+            raise fault(record, f"holds values that {bits} bits cannot")
+        return (signed + np.int8(half)).view(np.uint8)
+
+    packed = repacked(values.shape, bits, unsigned)
     if zero is None:
         return packed, f"uint{bits}b{half}", None
     return packed, f"uint{bits}", (zero.astype(np.int32) + half).astype(np.uint8)
@@ -198,12 +234,12 @@ def require_divisible(record: Record, k: int, size: int) -> None:
 
 
 def sort_columns(
-    stream: np.ndarray, bits: int, record: Record, g_idx: np.ndarray, group_size: int
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    stream: Any, bits: int, record: Record, g_idx: np.ndarray, group_size: int
+) -> tuple[Any, dict[str, np.ndarray]]:
     """Puts the columns of a group beside each other, groups counting up.
 
     Args:
-      stream: packed codes [..., row_bytes].
+      stream: packed codes [..., row_bytes], which may be lazy.
       record: of `g_idx`.
       g_idx: int [K], the group of each column, in any order.
 
@@ -224,8 +260,14 @@ def sort_columns(
     order = np.argsort(g_idx, kind="stable")
     if not np.array_equal(g_idx[order], wanted):
         raise fault(record, f"does not put {group_size} columns in each group")
-    sorted_ = codes.unpack(stream, bits, len(order), np)[..., order]
-    return codes.pack(sorted_, bits), {"perm": order.astype(np.int32)[None]}
+
+    def values(*index: slice) -> np.ndarray:
+        *before, columns = index
+        rows = np.asarray(stream[(*before, slice(None))])
+        return codes.unpack(rows, bits, len(order), np)[..., order[columns]]
+
+    packed = repacked((*stream.shape[:-1], len(order)), bits, values)
+    return packed, {"perm": order.astype(np.int32)[None]}
 
 
 def unsort_columns(weight: QArray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from pallas_kernels.matmul.spec import decode
+from qjax.errors import ShardingError
 from qjax.formats.base import Checkpoint
+from qjax.parts import lazily, part, read
 from qjax.registry import quantization_config
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -50,7 +53,29 @@ def decoded(config, tensors, shape, module=MODULE, dtype=""):
     layer = planned(config, tensors, shape, module, dtype)
     assert layer is not None
     assert {*layer.reads} <= {*tensors} <= {*layer.reads, *layer.ignores}
-    return layer.decode({suffix: tensors[suffix] for suffix in layer.reads})
+    return whole(layer, {suffix: tensors[suffix] for suffix in layer.reads})
+
+
+def whole(layer, arrays):
+    """The decoded weight; its parts, of which no more is read, are what it has there."""
+    lazy = lazily(layer.decode(arrays))
+    found = read(lazy)
+    for parts, index in (((2, 1), (1, 0)), ((1, 2), (0, 1)), ((4, 1), (1, 0)), ((1, 4), (0, 2))):
+        try:
+            expected = part(found, parts, index)
+        except ShardingError:
+            continue
+        assert same(read(part(lazy, parts, index)), expected), (parts, index)
+    return found
+
+
+def same(one, other):
+    """Whether two weights are the same to the bit, and in all that is static."""
+    leaves = jax.tree.leaves(one), jax.tree.leaves(other)
+    return jax.tree.structure(one) == jax.tree.structure(other) and all(
+        a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        for a, b in zip(*(map(np.ascontiguousarray, each) for each in leaves), strict=True)
+    )
 
 
 def round_trip(config, tensors, shape, module=MODULE):

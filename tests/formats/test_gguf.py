@@ -9,6 +9,7 @@ import pytest
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats.gguf import GGUF
 from qjax.qarray import QArray
+from tests.formats.stored import whole
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def read(qtype, raw, shape, scale=None):
         arrays["scale"] = scale
     layer = GGUF().layer("model.layers.0.mlp.up_proj", stored, shape)
     assert layer.reads == tuple(arrays)
-    return layer.decode(arrays)
+    return whole(layer, arrays)
 
 
 @pytest.mark.parametrize("experts", [(), (2,)])

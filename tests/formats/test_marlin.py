@@ -6,6 +6,7 @@ import pytest
 
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats import marlin
+from qjax.parts import part, read
 from tests.formats.stored import decoded, planned, quantization, record, weight_of, words
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -114,6 +115,8 @@ def test_sparse(bits, strategy):
     found = decoded(config, tensors, (64, 512))
     np.testing.assert_allclose(weight_of(found), weight, rtol=1e-6)
     assert found.qtype == f"sparse24_uint{bits}b{1 << (bits - 1)}"
+    for parts, index, there in (((2, 1), (1, 0), np.s_[32:]), ((1, 4), (0, 2), np.s_[:, 256:384])):
+        np.testing.assert_allclose(weight_of(part(found, parts, index)), weight[there], rtol=1e-6)
     assert found.nbytes == sum(array.nbytes for array in tensors.values())
     np.testing.assert_array_equal(found.dequantize(), weight_of(found).astype(np.float32))
     # The names that GPTQ's "marlin_24" has.
@@ -139,7 +142,7 @@ def test_positions_in_falling_order_are_refused():
     tensors["meta"] = np.zeros_like(tensors["meta"])
     stored = {suffix: record(suffix, array) for suffix, array in tensors.items()}
     with pytest.raises(CheckpointError, match="rising order"):
-        marlin.sparse("m", stored, (64, 512), 4, 128).decode(tensors)
+        read(marlin.sparse("m", stored, (64, 512), 4, 128).decode(tensors))
 
 
 @pytest.mark.parametrize(

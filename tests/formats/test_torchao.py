@@ -8,7 +8,7 @@ import pytest
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats.base import Checkpoint
 from qjax.registry import quantization_config
-from tests.formats.stored import MODULE, record, weight_of
+from tests.formats.stored import MODULE, record, weight_of, whole
 
 E4M3, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 DTYPE = {"_type": "torch.dtype"}
@@ -28,7 +28,7 @@ def planned(kind, tensors, data, shape=(N, K)):
 def decoded(kind, tensors, data, shape=(N, K)):
     layer, stored = planned(kind, tensors, data, shape)
     assert {*layer.reads} == {*stored}
-    return layer.decode(stored)
+    return whole(layer, stored)
 
 
 def dtype(name):
