@@ -1,0 +1,73 @@
+"""What a split model is compared by: the same model on one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import qjax
+from qjax.sharding import make_mesh
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+IDS = (np.arange(5, 42) * 7 % 199 + 3).tolist()
+
+
+class Found(NamedTuple):
+    """Attributes:
+    logits: float32 [T, V].
+    tokens: of a greedy and of a sampled request.
+    logprobs: of the tokens of the second, and the ids of its likeliest ones.
+    """
+
+    logits: np.ndarray
+    tokens: list[list[int]]
+    logprobs: list[tuple[float, list[int]]]
+
+
+def split(source: Any, tensor: int = 1, expert: int = 1) -> qjax.Params:
+    return qjax.load(source, mesh=make_mesh(tensor, expert=expert))
+
+
+def found(params: qjax.Params, generate: bool = False, **options: Any) -> Found:
+    """What a model says in exact numerics; with `generate`, by the engine too."""
+    cache = options.get("kv_cache_dtype", "auto")
+    bases = qjax.key_bases(params, "int4") if cache == "int4" else None
+    forward = jax.jit(lambda p, ids: qjax.forward(p, ids, kv_cache_dtype=cache, key_bases=bases))
+    ids = [token % params.config.vocab_size for token in IDS]
+    logits = np.asarray(forward(params, np.array(ids)))
+    if not generate or not has_tokenizer(params):
+        return Found(logits, [], [])
+    engine = qjax.Engine(params, num_blocks=16, numerics="exact", **options)
+    sampling = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 7}
+    sampling |= {"logprobs": 3, "repetition_penalty": 1.2, "frequency_penalty": 0.1}
+    greedy = qjax.SamplingParams(max_tokens=9, ignore_eos=True)
+    sampled = qjax.SamplingParams(
+        max_tokens=9, min_tokens=8, logit_bias={17: 2.0, 90: 1.0}, **sampling
+    )
+    requests = [engine.add(tuple(ids), greedy), engine.add(tuple(ids[:11]), sampled)]
+    while engine.busy:
+        engine.step()
+    tokens = [list(request.output_ids) for request in requests]
+    entries = zip(tokens[1], requests[1].logprobs, strict=True)
+    logprobs = [(entry[token].logprob, list(entry)) for token, entry in entries]
+    return Found(logits, tokens, logprobs)
+
+
+def has_tokenizer(params: qjax.Params) -> bool:
+    try:
+        return params.tokenizer is not None
+    except qjax.CheckpointError:
+        return False
+
+
+def check(whole: Found, parts: Found) -> None:
+    np.testing.assert_allclose(
+        parts.logits, whole.logits, rtol=0, atol=1e-5 * np.abs(whole.logits).max()
+    )
+    assert parts.tokens == whole.tokens
+    for (one, ids), (other, same) in zip(whole.logprobs, parts.logprobs, strict=True):
+        assert abs(one - other) < 1e-4
+        assert ids == same

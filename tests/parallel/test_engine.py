@@ -1,0 +1,69 @@
+"""The engine on several devices: caches, sampling, experts, and one text whatever the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import qjax
+from qjax.sharding import make_mesh
+from tests.parallel import cases
+
+LLAMA = cases.GOLDEN / "gguf-Q4_1"
+EXPERTS = cases.GOLDEN / "ct-qwen3moe-w4a16-g32"
+
+
+@pytest.mark.parametrize("cache", ["auto", "int8", "int4", "fp8_e4m3"])
+@pytest.mark.filterwarnings("ignore:kv_cache_dtype fp8")
+def test_caches(cache: str) -> None:
+    """Two heads of keys on four devices: each is held twice."""
+    options: dict[str, Any] = {"generate": cache == "auto", "kv_cache_dtype": cache}
+    whole = cases.found(qjax.load(LLAMA), **options)
+    parts = cases.found(cases.split(LLAMA, 4), **options)
+    if cache == "auto":
+        return cases.check(whole, parts)
+    # A sum in another order may round a key to the next code.
+    assert abs(whole.logits - parts.logits).max() < 0.02 * abs(whole.logits).max()
+
+
+@pytest.mark.parametrize(("expert", "tensor"), [(4, 1), (2, 2), (1, 4)])
+def test_experts(expert: int, tensor: int) -> None:
+    whole = cases.found(qjax.load(EXPERTS))
+    cases.check(whole, cases.found(cases.split(EXPERTS, tensor, expert)))
+
+
+def test_prompt_logprobs_and_chunks() -> None:
+    def run(params: qjax.Params) -> list[Any]:
+        engine = qjax.Engine(params, num_blocks=16, numerics="exact", max_num_batched_tokens=64)
+        sampling = qjax.SamplingParams(max_tokens=3, prompt_logprobs=2, logprobs=1)
+        request = engine.add(tuple(cases.IDS * 4), sampling)
+        while engine.busy:
+            engine.step()
+        return [
+            {token: (round(each.logprob, 3), each.rank) for token, each in (entry or {}).items()}
+            for entry in [*request.prompt_logprobs, *request.logprobs]
+        ]
+
+    assert run(cases.split(LLAMA, 2)) == run(qjax.load(LLAMA))
+
+
+def test_generate() -> None:
+    """By default numerics too, which round activations."""
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 0.7, "seed": 1}
+    params = qjax.load(LLAMA, tensor_parallel_size=2)
+    texts = qjax.generate(params, ["Once upon a time", "The sea"], **options)
+    assert [len(text.token_ids) for text in texts] == [6, 6]
+    assert params.mesh is not None
+    assert params.nbytes >= qjax.load(LLAMA).nbytes
+
+
+def test_what_does_not_divide() -> None:
+    with pytest.raises(qjax.ShardingError, match="4 attention heads .* over 8 devices: 1, 2, 4"):
+        qjax.load(LLAMA, tensor_parallel_size=8)
+    with pytest.raises(qjax.ShardingError, match="takes 16 devices, and there are 8"):
+        make_mesh(16)
+    with pytest.raises(qjax.ShardingError, match="o_proj.weight: 256 inputs in blocks of 256"):
+        qjax.load(cases.GOLDEN / "gguf-Q2_K", tensor_parallel_size=2)
+    with pytest.raises(qjax.RequestError, match="not both"):
+        qjax.load(LLAMA, tensor_parallel_size=2, mesh=make_mesh(2))

@@ -1,0 +1,73 @@
+"""Every format, split: the same logits within 1e-5, and the same tokens, greedy and sampled."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import qjax
+from tests.parallel import cases
+
+SHARED = Path(__file__).parents[3] / "shared" / "fixtures"
+# One of each way in which weights are stored and inputs are treated.
+FEW = (
+    *("base-tiny-gemma3", "gptq-4b-g32-desc", "ct-int8-w8a8-dyn-asym", "ct-nvfp4a16"),
+    *("bnb-nf4-dq", "gguf-Q4_1", "hqq-4b-g64-axis0", "quark-mxfp4", "fgfp8-block-64-ue8m0"),
+    *("gguf-deepseek-v2-F32", "gguf-gptoss-F32", "gguf-qwen2moe-F32"),
+)
+
+
+def models(root: Path) -> list[Path]:
+    """Checkpoints below a folder."""
+    found = root.glob("*/") if root.is_dir() else ()
+    return sorted(
+        folder
+        for folder in found
+        if (folder / "config.json").is_file() or (folder / "model.gguf").is_file()
+    )
+
+
+@cache
+def whole(folder: Path, generate: bool) -> cases.Found:
+    return cases.found(qjax.load(folder), generate)
+
+
+def compare(folder: Path, tensor: int, generate: bool) -> None:
+    """A weight that cannot be cut must say so by name, with what works."""
+    try:
+        params = cases.split(folder, tensor)
+    except qjax.ShardingError as error:
+        assert "cannot be split" in str(error)
+        config = folder / "config.json"
+        heads = json.loads(config.read_text()).get("num_attention_heads") if config.is_file() else 0
+        # Blocks of GGUF and groups of inputs are all that may be too wide for models so small.
+        assert heads == 0 or heads % tensor or " in blocks of " in str(error), error
+        pytest.skip(str(error))
+    cases.check(whole(folder, generate), cases.found(params, generate))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_four_devices(name: str) -> None:
+    compare(cases.GOLDEN / name, 2 if "fgfp8" in name else 4, generate=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize(
+    "folder", [*models(cases.GOLDEN), *models(SHARED)], ids=lambda folder: folder.name
+)
+def test_all(folder: Path, tensor: int) -> None:
+    compare(folder, tensor, generate=True)
+
+
+@pytest.mark.slow
+def test_default_model() -> None:
+    """Nine heads and three of keys: it splits in three."""
+    params = qjax.load()
+    three = cases.split("smollm2-135m", 3)
+    cases.check(cases.found(params, generate=True), cases.found(three, generate=True))
+    with pytest.raises(qjax.ShardingError, match="9 attention heads .* over 2 devices: 1, 3, 9"):
+        cases.split("smollm2-135m", 2)
