@@ -272,13 +272,26 @@ def joined(pieces: dict[Device, Any], split: Split, parallel: Parallel, mesh: Me
     first = next(iter(pieces.values()))
     wanted = jax.tree.leaves(specs(first, split))
     leaves = zip(*(jax.tree.leaves(piece) for piece in pieces.values()), strict=True)
-    found = [_join(mesh, spec, arrays) for spec, arrays in zip(wanted, leaves, strict=True)]
-    if not isinstance(first, QArray):
-        return found[0]
-    _, rows, columns = sizes(split, parallel)
-    n, k = first.shape
-    whole = replace(_hollow(first), shape=(n * rows, k * columns), split=(rows, columns))
-    return jax.tree.unflatten(jax.tree.structure(whole), found)
+    found = [
+        jax.make_array_from_single_device_arrays(
+            _whole_shape(mesh, spec, arrays[0].shape), NamedSharding(mesh, spec), list(arrays)
+        )
+        for spec, arrays in zip(wanted, leaves, strict=True)
+    ]
+    return _whole(first, found, split, parallel)
+
+
+def described(piece: Any, split: Split, parallel: Parallel, mesh: Mesh) -> Any:
+    """The parameter of which each device has such a piece, as jax.ShapeDtypeStruct."""
+    found = [
+        jax.ShapeDtypeStruct(
+            _whole_shape(mesh, spec, x.shape), x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+        for spec, x in zip(
+            jax.tree.leaves(specs(piece, split)), jax.tree.leaves(piece), strict=True
+        )
+    ]
+    return _whole(piece, found, split, parallel)
 
 
 def local(leaf: Any) -> Any:
@@ -294,12 +307,21 @@ def _hollow(weight: QArray) -> QArray:
     return jax.tree.map(lambda _: 0, weight)
 
 
-def _join(mesh: Mesh, spec: P, arrays: Sequence[jax.Array]) -> jax.Array:
-    """One array of pieces that lie on their devices."""
+def _whole(piece: Any, leaves: list[Any], split: Split, parallel: Parallel) -> Any:
+    """A parameter from its arrays, and one device's piece of it."""
+    if not isinstance(piece, QArray):
+        return leaves[0]
+    _, rows, columns = sizes(split, parallel)
+    n, k = piece.shape
+    hollow = replace(_hollow(piece), shape=(n * rows, k * columns), split=(rows, columns))
+    return jax.tree.unflatten(jax.tree.structure(hollow), leaves)
+
+
+def _whole_shape(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of an array whose pieces have this shape."""
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
-    shape = list(arrays[0].shape)
+    found = list(shape)
     for axis, names in enumerate(spec):
         for name in (names,) if isinstance(names, str) else names or ():
-            shape[axis] *= sizes[name]
-    sharding = NamedSharding(mesh, spec)
-    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, list(arrays))
+            found[axis] *= sizes[name]
+    return tuple(found)

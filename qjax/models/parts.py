@@ -40,12 +40,12 @@ class Parts:
 
     def specs(self, tree: Any) -> list[P]:
         """Of each array of the weights, in the order of `jax.tree.leaves`."""
-        return jax.tree.leaves(_map(lambda name, leaf: specs(leaf, self._split(name)), tree))
+        return jax.tree.leaves(mapped(lambda name, leaf: specs(leaf, self._split(name)), tree))
 
     def tree(self, whole: Any, leaves: list[jax.Array]) -> Any:
         """The weights of one device from its arrays."""
         return jax.tree.unflatten(
-            jax.tree.structure(_map(lambda _, leaf: local(leaf), whole)), leaves
+            jax.tree.structure(mapped(lambda _, leaf: local(leaf), whole)), leaves
         )
 
     def batch(self, batch: Batch) -> Batch:
@@ -91,7 +91,7 @@ def run(
     cached = parts.cache_specs(cache)
     asked = any(layer.seen is not None for layer in cache)
     left = cached if not asked else tuple(x._replace(seen=(P(None, MODEL),) * 2) for x in cached)
-    return jax.shard_map(
+    return jax.shardmapped(
         own,
         mesh=params.mesh,
         in_specs=(parts.specs(params.tree), P(), P(), cached),
@@ -110,7 +110,7 @@ def logits(params: Params, hidden: jax.Array, batch: Batch) -> jax.Array:
         tree = parts.tree(params.tree, leaves)
         return functional.logits(parts.config, tree, hidden, parts.batch(batch))
 
-    return jax.shard_map(
+    return jax.shardmapped(
         own,
         mesh=params.mesh,
         in_specs=(parts.specs(params.tree), P(), P()),
@@ -126,8 +126,8 @@ def cache_config(params: Params) -> ModelConfig:
     return Parts(params.mesh, params.config).cache_config()
 
 
-def _map(change: Any, tree: Any, path: tuple[str, ...] = ()) -> Any:
+def mapped(change: Any, tree: Any, path: tuple[str, ...] = ()) -> Any:
     """The tree with each parameter, by its name, changed."""
     if isinstance(tree, dict):
-        return {key: _map(change, value, (*path, key)) for key, value in tree.items()}
+        return {key: mapped(change, value, (*path, key)) for key, value in tree.items()}
     return change(".".join(path), tree)

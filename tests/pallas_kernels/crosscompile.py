@@ -56,6 +56,9 @@ class Program(NamedTuple):
         their trees, from where all of them lie; None leaves it to the compiler.
       donated: which arguments the results take the place of.
       verdict: what is wrong with it, once it is compiled, or None.
+      devices: how many it is for.
+      on: of several: gives from them a jitted function with its arguments, static ones by name,
+        instead of `function` and `arguments`.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Program(NamedTuple):
     formats: Callable[[Any], tuple[Any, Any]] | None = None
     donated: tuple[int, ...] = ()
     verdict: Callable[[Any], str | None] = lambda _: None
+    devices: int = 1
+    on: Callable[[list[Any]], tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
 
 
 def compile_all(target: str, module: str, timeout: float = 900) -> dict[str, str | None]:
@@ -118,23 +123,23 @@ def assumed(target: str, mesh: Any = None) -> Iterator[None]:
         yield
 
 
-def _devices(target: str) -> Any:
-    """The mesh of one device of a target."""
+def _devices(target: str, count: int) -> list[Any]:
+    """So many devices of a target."""
     kind, _, topology = TARGETS[target]
     if kind == "gpu":
         config = (Path(__file__).parent / f"{target}.txtpb").read_text()
         found = topologies.get_topology_desc(
-            platform="cuda", topology_name=topology, topology="1x1x1", target_config=config
+            platform="cuda", topology_name=topology, topology=f"1x1x{count}", target_config=config
         )
     else:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    axis = jax.sharding.AxisType.Auto
-    return jax.sharding.Mesh(np.array(found.devices[:1]), ("x",), axis_types=(axis,))
+    return list(found.devices[:count])
 
 
 def _main(target: str, module: str) -> None:
-    kind = TARGETS[target][0]
-    mesh = _devices(target)
+    kind, name, _ = TARGETS[target]
+    axis = jax.sharding.AxisType.Auto
+    mesh = jax.sharding.Mesh(np.array(_devices(target, 1)), ("x",), axis_types=(axis,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def placed(struct: Any) -> Any:
@@ -144,7 +149,7 @@ def _main(target: str, module: str) -> None:
         _tell(program.name, "begun")
         arguments = jax.tree.map(placed, program.arguments)
         try:
-            with assumed(target, mesh):
+            with assumed(target, mesh) if program.on is None else platform.assume(kind, name):
                 inputs, outputs = (program.formats or (lambda _: (None, None)))(everywhere)
                 function = jax.jit(
                     program.function,
@@ -152,7 +157,10 @@ def _main(target: str, module: str) -> None:
                     out_shardings=outputs,
                     donate_argnums=program.donated,
                 )
-                lowered = function.trace(*arguments).lower(
+                static = {}
+                if program.on is not None:
+                    function, arguments, static = program.on(_devices(target, program.devices))
+                lowered = function.trace(*arguments, **static).lower(
                     lowering_platforms=("cuda" if kind == "gpu" else kind,)
                 )
                 compiled = lowered.compile()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -36,16 +36,7 @@ def whole(folder: Path, generate: bool) -> cases.Found:
 
 
 def compare(folder: Path, tensor: int, generate: bool) -> None:
-    """A weight that cannot be cut must say so by name, with what works."""
-    try:
-        params = cases.split(folder, tensor)
-    except qjax.ShardingError as error:
-        assert "cannot be split" in str(error)
-        config = folder / "config.json"
-        heads = json.loads(config.read_text()).get("num_attention_heads") if config.is_file() else 0
-        # Blocks of GGUF and groups of inputs are all that may be too wide for models so small.
-        assert heads == 0 or heads % tensor or " in blocks of " in str(error), error
-        pytest.skip(str(error))
+    params = cases.split(folder, tensor)
     cases.check(whole(folder, generate), cases.found(params, generate))
 
 
@@ -60,7 +51,13 @@ def test_four_devices(name: str) -> None:
     "folder", [*models(cases.GOLDEN), *models(SHARED)], ids=lambda folder: folder.name
 )
 def test_all(folder: Path, tensor: int) -> None:
-    compare(folder, tensor, generate=True)
+    """A weight that cannot be cut is told by its name: of models so small, those of wide blocks."""
+    try:
+        compare(folder, tensor, generate=True)
+    except qjax.ShardingError as error:
+        refusal = str(error)
+        assert re.search(r"weight: \d+ (inputs|outputs) in blocks of \d+ cannot", refusal)
+        pytest.skip(refusal)
 
 
 @pytest.mark.slow
@@ -69,5 +66,5 @@ def test_default_model() -> None:
     params = qjax.load()
     three = cases.split("smollm2-135m", 3)
     cases.check(cases.found(params, generate=True), cases.found(three, generate=True))
-    with pytest.raises(qjax.ShardingError, match="9 attention heads .* over 2 devices: 1, 3, 9"):
+    with pytest.raises(qjax.ShardingError, match=r"9 attention heads .* over 2 devices: 1, 3, 9"):
         cases.split("smollm2-135m", 2)
