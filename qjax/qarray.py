@@ -28,11 +28,25 @@ AUX_KEYS = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """How a weight is cut, each piece on a device of its own (see `qjax.sharding`).
+
+    Attributes:
+      rows, columns: into how many pieces outputs and inputs are cut.
+      group: of the whole weight; pieces have smaller ones where it would be cut.
+    """
+
+    rows: int
+    columns: int
+    group: tuple[int, int] | None
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["qvalue", "scale", "zero_point", "aux"],
     meta_fields=[
-        *("qtype", "shape", "group", "additive", "rounded", "act", "hadamard", "layout", "split")
+        *("qtype", "shape", "group", "additive", "rounded", "act", "hadamard", "layout", "pieces")
     ],
 )
 @dataclass(frozen=True)
@@ -61,8 +75,8 @@ class QArray:
       hadamard: sizes of the normalized Hadamard matrices that runs of input and of output columns
         are multiplied by; 0 for none.
       layout: "canonical", or the tiling private to the kernel whose `prepare` made it.
-      split: into how many pieces outputs and inputs are cut, each on a device of its own. Pieces of
-        a private layout lie one after another, each laid out for itself (see `qjax.sharding`).
+      pieces: of a weight on several devices; None for a whole one, and for a piece. They lie one
+        after another, each laid out for itself.
 
     Raises:
       ValueError: the fields contradict each other. (Arrays are checked only where they are numpy or
@@ -81,7 +95,7 @@ class QArray:
     act: ActSpec | None = None
     hadamard: tuple[int, int] = (0, 0)
     layout: str = CANONICAL
-    split: tuple[int, int] = (1, 1)
+    pieces: Pieces | None = None
 
     def __post_init__(self) -> None:
         if self.qtype not in QTYPES:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.matmul.spec import CANONICAL
 from qjax.errors import ShardingError
-from qjax.qarray import QArray
+from qjax.qarray import Pieces, QArray
 
 if TYPE_CHECKING:
     from jaxlib._jax import Device
@@ -244,7 +244,7 @@ def specs(leaf: Any, split: Split) -> Any:
     if not isinstance(leaf, QArray):
         return along(leaf, {0: split.rows})
     both = {-2: split.rows, -1: split.columns}
-    if leaf.layout != CANONICAL:  # see `QArray.split`
+    if leaf.layout != CANONICAL:  # see `QArray.pieces`
         both = {0: split.rows or split.columns}
     own = {
         "perm": {-1: split.columns},
@@ -263,11 +263,18 @@ def specs(leaf: Any, split: Split) -> Any:
     )
 
 
-def joined(pieces: dict[Device, Any], split: Split, parallel: Parallel, mesh: Mesh) -> Any:
+def joined(
+    pieces: dict[Device, Any],
+    split: Split,
+    parallel: Parallel,
+    mesh: Mesh,
+    group: tuple[int, int] | None = None,
+) -> Any:
     """A parameter of which each device of this process has its piece.
 
     Args:
       pieces: QArrays, or arrays, on their devices.
+      group: of the whole weight.
     """
     first = next(iter(pieces.values()))
     wanted = jax.tree.leaves(specs(first, split))
@@ -278,7 +285,7 @@ def joined(pieces: dict[Device, Any], split: Split, parallel: Parallel, mesh: Me
         )
         for spec, arrays in zip(wanted, leaves, strict=True)
     ]
-    return _whole(first, found, split, parallel)
+    return _whole(first, found, split, parallel, group)
 
 
 def described(piece: Any, split: Split, parallel: Parallel, mesh: Mesh) -> Any:
@@ -291,15 +298,17 @@ def described(piece: Any, split: Split, parallel: Parallel, mesh: Mesh) -> Any:
             jax.tree.leaves(specs(piece, split)), jax.tree.leaves(piece), strict=True
         )
     ]
-    return _whole(piece, found, split, parallel)
+    return _whole(piece, found, split, parallel, getattr(piece, "group", None))
 
 
 def local(leaf: Any) -> Any:
     """A split parameter's static fields as one device has them, with numbers for arrays."""
     if not isinstance(leaf, QArray):
         return 0
-    (n, k), (rows, columns) = leaf.shape, leaf.split
-    return replace(_hollow(leaf), shape=(n // rows, k // columns), split=(1, 1))
+    (n, k), pieces = leaf.shape, leaf.pieces
+    assert pieces is not None
+    shape = n // pieces.rows, k // pieces.columns
+    return replace(_hollow(leaf), shape=shape, pieces=None)
 
 
 def _hollow(weight: QArray) -> QArray:
@@ -307,13 +316,19 @@ def _hollow(weight: QArray) -> QArray:
     return jax.tree.map(lambda _: 0, weight)
 
 
-def _whole(piece: Any, leaves: list[Any], split: Split, parallel: Parallel) -> Any:
+def _whole(
+    piece: Any,
+    leaves: list[Any],
+    split: Split,
+    parallel: Parallel,
+    group: tuple[int, int] | None,
+) -> Any:
     """A parameter from its arrays, and one device's piece of it."""
     if not isinstance(piece, QArray):
         return leaves[0]
     _, rows, columns = sizes(split, parallel)
-    n, k = piece.shape
-    hollow = replace(_hollow(piece), shape=(n * rows, k * columns), split=(rows, columns))
+    (n, k), pieces = piece.shape, Pieces(rows, columns, group)
+    hollow = replace(_hollow(piece), shape=(n * rows, k * columns), pieces=pieces)
     return jax.tree.unflatten(jax.tree.structure(hollow), leaves)
 
 

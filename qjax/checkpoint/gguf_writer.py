@@ -16,10 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from qjax import ops
 from qjax.checkpoint import joined, names
 from qjax.checkpoint.gguf_config import ROPE_TENSORS
 from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
@@ -28,6 +26,7 @@ from qjax.checkpoint.gguf_stream import GGUFStream
 from qjax.checkpoint.gguf_vocabulary import vocabulary_metadata
 from qjax.checkpoint.pieces import pair_order
 from qjax.checkpoint.places import leaf_of
+from qjax.checkpoint.wholes import on_host
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats.base import PLAIN
 from qjax.formats.gguf import stored
@@ -248,13 +247,12 @@ class _Tensors:
 
     def _host(self, name: str) -> Any:
         """A parameter on the host, its rows as GGUF has them."""
-        leaf = leaf_of(self._params, name)
+        weight = on_host(self._params, name, leaf_of(self._params, name))
         order = pair_order(name, self._params.config) if self._rotated else None
         order = None if order is None else np.argsort(order)
-        if not isinstance(leaf, QArray):
-            values = np.asarray(leaf, np.float32)
+        if not isinstance(weight, QArray):
+            values = weight.astype(np.float32)
             return values if order is None else values[order]
-        weight = ops.unprepare(jax.tree.map(np.asarray, leaf))
         if "output_perm" in weight.aux:
             rows = weight.aux["output_perm"][0]
             kept = {key: value for key, value in weight.aux.items() if key != "output_perm"}

@@ -69,7 +69,7 @@ def load(
     if found.kind == "orbax":
         if quantization is not None:
             raise UnsupportedError(f"{path}: quantization={quantization!r} needs safetensors")
-        return _load_native(path, found.name, quantize_activations, sharding)
+        return _load_native(path, found.name, quantize_activations, sharding, mesh)
     if sharding is not None:
         raise UnsupportedError(
             f"{path}: sharding goes with folders in orbax's format; save it as one "
@@ -95,9 +95,14 @@ def load(
 
 
 def _load_native(
-    folder: Path, name: str, quantize_activations: bool, sharding: orbax_folder.Shard | None
+    folder: Path,
+    name: str,
+    quantize_activations: bool,
+    sharding: orbax_folder.Shard | None,
+    mesh: Mesh | None,
 ) -> Params:
     opened = open_native(folder, quantize_activations)
+    targets = None if mesh is None else Targets.of(mesh, opened.config)
     tree: dict[str, Any] = {}
     scales: int = 0
     for path, leaf in orbax_folder.read(folder, sharding):
@@ -108,14 +113,30 @@ def _load_native(
         if isinstance(leaf, QArray) and not quantize_activations:
             leaf = pieces.without_activation_quantization(leaf)
         if sharding is None:
-            if isinstance(leaf, QArray):
-                leaf = _prepared(".".join(path), ops.unprepare(leaf), opened.config)
-            leaf = jax.block_until_ready(jax.device_put(leaf))
+            leaf = jax.block_until_ready(
+                _native(leaf, ".".join(path), folder, opened.config, targets)
+            )
         native.put(tree, path, leaf)
     host = Host(name, opened.load_tokenizer, opened.generation_config, opened.origin({}))
-    params = Params(tree, replace(opened.config, kv_scales=scales), host)
+    params = Params(tree, replace(opened.config, kv_scales=scales), host, mesh)
     _require_all(params, folder)
     return params
+
+
+def _native(
+    leaf: Any, name: str, folder: Path, config: ModelConfig, targets: Targets | None
+) -> Any:
+    """A parameter from the host on its devices."""
+    if not isinstance(leaf, QArray):
+        return jax.device_put(leaf) if targets is None else targets.vector(name, np.asarray(leaf))
+    weight = ops.unprepare(leaf)
+    if targets is None:
+        return jax.device_put(_prepared(name, weight, config))
+
+    def read(wanted: Wanted) -> QArray:
+        return _prepared(name, pieces.cut(weight, wanted, f"{folder}, {name}"), config)
+
+    return targets.weight(name, read, weight.group)
 
 
 def _require_all(params: Params, folder: Path) -> None:
@@ -172,10 +193,10 @@ def _read(
     decoded = pieces.decoded(opened, place)
 
     def read(wanted: Wanted) -> QArray:
-        return _prepared(place.name, pieces.cut(place, decoded, wanted), opened.config)
+        return _prepared(place.name, pieces.read(place, decoded, wanted), opened.config)
 
     if targets is not None:
-        weight = targets.weight(place.name, read)
+        weight = targets.weight(place.name, read, decoded.group)
     else:
         weight = jax.device_put(read(WHOLE))
     # Not copied where the bytes lie as a device wants them (on a CPU, at a multiple of 64).

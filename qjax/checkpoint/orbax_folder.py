@@ -18,8 +18,10 @@ import numpy as np
 from qjax import ops
 from qjax.checkpoint import native
 from qjax.checkpoint.detect import read_json, write_json
+from qjax.checkpoint.wholes import whole
 from qjax.errors import CheckpointError
 from qjax.formats.base import QuantizationConfig
+from qjax.params import Params
 from qjax.qarray import QArray
 
 if TYPE_CHECKING:
@@ -40,11 +42,11 @@ class Native(QuantizationConfig):
     name = NAME
 
 
-def write(tree: Any, folder: Path) -> int:
+def write(params: Params, folder: Path) -> int:
     """Writes the weights of a model into a folder.
 
-    Weights go in the canonical layout, but for those that lie on several devices, which stay as
-    they are.
+    Weights go in the canonical layout, those of a split model whole, each device's part from there;
+    but what the user has put on several devices otherwise stays as it is.
 
     Returns:
       Bytes of all arrays.
@@ -53,7 +55,7 @@ def write(tree: Any, folder: Path) -> int:
 
     static, nbytes = [], 0
     with ocp.PyTreeCheckpointer() as writer:
-        for index, part in enumerate(_parts(tree)):
+        for index, part in enumerate(_parts(params)):
             arrays, described = native.describe(part, on_host=False)
             writer.save((folder / "weights" / str(index)).absolute(), arrays)
             static.append(described)
@@ -83,19 +85,21 @@ def read(folder: Path, sharding: Shard | None = None) -> Iterator[tuple[tuple[st
         yield from native.leaves_of(native.restore(_arrays(file, static, sharding), static, file))
 
 
-def _parts(tree: Any) -> Iterator[dict[str, Any]]:
+def _parts(params: Params) -> Iterator[dict[str, Any]]:
     part: dict[str, Any] = {}
     size = 0
-    for path, leaf in native.leaves_of(tree):
+    for path, leaf in native.leaves_of(params.tree):
         if size and size + leaf.nbytes > _PART_BYTES:
             yield part
             part, size = {}, 0
-        native.put(part, path, _canonical(leaf))
+        native.put(part, path, _canonical(params, ".".join(path), leaf))
         size += leaf.nbytes
     yield part
 
 
-def _canonical(leaf: Any) -> Any:
+def _canonical(params: Params, name: str, leaf: Any) -> Any:
+    if params.mesh is not None:
+        return whole(params, name, leaf)
     several = any(
         isinstance(array, jax.Array) and len(array.devices()) > 1 for array in jax.tree.leaves(leaf)
     )

@@ -13,19 +13,19 @@ from operator import itemgetter
 import jax
 import numpy as np
 
+from qjax import parts
 from qjax.checkpoint import plan
 from qjax.checkpoint.opened import Opened
 from qjax.checkpoint.targets import WHOLE, Wanted
 from qjax.errors import CheckpointError, ShardingError, UnsupportedError
 from qjax.models.config import ModelConfig
-from qjax.parts import lazily, part, read
 from qjax.qarray import QArray
 
 _OF_ROUNDING = ("act_scale", "act_zero_point", "act_global_scale")
 
 
 def decoded(opened: Opened, place: plan.Weight) -> QArray:
-    """A canonical weight on the host, of which nothing large is read before `cut` says what.
+    """A canonical weight on the host, of which nothing large is read before `read` says what.
 
     Experts that others have are decoded as well: what all of them have in common, such as whether
     any has its columns in another order, must be the same on every machine.
@@ -42,22 +42,30 @@ def decoded(opened: Opened, place: plan.Weight) -> QArray:
     return weight if opened.quantize_activations else without_activation_quantization(weight)
 
 
-def cut(place: plan.Weight, weight: QArray, wanted: Wanted = WHOLE) -> QArray:
+def read(place: plan.Weight, weight: QArray, wanted: Wanted = WHOLE) -> QArray:
     """A piece of what `decoded` gave, in numpy's arrays: the bytes of no other are read.
 
     Raises:
       CheckpointError: it holds values that are not finite, or that its type has no room for.
       ShardingError: it cannot be split so.
     """
-    try:
-        piece = read(part(wanted.experts_of(weight), wanted.parts, wanted.index))
-    except ShardingError as error:
-        file = next(iter(place.pieces[0].stored.values())).file
-        raise ShardingError(f"{file}, {place.name}: {error}") from None
+    file = next(iter(place.pieces[0].stored.values())).file
+    piece = parts.read(cut(weight, wanted, f"{file}, {place.name}"))
     several = len(place.pieces) > 1
     stored = place.pieces[wanted.of_experts(len(place.pieces))] if several else place.pieces
     _require_finite(piece, stored)
     return piece
+
+
+def cut(weight: QArray, wanted: Wanted, where: str) -> QArray:
+    """A piece of a canonical weight on the host.
+
+    Raises ShardingError, which begins with `where`, if it cannot be split so.
+    """
+    try:
+        return parts.part(wanted.experts_of(weight), wanted.parts, wanted.index)
+    except ShardingError as error:
+        raise ShardingError(f"{where}: {error}") from None
 
 
 def _stacked(place: plan.Weight, experts: list[QArray]) -> QArray:
@@ -73,7 +81,7 @@ def _stacked(place: plan.Weight, experts: list[QArray]) -> QArray:
 
 def _decode(opened: Opened, piece: plan.Piece) -> QArray:
     """What a stored layer holds; nothing large is read of it yet."""
-    weight = lazily(piece.layer.decode(plan.read(opened.files, piece)))
+    weight = parts.lazily(piece.layer.decode(plan.read(opened.files, piece)))
     return weight if piece.rows is None else weight.rows(piece.rows)
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
-from qjax import ops
 from qjax.checkpoint import joined, names, plan
+from qjax.checkpoint.wholes import on_host
 from qjax.errors import UnsupportedError
 from qjax.models import functional
 from qjax.models.config import ModelConfig
@@ -150,11 +149,10 @@ def walk(params: Params, places: Places) -> Iterator[tuple[Matrix | Array, Any]]
     """
     parts: dict[str, list[tuple[int, Any]]] = {}  # with their first rows
     for name, place in places.items():
-        leaf = leaf_of(params, name)
+        value = on_host(params, name, leaf_of(params, name))
         if isinstance(place, Array):
-            value, stored, axis = np.asarray(leaf), place.tensor, -1
+            stored, axis = place.tensor, -1
         else:
-            value = ops.unprepare(jax.tree.map(np.asarray, leaf))
             stored, axis = place.modules[0].name, -2
         if place.rows is None:
             yield place, value

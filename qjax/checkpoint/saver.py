@@ -143,7 +143,7 @@ def _save_native(params: Params, folder: Path, dtype: str | None, dense: Sequenc
     saved = Saved(folder, ORBAX, total.tensors, weights=total.weights)
     with _in_place(folder) as work:
         beside.write(params.host.origin, work, True, None, None)
-        saved.nbytes = orbax_folder.write(params.tree, work)
+        saved.nbytes = orbax_folder.write(params, work)
     return saved
 
 

@@ -66,8 +66,11 @@ class Targets:
         }
         return cls(mesh, config, Parallel.of(mesh, config), places)
 
-    def weight(self, name: str, read: Callable[[Wanted], QArray]) -> QArray:
-        """A weight of which each device has its piece; `read` makes one on the host."""
+    def weight(
+        self, name: str, read: Callable[[Wanted], QArray], group: tuple[int, int] | None
+    ) -> QArray:
+        """A weight of which each device has its piece; `read` makes one on the host, of a weight
+        with this group."""
         split = split_of(name, self.config, self.parallel)
         devices: dict[Wanted, list[Device]] = {}
         for device, place in self.places.items():
@@ -77,7 +80,7 @@ class Targets:
             piece = read(wanted)
             found |= {device: jax.device_put(piece, device) for device in those}
         in_order = {device: found[device] for device in self.places}
-        return joined(in_order, split, self.parallel, self.mesh)
+        return joined(in_order, split, self.parallel, self.mesh, group)
 
     def vector(self, name: str, whole: np.ndarray) -> jax.Array:
         split = split_of(name, self.config, self.parallel)

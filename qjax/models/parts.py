@@ -91,7 +91,7 @@ def run(
     cached = parts.cache_specs(cache)
     asked = any(layer.seen is not None for layer in cache)
     left = cached if not asked else tuple(x._replace(seen=(P(None, MODEL),) * 2) for x in cached)
-    return jax.shardmapped(
+    return jax.shard_map(
         own,
         mesh=params.mesh,
         in_specs=(parts.specs(params.tree), P(), P(), cached),
@@ -110,7 +110,7 @@ def logits(params: Params, hidden: jax.Array, batch: Batch) -> jax.Array:
         tree = parts.tree(params.tree, leaves)
         return functional.logits(parts.config, tree, hidden, parts.batch(batch))
 
-    return jax.shardmapped(
+    return jax.shard_map(
         own,
         mesh=params.mesh,
         in_specs=(parts.specs(params.tree), P(), P()),

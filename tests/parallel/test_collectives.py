@@ -47,7 +47,7 @@ def test_decode(name: str, tensor: int, expert: int, more: dict[str, int]) -> No
 
 
 def test_sampling_gathers_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of blocks, the likeliest tokens of each device, one block from the device that has it."""
+    """Sums of blocks, the likeliest tokens of each device, one block from its device."""
     monkeypatch.setattr(sampler, "CANDIDATES", 16)
     text = decode_program(cases.GOLDEN / "gguf-Q4_1", 4, temperature=1.0, top_p=0.9, top_k=20)
     found, largest = collectives(text)
