@@ -48,7 +48,7 @@ def test_a_part_is_what_the_whole_has_there(name):
     with found.files:
         for place in weights_of(found):
             lazy = pieces.decoded(found, place)
-            whole = pieces.cut(place, lazy)
+            whole = pieces.read(place, lazy)
             assert not any(hasattr(leaf, "read") for leaf in jax.tree.leaves(whole))
             for parts in ((2, 1), (1, 2), (4, 1), (1, 4)):
                 for index in range(max(parts)):
@@ -57,12 +57,12 @@ def test_a_part_is_what_the_whole_has_there(name):
                         expected = part(whole, parts, at)
                     except ShardingError as error:
                         with pytest.raises(ShardingError, match=str(error).split(":")[0][:40]):
-                            pieces.cut(place, lazy, Wanted(parts=parts, index=at))
+                            pieces.read(place, lazy, Wanted(parts=parts, index=at))
                         break
-                    piece = pieces.cut(place, lazy, Wanted(parts=parts, index=at))
+                    piece = pieces.read(place, lazy, Wanted(parts=parts, index=at))
                     assert same(piece, expected), (place.name, parts, index)
             if len(place.shape) == 3:
-                half = pieces.cut(place, lazy, Wanted(experts=(2, 1), parts=(2, 1), index=(1, 0)))
+                half = pieces.read(place, lazy, Wanted(experts=(2, 1), parts=(2, 1), index=(1, 0)))
                 count = len(whole.qvalue) // 2
                 second = jax.tree.map(lambda x, count=count: x[count:], whole)
                 assert same(half, part(second, (2, 1), (1, 0))), place.name
@@ -150,7 +150,7 @@ def test_only_bytes_of_the_part_are_read(name):
                 files = MarkedFiles(found.files)
                 lazy = pieces.decoded(replace(found, files=files), place)
                 try:
-                    part_ = pieces.cut(place, lazy, Wanted(parts=parts))
+                    part_ = pieces.read(place, lazy, Wanted(parts=parts))
                 except ShardingError:
                     continue
                 # Columns that are sorted as they are read may come from all over a row.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import qjax
 from tests.parallel import cases
 
-SHARED = Path(__file__).parents[3] / "shared" / "fixtures"
+OUTSIDE = Path(os.environ.get("QJAX_FIXTURES", "") or os.devnull)
 # One of each way in which weights are stored and inputs are treated.
 FEW = (
     *("base-tiny-gemma3", "gptq-4b-g32-desc", "ct-int8-w8a8-dyn-asym", "ct-nvfp4a16"),
@@ -48,7 +49,7 @@ def test_four_devices(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", [2, 4])
 @pytest.mark.parametrize(
-    "folder", [*models(cases.GOLDEN), *models(SHARED)], ids=lambda folder: folder.name
+    "folder", [*models(cases.GOLDEN), *models(OUTSIDE)], ids=lambda folder: folder.name
 )
 def test_all(folder: Path, tensor: int) -> None:
     """A weight that cannot be cut is told by its name: of models so small, those of wide blocks."""
