@@ -18,17 +18,18 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl")
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-def fetch(repo: str, variant: str | None = None) -> tuple[Path, str]:
+def fetch(repo: str, variant: str | None = None, only: str | None = None) -> tuple[Path, str]:
     """Fetches what a model needs, unless it is in the hub's cache already.
 
     Args:
       repo: "org/name".
       variant: part of a GGUF file's name, such as "Q4_K_M"; None for the safetensors of the
         repository, or its only GGUF file.
+      only: the one file to fetch instead of these.
 
     Returns:
-      The path of a folder with safetensors or of a GGUF file (the first of a split one), and the
-      licence, "" where unknown.
+      The path of a folder with safetensors or of a GGUF file (the first of a split one), or of the
+      file `only`; and the licence, "" where unknown.
 
     Raises:
       DownloadError: no network, no such repository or variant, no permission, no space, or
@@ -47,7 +48,7 @@ def fetch(repo: str, variant: str | None = None) -> tuple[Path, str]:
     def from_cache() -> tuple[Path, str]:
         folder = Path(snapshot_download(repo, local_files_only=True))
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-        return folder / _entry(choose(what, files, variant)), ""
+        return folder / _entry(choose(what, files, variant, only)), ""
 
     try:
         if constants.HF_HUB_OFFLINE:
@@ -60,7 +61,7 @@ def fetch(repo: str, variant: str | None = None) -> tuple[Path, str]:
             with contextlib.suppress(LocalEntryNotFoundError):
                 return from_cache()
             raise
-        chosen = choose(what, [file.rfilename for file in info.siblings or []], variant)
+        chosen = choose(what, [file.rfilename for file in info.siblings or []], variant, only)
         folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=chosen))
         return folder / _entry(chosen), getattr(info.card_data, "license", None) or ""
     except KeyboardInterrupt:
@@ -88,12 +89,16 @@ def fetch(repo: str, variant: str | None = None) -> tuple[Path, str]:
         ) from error
 
 
-def choose(what: str, files: list[str], variant: str | None) -> list[str]:
+def choose(what: str, files: list[str], variant: str | None, only: str | None = None) -> list[str]:
     """Names of the files to fetch, among all `files` of a repository.
 
     Raises:
       DownloadError: none fits, or several do; the message lists what there is.
     """
+    if only is not None:
+        if only not in files:
+            raise DownloadError(f"{what} has no {only}")
+        return [only]
     top = [file for file in files if "/" not in file]
     if variant is None and any(file.endswith(".safetensors") for file in top):
         wanted = [
@@ -126,4 +131,4 @@ def choose(what: str, files: list[str], variant: str | None) -> list[str]:
 
 def _entry(chosen: list[str]) -> str:
     """What to open of the chosen files, relative to their folder."""
-    return chosen[0] if chosen[0].endswith(".gguf") else "."
+    return chosen[0] if chosen[0].endswith(".gguf") or len(chosen) == 1 else "."

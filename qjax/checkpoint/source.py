@@ -14,6 +14,7 @@ from qjax.errors import CheckpointError, DownloadError
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<variant>[\w.-]+))?")
 _SUFFIXES = (".gguf", ".safetensors")
+_CONFIG = "config.json"
 _FORMS = (
     "a .gguf file, a folder with safetensors or one GGUF file, a built-in name "
     f"({', '.join(builtin.MODELS)}), or org/name or org/name:Q4_K_M on the Hugging Face hub"
@@ -67,6 +68,30 @@ def resolve(source: str | os.PathLike[str]) -> Source:
     path, license_name = hub.fetch(match["repo"], match["variant"])
     kind = "gguf" if path.suffix == ".gguf" else "safetensors"
     return Source(kind, path, name, license_name)
+
+
+def resolve_config(source: str | os.PathLike[str]) -> Path:
+    """Where it is written what a model is: a config.json or a GGUF file. Of a repository of the
+    hub, nothing else is fetched.
+
+    Raises:
+      CheckpointError, DownloadError: as `resolve`; or there is no config.json.
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.name == _CONFIG and path.is_file():
+        return path
+    match = _HUB_NAME.fullmatch(name)
+    if not path.exists() and isinstance(source, str) and match and name not in builtin.MODELS:
+        from qjax.checkpoint import hub
+
+        return hub.fetch(match["repo"], only=_CONFIG)[0]
+    if path.is_dir() and (path / _CONFIG).is_file():
+        return path / _CONFIG
+    found = resolve(source)
+    if found.kind == "gguf":
+        return found.path
+    raise CheckpointError(f"stands without a {_CONFIG}, which says what the model is", file=name)
 
 
 def _local(path: Path) -> Source:

@@ -25,6 +25,13 @@ def plan(
     source: Annotated[
         str, typer.Argument(help="A built-in name, a GGUF file, a folder, or org/name[:variant].")
     ],
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--scheme",
+            help="As if quantized so (W4A16, Q4_K_M, UNQUANTIZED ...), by its config alone.",
+        ),
+    ] = None,
     devices: Annotated[
         int | None,
         typer.Option(
@@ -125,6 +132,7 @@ def plan(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_dtype=kv_cache_dtype,
         gpu_memory_utilization=gpu_memory_utilization,
+        scheme=scheme,
     )
     typer.echo(json.dumps(_fields(found), indent=2) if as_json else "\n".join(report(found)))
 

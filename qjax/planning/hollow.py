@@ -32,7 +32,7 @@ def hollow_tree(opened: Opened) -> dict[str, Any]:
     for name, place in opened.places().items():
         leaf: Any
         if isinstance(place, plan.Vector):
-            leaf = _hollow(place.shape, np.float32)
+            leaf = hollow(place.shape, np.float32)
         else:
             leaf = _weight(opened, place, known)
         native.put(tree, name.split("."), leaf)
@@ -47,7 +47,7 @@ def _weight(opened: Opened, place: plan.Weight, known: dict[Hashable, QArray]) -
         return first
     key = ("stacked", id(first), len(experts))
     if key not in known:
-        known[key] = jax.tree.map(lambda x: _hollow((len(experts), *x.shape), x.dtype), first)
+        known[key] = jax.tree.map(lambda x: hollow((len(experts), *x.shape), x.dtype), first)
     return known[key]
 
 
@@ -61,11 +61,12 @@ def _piece(opened: Opened, piece: plan.Piece, known: dict[Hashable, QArray]) -> 
         stand_in = np.zeros(arrays[largest].shape, arrays[largest].dtype)
         weight = piece.layer.decode(arrays | {largest: stand_in})
         weight = weight if piece.rows is None else weight.rows(piece.rows)
-        hollow: QArray = jax.tree.map(lambda x: _hollow(x.shape, x.dtype), weight)
+        whole: QArray = jax.tree.map(lambda x: hollow(x.shape, x.dtype), weight)
         kept = {key: weight.aux[key] for key in ("output_perm",) if key in weight.aux}
-        known[key] = replace(hollow, aux=hollow.aux | kept)
+        known[key] = replace(whole, aux=whole.aux | kept)
     return known[key]
 
 
-def _hollow(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def hollow(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of zeros that takes no memory."""
     return np.broadcast_to(np.zeros((), dtype), shape)

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels import platform
-from qjax.checkpoint.opened import Opened, open_folder, open_gguf
+from qjax.checkpoint.opened import open_folder, open_gguf
 from qjax.checkpoint.source import resolve
 from qjax.engine.batch import DECODE_ROWS
 from qjax.engine.engine import BLOCK_SIZE
 from qjax.engine.runner import numerics_for
-from qjax.errors import RequestError, ShardingError, UnsupportedError
+from qjax.errors import CheckpointError, RequestError, ShardingError, UnsupportedError
 from qjax.kv_cache import cache_dtypes
 from qjax.models.config import ModelConfig
 from qjax.planning import devices as table
+from qjax.planning.by_scheme import by_scheme
 from qjax.planning.collectives import Collective, collectives
 from qjax.planning.devices import Device
 from qjax.planning.held import Held, held
@@ -92,7 +93,7 @@ class Plan:
     """What `plan` found.
 
     Attributes:
-      source: where the model lies.
+      source: what was asked for, and as which scheme.
       device: whose figures these are; None where none were given.
       outcome: of the split that was asked for, or of the best.
       others: of the other splits of as many devices, the best first.
@@ -123,6 +124,7 @@ def plan(
     kv_cache_dtype: str = "auto",
     numerics: str = "fast",
     gpu_memory_utilization: float = 0.9,
+    scheme: str | None = None,
 ) -> Plan:
     """Plans a model for devices that need not be here; no weight is read.
 
@@ -138,6 +140,9 @@ def plan(
       max_model_len: most tokens of a sequence; None for the model's own limit.
       max_num_batched_tokens, kv_cache_dtype, numerics: as of the engine.
       gpu_memory_utilization: the share of the memory that may be used.
+      scheme: plans for what `qjax.oneshot` would make of the model by this preset ("W4A16",
+        "Q4_K_M", "UNQUANTIZED" ...), by its config alone: source may be a config.json, and of a
+        name on the hub only that is fetched.
 
     Raises:
       RequestError: an argument is out of range, or they contradict each other.
@@ -166,10 +171,7 @@ def plan(
         raise RequestError("give devices, or how to split the model over them, not both.")
     usable = int((memory or (found.memory if found else 0)) * gpu_memory_utilization)
     with platform.assume(found.kind if found else None, found.name if found else ""):
-        opened = _open(source)
-        with closing(opened.files):
-            tree = hollow_tree(opened)
-        config = opened.config
+        config, tree = _stored(source) if scheme is None else by_scheme(source, scheme)
         chosen = numerics_for(numerics, max_num_seqs)
         limit = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= limit:
@@ -189,17 +191,31 @@ def plan(
             split = Split(data_parallel_size or 1, n if sparse else 1, 1 if sparse else n)
             outcome, others, refused = planner.outcome(split, work), (), ()
         smallest = None if outcome.memory.fits else planner.smallest(outcome)
-    return Plan(os.fspath(source), found, outcome, others, refused, smallest)
+    name = os.fspath(source) if scheme is None else f"{os.fspath(source)}, as {scheme}"
+    return Plan(name, found, outcome, others, refused, smallest)
 
 
-def _open(source: str | os.PathLike[str]) -> Opened:
-    found = resolve(source)
+def _stored(source: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
+    """A checkpoint's config and its `hollow_tree`."""
+    try:
+        found = resolve(source)
+    except CheckpointError as error:
+        asked = Path(source).expanduser()
+        if asked.name == "config.json" or (asked / "config.json").is_file():
+            raise RequestError(
+                f"{error}. With a scheme (W4A16, or UNQUANTIZED) a config.json alone is planned for"
+            ) from error
+        raise
     path = Path(found.path)
     if found.kind == "orbax":
         raise UnsupportedError(f"{path}: folders in orbax's format are not planned for")
     if found.kind == "gguf":
-        return open_gguf(path, quantize_activations=True)
-    return open_folder(path, None, quantize_activations=True, pickled=found.kind == "pickle")
+        opened = open_gguf(path, quantize_activations=True)
+    else:
+        pickled = found.kind == "pickle"
+        opened = open_folder(path, None, quantize_activations=True, pickled=pickled)
+    with closing(opened.files):
+        return opened.config, hollow_tree(opened)
 
 
 @dataclass(frozen=True)

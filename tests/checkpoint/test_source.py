@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qjax.checkpoint import builtin, hub
-from qjax.checkpoint.source import Source, resolve
+from qjax.checkpoint.source import Source, resolve, resolve_config
 from qjax.errors import CheckpointError, DownloadError
 
 
@@ -164,6 +164,30 @@ def test_hub_fetches_only_what_is_read(online_hub):
         "model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
         "tokenizer.model",
     ]  # fmt: skip
+
+
+def test_hub_config_alone(online_hub):
+    online_hub.files = ["config.json", "model.safetensors"]
+    (online_hub.snapshot / "config.json").touch()
+    assert resolve_config("maker/model") == online_hub.snapshot / "config.json"
+    assert online_hub.asked == ["config.json"]
+    online_hub.files = ["m-Q4_0.gguf"]
+    with pytest.raises(DownloadError, match=r"maker/model has no config\.json"):
+        resolve_config("maker/model")
+
+
+def test_config_of_local_paths(golden):
+    folder = golden / "base-tiny-llama"
+    file = golden / "gguf-Q4_1" / "model.gguf"
+    for path, found in (
+        (folder, folder / "config.json"),
+        (folder / "config.json", folder / "config.json"),
+        (str(file), file),
+        (file.parent, file),
+    ):
+        assert resolve_config(path) == found
+    with pytest.raises(CheckpointError, match=r"stands without a config\.json"):
+        resolve_config(folder / "model.safetensors")
 
 
 def test_hub_variant(online_hub):
