@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qjax.cli import sizes
-from qjax.cli.options import KVCacheDtype
+from qjax.cli.options import KVCacheDtype, Numerics, NumericsOption
 
 if TYPE_CHECKING:
     from qjax.planning import Plan
@@ -106,6 +106,7 @@ def plan(
         int, typer.Option("--max-num-batched-tokens", help="Most tokens of a step.", min=1)
     ] = 2048,
     kv_cache_dtype: KVCacheDtype = "auto",
+    numerics: NumericsOption = Numerics.fast,
     gpu_memory_utilization: Annotated[
         float,
         typer.Option("--gpu-memory-utilization", help="The share of memory that may be used."),
@@ -131,6 +132,7 @@ def plan(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_dtype=kv_cache_dtype,
+        numerics=numerics.value,
         gpu_memory_utilization=gpu_memory_utilization,
         scheme=scheme,
     )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import qjax
 from qjax import sampler
 from qjax.engine.scheduler import Plan
+from qjax.planning import planned_collectives
+from qjax.sharding import Parallel
 from tests.parallel import cases
 from tests.parallel.hlo import collectives
 
 
-def decode_program(folder: Path, tensor: int, expert: int = 1, **sampling: float) -> str:
+def decode_program(folder: Path, tensor: int, expert: int = 1, **sampling: Any) -> str:
     params = cases.split(folder, tensor, expert)
     engine = qjax.Engine(params, num_blocks=16, numerics="exact")
     request = engine.add((3, 4, 5), qjax.SamplingParams(max_tokens=8, ignore_eos=True, **sampling))
@@ -43,6 +46,10 @@ def test_decode(name: str, tensor: int, expert: int, more: dict[str, int]) -> No
     planned = Counter({"all-reduce": 2 * layers + 1, "all-gather": 2})
     planned += Counter({kind: count * layers for kind, count in more.items()})
     assert found == planned
+    params = cases.split(cases.GOLDEN / name, tensor, expert)
+    assert params.mesh is not None
+    parallel = Parallel.of(params.mesh, params.config)
+    assert found == planned_collectives(params.config, params.tree, parallel)
     assert largest <= 8 * 256  # of rows of 128 or 256 inputs, for eight rows: no weight
 
 

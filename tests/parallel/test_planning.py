@@ -20,12 +20,12 @@ from qjax.key_bases import gains_by_basis
 from qjax.kv_cache import CACHE_DTYPES, Batch
 from qjax.models.parts import Parts, cache_config
 from qjax.planning import plan, planned_collectives
-from qjax.planning.memory import Cache
+from qjax.planning.memory import Cache, workspace
 from qjax.sampler import SamplingRows
 from qjax.sharding import local_config
 from tests.parallel import cases, hlo
 
-GIB = 1 << 30
+GIB, TOKENS = 1 << 30, 512
 
 
 def nbytes_of(tree: object) -> set[int]:
@@ -99,8 +99,8 @@ def test_cache(name: str, tensor: int, dtype: str) -> None:
     assert nbytes_of(cache) == {Cache.of(local, [dtype] * local.num_layers).nbytes(6)}
 
 
-def program(params: qjax.Params, spec: StepSpec, numerics: str) -> str:
-    """The optimized text of a step of four sequences."""
+def program(params: qjax.Params, spec: StepSpec, numerics: str) -> jax.stages.Compiled:
+    """A step of four sequences; in prefill, of `TOKENS` tokens."""
     runner = Runner(
         params, num_blocks=16, block_size=32, max_num_seqs=4, table_width=16, numerics="exact"
     )
@@ -109,7 +109,7 @@ def program(params: qjax.Params, spec: StepSpec, numerics: str) -> str:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     row, number = of("int32", 4), of("float32", 4)
-    tokens = of("int32", 16 if spec.prefill else 4)
+    tokens = of("int32", TOKENS if spec.prefill else 4)
     batch = Batch(tokens, of("int32", 5), row, of("int32", 4, 16), numerics=numerics)
     sampling = None
     if not spec.plain:
@@ -117,7 +117,7 @@ def program(params: qjax.Params, spec: StepSpec, numerics: str) -> str:
     rows = Rows(row, of(bool, 4), row, sampling)
     more = (tokens, tokens) if spec.prefill else (None, None)
     count = None if spec.prefill else of("int32")
-    return runner._program(spec, [*more, batch, rows, count]).result().as_text()
+    return runner._program(spec, [*more, batch, rows, count]).result()
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,7 @@ def program(params: qjax.Params, spec: StepSpec, numerics: str) -> str:
         ("gguf-Q4_1", 4, StepSpec(False, greedy=False), "exact"),
         ("gptq-4b-g32-desc", 2, StepSpec(False, logprobs=True), "int8"),
         ("ct-int8-w8a8-dyn-asym", 2, StepSpec(True), "int8"),
+        ("tiny-qwen2moe", 2, StepSpec(True), "int8"),
     ],
 )
 def test_collectives(name: str, tensor: int, spec: StepSpec, numerics: str) -> None:
@@ -133,6 +134,14 @@ def test_collectives(name: str, tensor: int, spec: StepSpec, numerics: str) -> N
     params = cases.split(checkpoint(name), tensor)
     assert params.mesh is not None
     parallel = Parts(params.mesh, params.config).parallel
-    found, _ = hlo.collectives(program(params, spec, numerics))
+    compiled = program(params, spec, numerics)
+    found, _ = hlo.collectives(compiled.as_text())
     planned = planned_collectives(params.config, params.tree, parallel, spec, numerics)
     assert dict(found) == planned
+    if spec.prefill:
+        # What XLA lays out for it; kernels that make gate, up and product in one go hold less.
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        temporary = analysis.temp_size_in_bytes
+        work = workspace(local_config(params.config, parallel), 512, 4, TOKENS)
+        assert 0.3 * work < temporary < work
