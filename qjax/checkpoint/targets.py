@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from qjax.errors import ShardingError
 from qjax.models.config import ModelConfig
 from qjax.qarray import QArray
 from qjax.sharding import Parallel, Split, index_of, joined, sizes, split_of
@@ -64,6 +65,11 @@ class Targets:
             for (_, expert, tensor), device in np.ndenumerate(mesh.devices)
             if device.process_index == here
         }
+        if not places:
+            raise ShardingError(
+                f"process {here} has none of the {mesh.devices.size} devices of the mesh: it must "
+                f"have {jax.device_count()}, those of all processes"
+            )
         return cls(mesh, config, Parallel.of(mesh, config), places)
 
     def weight(

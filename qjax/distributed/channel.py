@@ -1,8 +1,9 @@
 """Messages between two processes: lists, each one line of JSON, over a TCP connection.
 
 The end of a process closes its connections, whichever way it ended, so that the other side knows at
-once. A message and its answer take 0.02 ms on one machine; through the key-value store of jax's
-coordinator they take 0.6 ms, and 2 ms with four processes.
+once. To two, and to four, processes on a machine with two cores a message and its answer take 0.02
+and 0.1 ms; through the key-value store of jax's coordinator, where each must also be deleted again,
+0.6 and 2 ms; by jax's `multihost_utils.broadcast_one_to_all`, one way, 1.7 and 10.7 ms.
 """
 
 import contextlib

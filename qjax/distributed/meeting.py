@@ -64,27 +64,26 @@ def find_place(
             raise DistributedError(
                 f"unknown kind of cluster {cluster!r}: known are {', '.join(sorted(kinds))}."
             )
-        candidates = [kinds[cluster]] if cluster else kinds.values()
-        present = [
-            kind.name
-            for kind in candidates
-            if (cluster or not kind.opt_in_only_method) and kind.is_env_present()
-        ]
-        if not present:
-            wanted = cluster or ", ".join(k.name for k in candidates if not k.opt_in_only_method)
-            raise DistributedError(
-                f"this process is in no cluster that jax knows (looked for: {wanted}): give "
-                "coordinator_address (host:port of process 0), num_processes and process_id."
-            )
-        found_by = present[0]
+        candidates = [kind for kind in kinds.values() if not kind.opt_in_only_method]
+        if cluster is not None:
+            candidates = [kinds[cluster]]
         try:
-            values = ClusterEnv.auto_detect_unset_distributed_params(
-                *values, cluster_detection_method=cluster, initialization_timeout=int(timeout)
-            )
+            found = next((kind for kind in candidates if kind.is_env_present()), None)
+            if found is not None:
+                found_by = found.name
+                values = ClusterEnv.auto_detect_unset_distributed_params(
+                    *values, cluster_detection_method=cluster, initialization_timeout=int(timeout)
+                )
         except Exception as error:  # jax and the cluster's libraries raise many kinds
             raise DistributedError(
-                f"{found_by} does not say where this process is: {error}"
+                f"the cluster does not tell who this process is: {error}"
             ) from error
+        if found is None:
+            raise DistributedError(
+                "this process is in no cluster that jax knows (looked for: "
+                f"{', '.join(kind.name for kind in candidates)}): give coordinator_address "
+                "(host:port of process 0), num_processes and process_id."
+            )
     address, count, number, devices = values
     if address is None or count is None or number is None:
         raise DistributedError(

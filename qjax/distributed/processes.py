@@ -144,7 +144,7 @@ class Processes:
         place = self.place
         return (
             f"process {place.process_id} of {place.num_processes}, "
-            f"{len(jax.local_devices())} devices here, {len(jax.devices())} in all, "
+            f"{len(jax.local_devices())} devices here, {self.num_devices} in all, "
             f"coordinator {place.address} ({place.found_by})"
         )
 
@@ -156,16 +156,30 @@ class Processes:
     def num_processes(self) -> int:
         return self.place.num_processes
 
+    @property
+    def num_devices(self) -> int:
+        """Devices of all processes together."""
+        return len(jax.devices())
+
     def lead(self, params: Params) -> bool:
         """Hands the other processes over to process 0; every process calls it, once.
 
         Process 0 waits for the others and gets True. What its engines of this model do from there
         on, those of `qjax.generate` and `qjax.LLM` too, the others do as well, for as long as its
         `with` statement lasts; then they get False. Its engines must all be used by one thread.
+        What uses the weights without an engine (`qjax.forward`, `qjax.save`, perplexity) must be
+        called in every process instead, without `lead`.
 
         Raises:
-          DistributedError: another process ended instead.
+          DistributedError: another process ended instead; the model is of fewer processes.
         """
+        if params.mesh is not None:
+            having = {device.process_index for device in params.mesh.devices.flat}
+            if missing := set(range(self.num_processes)) - having:
+                raise DistributedError(
+                    f"the model is split over {params.mesh.devices.size} devices, and none of them "
+                    f"is of process {min(missing)}: split it over all {self.num_devices}."
+                )
         if self.process_id == 0:
             with self._changed:
                 self._changed.wait_for(lambda: self._left or len(self._ready) == len(self._since))

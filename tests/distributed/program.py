@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import qjax
 from qjax import distributed
@@ -14,7 +15,7 @@ from qjax import distributed
 
 def texts(params):
     """Greedy, sampled without a seed of their own, one cut short, and of a second engine."""
-    llm = qjax.LLM(params, seed=7, max_num_seqs=4, max_model_len=96)
+    llm = qjax.LLM(params, seed=7, max_num_seqs=4, max_model_len=96, numerics="exact")
     greedy = llm.generate([[1, 2, 3], [5, 6, 7, 8]], qjax.SamplingParams(max_tokens=20))
     sampled = llm.generate(
         [[9, 10]], qjax.SamplingParams(max_tokens=12, n=2, temperature=1.0, logit_bias={11: 2.0})
@@ -27,10 +28,16 @@ def texts(params):
 
 def forever(params):
     """Steps without end; the numbers of finished rounds go out as they come."""
-    llm = qjax.LLM(params, seed=7, max_num_seqs=4, max_model_len=96)
+    llm = qjax.LLM(params, seed=7, max_num_seqs=4, max_model_len=96, numerics="exact")
     while True:
         llm.generate([[1, 2, 3]] * 4, qjax.SamplingParams(max_tokens=64, ignore_eos=True))
         print("round", flush=True)
+
+
+def peak_memory() -> int:
+    """Most resident memory of this program, bytes, without what ran before it in its process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def main(address: str, count: str, number: str, model: str, what: str, step_timeout: str) -> None:
@@ -40,20 +47,25 @@ def main(address: str, count: str, number: str, model: str, what: str, step_time
         *meeting, initialization_timeout=60, step_timeout=float(step_timeout)
     ) as processes:
         print(processes, os.getpid(), flush=True)
+        peaks = [peak_memory()]
         split = what.startswith("split-")
         params = qjax.load(model, tensor_parallel_size=int(count) if split else None)
+        peaks.append(peak_memory())
         if what == "fail" and processes.process_id == 1:
             raise qjax.CheckpointError("no such thing here")
         if processes.lead(params):
             what = what.removeprefix("split-")
-            if what == "texts":
+            if what == "memory":
+                qjax.generate(params, [1, 2, 3], max_tokens=8, ignore_eos=True)
+            elif what == "texts":
                 print(json.dumps(texts(params)))
             elif what == "idle":
                 print("round", flush=True)
                 time.sleep(200)
             else:
                 forever(params)
-    print("over", flush=True)
+        peaks.append(peak_memory())
+    print(json.dumps({"weights": params.nbytes, "peaks": peaks}), flush=True)
 
 
 if __name__ == "__main__":

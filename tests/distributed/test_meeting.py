@@ -160,7 +160,9 @@ def test_no_cluster(monkeypatch) -> None:
     with pytest.raises(DistributedError, match=r"unknown kind of cluster 'pbs': known are .*slurm"):
         meeting.find_place(None, None, None, None, "pbs", 1)
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "nonsense")
-    with pytest.raises(DistributedError, match="ompi does not say where this process is"):
+    with pytest.raises(
+        DistributedError, match="does not tell who this process is: invalid literal"
+    ):
         meeting.find_place(None, 2, 1, None, None, 1)
 
 

@@ -4,20 +4,28 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import qjax
+from qjax.checkpoint import builtin
 from tests.distributed import program
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 STOPPED = re.compile(r"qjax: process \d of \d on \S+ ends: (.*)")
 
 
@@ -32,15 +40,24 @@ def free_address() -> str:
 
 
 @contextlib.contextmanager
-def started(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that are killed at the end, if they still run then."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
+def started(
+    commands: list[list[str]], variables: Sequence[dict[str, str]] | None = None
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that are killed at the end, if they still run then.
+
+    Args:
+      commands: what follows "python". variables: of the environment, for each.
+    """
     running = [
         subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=ENVIRONMENT | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        for command in commands
+        for command, own in zip(commands, variables or [{}] * len(commands), strict=True)
     ]
     try:
         yield running
@@ -140,3 +157,107 @@ def test_an_error_in_one_ends_all(model: str) -> None:
         assert "process 1 of 3 on" in errors
         assert "failed: no such thing here" in errors
         assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_holds_its_part_alone(golden: Path, tmp_path: Path) -> None:
+    """A quarter of the weights; beside them 32 MB to load, and 192 MB to compile and run."""
+    config = json.loads((golden / "base-tiny-llama" / "config.json").read_text())
+    hidden, head, layers = 1024, 64, 16
+    config |= {"hidden_size": hidden, "intermediate_size": 4 * hidden, "head_dim": head}
+    config |= {"num_attention_heads": hidden // head, "num_key_value_heads": 4}
+    config |= {"num_hidden_layers": layers}
+    write_llama(tmp_path, config)
+    shutil.copy(golden / "gptq-4b-g32-desc" / "tokenizer.json", tmp_path)
+    with started(programs(4, str(tmp_path), "split-memory")) as processes:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (out, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+        found = json.loads(out.splitlines()[-1])
+        start, loaded, end = found["peaks"]
+        assert found["weights"] > 480e6
+        assert loaded - start <= found["weights"] / 4 + 32e6
+        assert end - start <= found["weights"] / 4 + 192e6
+
+
+def readme_block(language: str) -> str:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture
+def default_model() -> str:
+    if not builtin.cached_path(builtin.DEFAULT).is_file():
+        pytest.skip(f"{builtin.DEFAULT} is not in the cache: run `qjax pull {builtin.DEFAULT}`")
+    return builtin.DEFAULT
+
+
+@pytest.mark.slow
+def test_command_of_the_readme(default_model: str, tmp_path: Path) -> None:
+    command = tmp_path / "qjax"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m qjax "$@"\n')
+    command.chmod(0o755)
+    env = ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["sh", "-c", readme_block("sh")]
+    ran = subprocess.run(script, env=env, capture_output=True, text=True, timeout=300)
+    alone = qjax.generate(
+        qjax.load(default_model),
+        [{"role": "user", "content": "Why is the sky blue?"}],
+        max_tokens=32,
+    )
+    assert ran.stdout == alone.text + "\n", ran.stderr
+
+
+@pytest.mark.slow
+def test_program_of_the_readme(default_model: str) -> None:
+    """As Open MPI starts it."""
+    _, port = free_address().split(":")
+    variables = {
+        "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": "3",
+        "JAX_COORDINATOR_PORT": port,
+    }
+    ranks = [
+        {"OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i)} for i in range(3)
+    ]
+    program_text = ["-c", readme_block("py")]
+    with started([program_text] * 3, [variables | rank for rank in ranks]) as processes:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    alone = qjax.generate(qjax.load(default_model), "The capital of France is", max_tokens=16)
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert alone.text in outputs[0][0]
+    assert alone.text not in outputs[1][0]
+
+
+def write_llama(folder: Path, config: dict[str, Any]) -> None:
+    """A checkpoint in bfloat16 of numbers drawn at random."""
+    rng = np.random.default_rng(0)
+
+    def weight(outputs: int, inputs: int) -> np.ndarray:
+        numbers = rng.standard_normal((outputs, inputs), np.float32) * inputs**-0.5
+        return numbers.astype(ml_dtypes.bfloat16)
+
+    hidden, middle = config["hidden_size"], config["intermediate_size"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    ones = np.ones(hidden, ml_dtypes.bfloat16)
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (middle, hidden),
+        "mlp.up_proj": (middle, hidden),
+        "mlp.down_proj": (hidden, middle),
+    }
+    tensors = {"model.norm.weight": ones}
+    for name in ("model.embed_tokens", "lm_head"):
+        tensors[f"{name}.weight"] = weight(config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{name}.weight"] = ones
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{layer}.{name}.weight"] = weight(*shape)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
