@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ def load(
     sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
     mesh: Mesh | None = None,
     tensor_parallel_size: int | None = None,
+    all_reduce: str = "float32",
 ) -> Params:
     """Loads a model, its weights as they are stored.
 
@@ -53,6 +55,9 @@ def load(
         name ("model.layers.0.mlp.up_proj.weight/scale") and its shape.
       mesh: devices to split the model over, from `qjax.make_mesh`.
       tensor_parallel_size: or, instead, how many of them; None for one device.
+      all_reduce: what devices send each other of the sums behind attention and feed-forward
+        networks: "float32", "bfloat16", or codes with scales, "int8" or "fp8_e4m3", which take a
+        quarter of the bytes and round what is summed.
 
     Raises:
       CheckpointError: the files are damaged or do not fit together.
@@ -62,20 +67,24 @@ def load(
     """
     from qjax.checkpoint import loader
     from qjax.engine import compile_cache
-    from qjax.sharding import make_mesh
+    from qjax.sharding import ALL_REDUCE, make_mesh
 
     compile_cache.enable()
     if tensor_parallel_size is not None:
         if mesh is not None:
             raise RequestError("give mesh or tensor_parallel_size, not both.")
         mesh = make_mesh(tensor_parallel_size)
-    return loader.load(
+    if all_reduce not in ALL_REDUCE:
+        known = ", ".join(ALL_REDUCE)
+        raise RequestError(f"all_reduce must be one of {known}, got {all_reduce!r:.80}.")
+    params = loader.load(
         source,
         quantization=quantization,
         quantize_activations=quantize_activations,
         sharding=sharding,
         mesh=mesh,
     )
+    return replace(params, all_reduce=all_reduce)
 
 
 def save(

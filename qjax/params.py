@@ -132,12 +132,14 @@ class Params:
       config: what the model is; static.
       host: tokenizer, generation config and source.
       mesh: the devices over which the weights are split, see `qjax.sharding`; None for one device.
+      all_reduce: what their sums are sent as, see `qjax.load`.
     """
 
     tree: Any
     config: ModelConfig
     host: Host = field(default_factory=Host)
     mesh: Mesh | None = None
+    all_reduce: str = "float32"
 
     @property
     def tokenizer(self) -> Any:
@@ -178,14 +180,16 @@ class Params:
         rows = [Use(*key, *use) for key, use in uses.items()]
         return Summary(tuple(sorted(rows, key=lambda row: -row.nbytes)))
 
+    @property
+    def _static(self) -> tuple[ModelConfig, Host, Mesh | None, str]:
+        return self.config, self.host, self.mesh, self.all_reduce
+
     def tree_flatten_with_keys(self):
-        return ((jax.tree_util.GetAttrKey("tree"), self.tree),), (self.config, self.host, self.mesh)
+        return ((jax.tree_util.GetAttrKey("tree"), self.tree),), self._static
 
     def tree_flatten(self):
-        return (self.tree,), (self.config, self.host, self.mesh)
+        return (self.tree,), self._static
 
     @classmethod
-    def tree_unflatten(
-        cls, static: tuple[ModelConfig, Host, Mesh | None], children: tuple[Any]
-    ) -> Params:
+    def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any]) -> Params:
         return cls(children[0], *static)

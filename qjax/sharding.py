@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 AXES = ("data", "expert", "tensor")
 MODEL = ("expert", "tensor")
+ALL_REDUCE = ("float32", "bfloat16", "int8", "fp8_e4m3")
 
 # By the module's name: which way its weight is split.
 _BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "q_b_proj", "kv_b_proj")
@@ -72,11 +73,14 @@ class Parallel:
     Attributes:
       expert, tensor: devices along these axes of the mesh.
       vocabulary: whether embedding and head are split.
+      all_reduce: what the sums of attention and feed-forward networks are sent as, one of
+        `ALL_REDUCE`.
     """
 
     expert: int = 1
     tensor: int = 1
     vocabulary: bool = False
+    all_reduce: str = "float32"
 
     @property
     def size(self) -> int:
@@ -84,7 +88,7 @@ class Parallel:
         return self.expert * self.tensor
 
     @classmethod
-    def of(cls, mesh: Mesh, config: ModelConfig) -> Parallel:
+    def of(cls, mesh: Mesh, config: ModelConfig, all_reduce: str = "float32") -> Parallel:
         """How a mesh splits a model.
 
         Raises:
@@ -95,7 +99,8 @@ class Parallel:
                 f"a mesh with the axes {mesh.axis_names}: make it by qjax.make_mesh, with {AXES}"
             )
         _, expert, tensor = mesh.devices.shape
-        found = cls(expert, tensor, config.vocab_size % (expert * tensor) == 0)
+        vocabulary = config.vocab_size % (expert * tensor) == 0
+        found = cls(expert, tensor, vocabulary, all_reduce)
         check(config, found)
         return found
 

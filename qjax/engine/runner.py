@@ -126,7 +126,7 @@ class Runner:
             )
         bases = key_bases(params, dtypes, self._numerics.prefill)
         self._cache, self._formats = device_cache(params, num_blocks, block_size, dtypes, bases)
-        self._mesh = params.mesh
+        self._mesh, self._all_reduce = params.mesh, params.all_reduce
         self._state = self._placed(State(last=np.zeros(max_num_seqs, np.int32)))
         self._near: dict[tuple, Future] = {}
         # The batch that the last decode step left on the device, and the plan that it continues.
@@ -178,12 +178,12 @@ class Runner:
         structs = tree, cache_shapes(self._cache, self._formats), state, *rest
         leaves, structure = jax.tree.flatten(structs)
         shapes = tuple((x.shape, x.dtype.name) for x in leaves)
-        key = self.config, spec, structure, shapes, self._mesh, dispatch.named()
+        key = self.config, spec, structure, shapes, self._mesh, self._all_reduce, dispatch.named()
 
         def compile_it() -> jax.stages.Compiled:
             # Tracing holds the interpreter anyway: in turns, the first asked for is first done.
             with _tracing:
-                lowered = step_program(self._formats, self._mesh).lower(
+                lowered = step_program(self._formats, self._mesh, self._all_reduce).lower(
                     *structs, config=self.config, spec=spec
                 )
             return lowered.compile()

@@ -133,16 +133,18 @@ def step(
 
 
 @lru_cache
-def step_program(cache_formats: Any = None, mesh: Mesh | None = None) -> Any:
+def step_program(
+    cache_formats: Any = None, mesh: Mesh | None = None, all_reduce: str = "float32"
+) -> Any:
     """`step` under `jax.jit`, its cache and state donated, `config` and `spec` static.
 
     Args:
       cache_formats: see `qjax.engine.device_cache`; the cache that comes in has them already.
       mesh: over which the weights are split; each device then takes the step for its part, inside
-        of a `jax.shard_map`.
+        of a `jax.shard_map`, and sums are sent as `all_reduce` says (see `Parallel`).
     """
     return jax.jit(
-        step if mesh is None else partial(_step_of_parts, mesh=mesh),
+        step if mesh is None else partial(_step_of_parts, mesh=mesh, all_reduce=all_reduce),
         static_argnames=("config", "spec"),
         donate_argnames=("cache", "state"),
         out_shardings=None if cache_formats is None else (None, cache_formats, None, None),
@@ -162,9 +164,10 @@ def _step_of_parts(
     config: ModelConfig,
     spec: StepSpec,
     mesh: Mesh,
+    all_reduce: str,
 ) -> tuple[StepOutput, Any, State, Batch | None]:
     """`step` of split weights."""
-    parts = Parts(mesh, config)
+    parts = Parts(mesh, config, all_reduce)
 
     def own(leaves: Any, *args: Any) -> Any:
         cache, state, tokens, targets, batch, rows, count = args

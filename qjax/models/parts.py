@@ -19,14 +19,15 @@ from qjax.sharding import MODEL, Parallel, local, local_config, specs, split_of
 
 @dataclass(frozen=True)
 class Parts:
-    """How `mesh` splits the model of a config (the whole one)."""
+    """How `mesh` splits the model of a config (the whole one); `all_reduce` as in `Parallel`."""
 
     mesh: Mesh
     whole: ModelConfig
+    all_reduce: str = "float32"
 
     @cached_property
     def parallel(self) -> Parallel:
-        return Parallel.of(self.mesh, self.whole)
+        return Parallel.of(self.mesh, self.whole, self.all_reduce)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -82,7 +83,7 @@ def run(
     """`functional.run`, of a split model too; its cache is made with `cache_config`."""
     if params.mesh is None:
         return functional.run(params.config, params.tree, tokens, batch, cache)
-    parts = Parts(params.mesh, params.config)
+    parts = Parts(params.mesh, params.config, params.all_reduce)
 
     def own(leaves: Any, tokens: jax.Array, batch: Batch, cache: KVCache) -> Any:
         tree = parts.tree(params.tree, leaves)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.embedding import embedding as kernel
-from qjax.ops.collectives import summed
 from qjax.ops.vocabulary import Vocabulary
 from qjax.qarray import QArray
-from qjax.sharding import Parallel
+from qjax.sharding import MODEL, Parallel
 
 
 def embedding(w: QArray, ids: jax.Array, parallel: Parallel | None = None) -> jax.Array:
@@ -23,4 +23,4 @@ def embedding(w: QArray, ids: jax.Array, parallel: Parallel | None = None) -> ja
     size = w.shape[0]
     own = vocabulary.own(ids, size)
     rows = kernel(jnp.minimum(own, size - 1), (w.spec, w.arrays))
-    return summed(jnp.where((own < size)[:, None], rows, 0), parallel)
+    return lax.psum(jnp.where((own < size)[:, None], rows, 0), MODEL)
