@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qjax.engine.block_manager import BlockManager
 from qjax.engine.engine import BLOCK_SIZE, Engine, check_request, model_len, peak_memory
+from qjax.engine.replicas import Replicas
 from qjax.engine.request import GenerationResult, Request
 from qjax.engine.runner import numerics_for
 from qjax.engine.sampling_params import SamplingParams
@@ -202,7 +206,7 @@ def generate(
 class TextStream(Iterator[str]):
     """The text of one request, piece by piece; `result` is set when it is exhausted or closed."""
 
-    def __init__(self, engine: Engine, request: Request):
+    def __init__(self, engine: Engine | Replicas, request: Request):
         self.result: GenerationResult | None = None
         self._engine = engine
         self._request = request
@@ -288,9 +292,11 @@ def engine_for(
     kv_cache_dtype: str = "auto",
     kv_cache_dtype_skip_layers: Sequence[int | str] = (),
     seed: int | None = None,
-) -> Engine:
-    """An engine just large enough for these prompts, in one of a few sizes."""
+) -> Engine | Replicas:
+    """An engine just large enough for these prompts, in one of a few sizes; of a model with several
+    copies, one on each."""
     limit = model_len(params, max_model_len)
+    copies = 1 if params.mesh is None else params.mesh.devices.shape[0]
     lengths = []
     for ids in prompts:
         check_request(ids, sampling, params, limit)
@@ -298,19 +304,22 @@ def engine_for(
         lengths += [len(ids) + min(room, sampling.max_tokens or room)] * sampling.n
     blocks_for = BlockManager(0, BLOCK_SIZE).blocks_for
     need = sorted((blocks_for(length) for length in lengths), reverse=True)
-    wanted = sum(need[:MAX_NUM_SEQS])
-    max_num_seqs = min(len(lengths), MAX_NUM_SEQS)
+    max_num_seqs = min(-(-len(lengths) // copies), MAX_NUM_SEQS)
+    wanted = sum(need[:max_num_seqs])
     unrounded = numerics_for(numerics, max_num_seqs).cache_dtype
     dtypes = cache_dtypes(params.config, kv_cache_dtype, unrounded, kv_cache_dtype_skip_layers)
     affordable = CACHE_BYTES // (BLOCK_SIZE * bytes_per_token(params.config, dtypes))
     num_blocks = max(need[0], min(wanted, affordable))
-    return Engine(
-        params,
+    make = partial(
+        Engine,
         num_blocks=1 << max(4, (num_blocks - 1).bit_length()),
         max_num_seqs=max_num_seqs,
         max_model_len=limit,
         numerics=numerics,
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
-        seed=seed,
     )
+    if copies == 1:
+        return make(params, seed=seed)
+    seeds = np.random.SeedSequence(SamplingParams(seed=seed).seed).generate_state(copies)
+    return Replicas(params, [partial(make, seed=int(own)) for own in seeds])

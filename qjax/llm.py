@@ -7,11 +7,12 @@ from os import PathLike
 from typing import Any
 
 from qjax.api import MAX_NUM_SEQS, encode, engine_for, is_single, load
-from qjax.engine.engine import Engine, model_len, peak_memory
+from qjax.engine.engine import model_len, peak_memory
 from qjax.engine.request import GenerationResult
 from qjax.engine.sampling_params import SamplingParams
 from qjax.errors import RequestError
 from qjax.params import Params
+from qjax.sharding import make_mesh
 
 
 class LLM:
@@ -25,6 +26,9 @@ class LLM:
         length, as far as `qjax.api.CACHE_BYTES` reach.
       seed: makes the samples of the same calls, one after the other, repeatable, where their
         `SamplingParams` have no seed, which goes first; None draws a fresh one.
+      tensor_parallel_size: devices that share a copy of the model; None for one.
+      data_parallel_size: how many copies there are; each takes some of the sequences.
+      enable_expert_parallel: gives each of these devices whole experts, not a part of each.
 
     Raises:
       RequestError: an argument is out of range.
@@ -41,16 +45,27 @@ class LLM:
         max_num_seqs: int = MAX_NUM_SEQS,
         numerics: str = "fast",
         seed: int | None = None,
+        tensor_parallel_size: int | None = None,
+        data_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
     ):
         if not 1 <= max_num_seqs <= MAX_NUM_SEQS:
             raise RequestError(f"max_num_seqs must be in [1, {MAX_NUM_SEQS}], got {max_num_seqs}.")
         loaded = isinstance(model, Params)
-        self.params = model if loaded else load(model, quantization=quantization)
+        several = tensor_parallel_size is not None or data_parallel_size > 1
+        if loaded and several:
+            raise RequestError("a model that is loaded already is split where it was loaded.")
+        mesh = None
+        if several:
+            n = tensor_parallel_size or 1
+            sizes = (1, n) if enable_expert_parallel else (n, 1)
+            mesh = make_mesh(sizes[0], expert=sizes[1], data=data_parallel_size)
+        self.params = model if loaded else load(model, quantization=quantization, mesh=mesh)
         limit = model_len(self.params, max_model_len)
         longest = SamplingParams(max_tokens=None)
-        self.engine: Engine = engine_for(
+        self.engine = engine_for(
             self.params,
-            [(0,)] * max_num_seqs,
+            [(0,)] * (max_num_seqs * data_parallel_size),
             longest,
             numerics=numerics,
             max_model_len=limit,

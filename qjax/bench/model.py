@@ -147,6 +147,7 @@ def _measure(
         tuple(random.integers(0, params.config.vocab_size, length).tolist()) for _ in range(batch)
     ]
     engine = engine_for(params, prompts, sampling, numerics=numerics, kv_cache_dtype=kv_cache_dtype)
+    assert isinstance(engine, Engine)  # one copy of the model
     time_of = _prompt_seconds if max_tokens == 1 else _decode_seconds
     time_of(engine, prompts, sampling)
     compiling = engine.runner.compile_seconds

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 import qjax
@@ -67,3 +69,38 @@ def test_what_does_not_divide() -> None:
         qjax.load(cases.GOLDEN / "gguf-Q2_K", tensor_parallel_size=2)
     with pytest.raises(qjax.RequestError, match="not both"):
         qjax.load(LLAMA, tensor_parallel_size=2, mesh=make_mesh(2))
+
+
+def test_copies() -> None:
+    """Two copies on two devices each: every prompt has the answer it has alone."""
+    prompts = [cases.IDS[:n] for n in (5, 9, 13, 17)]
+    options: dict[str, Any] = {"max_tokens": 5, "numerics": "exact", "ignore_eos": True}
+    alone = qjax.generate(qjax.load(LLAMA), prompts, **options)
+    llm = qjax.LLM(LLAMA, tensor_parallel_size=2, data_parallel_size=2, numerics="exact")
+    found = llm.generate(prompts, qjax.SamplingParams(max_tokens=5, ignore_eos=True))
+    assert [each.token_ids for each in found] == [each.token_ids for each in alone]
+    engines = llm.engine.engines
+    assert len(engines) == 2
+    places = [engine.params.mesh.devices.flatten().tolist() for engine in engines]
+    assert not set(places[0]) & set(places[1])
+    sampled = qjax.SamplingParams(max_tokens=8, temperature=1.0, n=2, ignore_eos=True)
+    (texts,) = llm.generate([prompts[0]], sampled)
+    assert texts[0].token_ids != texts[1].token_ids
+
+
+@pytest.mark.parametrize(
+    ("sent", "least", "most"),
+    [("bfloat16", 1e-8, 1e-4), ("int8", 1e-8, 1e-3), ("fp8_e4m3", 1e-8, 1e-2)],
+)
+def test_rounded_sums(sent: str, least: float, most: float) -> None:
+    """What is sent in fewer bits costs a little, in Kullback-Leibler divergence."""
+
+    def logprobs(params: qjax.Params) -> np.ndarray:
+        return np.asarray(jax.nn.log_softmax(jax.jit(qjax.forward)(params, np.array(cases.IDS))))
+
+    whole = logprobs(qjax.load(LLAMA))
+    parts = logprobs(qjax.load(LLAMA, tensor_parallel_size=4, all_reduce=sent))
+    divergence = (np.exp(whole) * (whole - parts)).sum(-1).mean()
+    assert least < divergence < most
+    with pytest.raises(qjax.RequestError, match=r"all_reduce must be .*, got 'int3'"):
+        qjax.load(LLAMA, all_reduce="int3")
