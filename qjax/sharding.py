@@ -99,6 +99,17 @@ class Parallel:
                 f"a mesh with the axes {mesh.axis_names}: make it by qjax.make_mesh, with {AXES}"
             )
         _, expert, tensor = mesh.devices.shape
+        return cls.over(expert, tensor, config, all_reduce)
+
+    @classmethod
+    def over(
+        cls, expert: int, tensor: int, config: ModelConfig, all_reduce: str = "float32"
+    ) -> Parallel:
+        """How so many devices split a model.
+
+        Raises:
+          ShardingError: it does not divide.
+        """
         vocabulary = config.vocab_size % (expert * tensor) == 0
         found = cls(expert, tensor, vocabulary, all_reduce)
         check(config, found)

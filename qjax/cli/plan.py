@@ -58,6 +58,14 @@ def plan(
             rich_help_panel=_DEVICES,
         ),
     ] = False,
+    all_reduce: Annotated[
+        str,
+        typer.Option(
+            "--all-reduce",
+            help="What they send of sums: float32, bfloat16, int8 or fp8_e4m3.",
+            rich_help_panel=_DEVICES,
+        ),
+    ] = "float32",
     device: Annotated[
         str | None,
         typer.Option(
@@ -135,6 +143,7 @@ def plan(
         numerics=numerics.value,
         gpu_memory_utilization=gpu_memory_utilization,
         scheme=scheme,
+        all_reduce=all_reduce,
     )
     typer.echo(json.dumps(_fields(found), indent=2) if as_json else "\n".join(report(found)))
 

@@ -9,14 +9,14 @@ from jax import lax
 from qjax.sharding import MODEL, Parallel
 
 Axes = tuple[str, ...]
-_GROUP = 64
+GROUP = 64  # numbers that share a scale
 
 
 def summed(x: jax.Array, parallel: Parallel | None) -> jax.Array:
     """The sum of what all devices have, float32 [T, N]: the one all-reduce of a block.
 
     `parallel.all_reduce` tells what is sent. With "int8" and "fp8_e4m3" that is codes with a scale
-    for `_GROUP` numbers of a row, twice: each device sums a share of the columns, and gives the sum
+    for `GROUP` numbers of a row, twice: each device sums a share of the columns, and gives the sum
     to all. So it takes a quarter of the bytes, and every number is rounded n + 1 times.
     """
     if parallel is None:
@@ -26,7 +26,7 @@ def summed(x: jax.Array, parallel: Parallel | None) -> jax.Array:
     if parallel.all_reduce == "bfloat16":
         return lax.psum(x.astype(jnp.bfloat16), MODEL).astype(jnp.float32)
     n = x.shape[1]
-    share = -(-n // (parallel.size * _GROUP)) * _GROUP
+    share = -(-n // (parallel.size * GROUP)) * GROUP
     wide = jnp.pad(x, ((0, 0), (0, share * parallel.size - n)))
     shares = wide.reshape(len(x), parallel.size, share).swapaxes(0, 1)
     sent = _coded(shares, parallel.all_reduce)
@@ -38,8 +38,8 @@ def summed(x: jax.Array, parallel: Parallel | None) -> jax.Array:
 
 
 def _coded(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Codes [..., groups, _GROUP], and a bfloat16 scale for each group."""
-    groups = x.reshape(*x.shape[:-1], -1, _GROUP)
+    """Codes [..., groups, GROUP], and a bfloat16 scale for each group."""
+    groups = x.reshape(*x.shape[:-1], -1, GROUP)
     top = jnp.abs(groups).max(-1, keepdims=True)
     if dtype == "int8":
         scale = _upwards(top / 127)

@@ -17,18 +17,19 @@ from qjax.engine.sampling_params import MAX_LOGPROBS
 from qjax.engine.step import StepSpec
 from qjax.models.config import ModelConfig
 from qjax.ops.activations import sees_whole_rows
+from qjax.ops.collectives import GROUP
 from qjax.qarray import QArray
 from qjax.sampler import CANDIDATES
 from qjax.sharding import Parallel
 
 DECODE = StepSpec(prefill=False)
-_REDUCE, _GATHER = "all-reduce", "all-gather"
+_REDUCE, _GATHER, _EXCHANGE = "all-reduce", "all-gather", "all-to-all"
 
 
 @dataclass(frozen=True)
 class Collective:
     """Attributes:
-    kind: "all-reduce" or "all-gather", as XLA calls it.
+    kind: "all-reduce", "all-gather" or "all-to-all", as XLA calls it.
     of: what it belongs to.
     nbytes: of what each device has afterwards, for each row.
     per: "token" of a step, or "sequence", of which a step picks one token each.
@@ -56,7 +57,8 @@ def planned_collectives(
     spec: StepSpec = DECODE,
     numerics: str = "exact",
 ) -> dict[str, int]:
-    """How many of each kind a compiled step has: {"all-reduce": n, "all-gather": m}.
+    """How many of each kind a compiled step has: {"all-reduce": n, "all-gather": m}, and
+    "all-to-all" where there are any.
 
     What stands in a loop, or in a branch, counts once, as it does in the program's text.
 
@@ -91,24 +93,36 @@ def collectives(
 def _of_model(
     config: ModelConfig, tree: Mapping[str, Any], parallel: Parallel, exact: bool
 ) -> Iterator[Collective]:
-    stream = 4 * config.hidden_size
     if parallel.vocabulary:
-        yield Collective(_REDUCE, "embedding", stream, "token", parallel.size)
+        yield Collective(_REDUCE, "embedding", 4 * config.hidden_size, "token", parallel.size)
     for layer in tree["model"]["layers"].values():
         yield from _of_inputs("o_proj", layer["self_attn"]["o_proj"], parallel.size, exact)
-        yield Collective(_REDUCE, "o_proj", stream, "token", parallel.size)
+        yield from _sum("o_proj", config, parallel)
         moe = config.moe
         mlp = layer[moe.module if moe is not None and moe.module in layer else "mlp"]
         if moe is None or "experts" not in mlp:
             yield from _of_inputs("down_proj", mlp["down_proj"], parallel.size, exact)
-            yield Collective(_REDUCE, "down_proj", stream, "token", parallel.size)
+            yield from _sum("down_proj", config, parallel)
             continue
         down, rows = mlp["experts"]["down_proj"], moe.router.top_k
         yield from _of_inputs("experts.down_proj", down, parallel.tensor, exact, rows)
         if moe.shared_size:
             down = mlp[moe.shared_name]["down_proj"]
             yield from _of_inputs("shared down_proj", down, parallel.size, exact)
-        yield Collective(_REDUCE, "experts", stream, "token", parallel.size)
+        yield from _sum("experts", config, parallel)
+
+
+def _sum(of: str, config: ModelConfig, parallel: Parallel) -> Iterator[Collective]:
+    """`ops.collectives.summed`."""
+    n, size = parallel.size, config.hidden_size
+    if parallel.all_reduce in ("float32", "bfloat16"):
+        width = 4 if parallel.all_reduce == "float32" else 2
+        yield Collective(_REDUCE, of, width * size, "token", n)
+        return
+    groups = -(-size // (n * GROUP)) * n
+    for kind in (_EXCHANGE, _GATHER):
+        yield Collective(kind, f"{of} codes", groups * GROUP, "token", n)
+        yield Collective(kind, f"{of} scales", 2 * groups, "token", n)
 
 
 def _of_inputs(

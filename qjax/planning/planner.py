@@ -27,7 +27,7 @@ from qjax.planning.hollow import hollow_tree
 from qjax.planning.memory import Cache, Memory, memory
 from qjax.planning.roofline import Load, Speed, speed
 from qjax.planning.warnings import warnings
-from qjax.sharding import Parallel, check, local_config
+from qjax.sharding import ALL_REDUCE, Parallel, local_config
 
 _MOST_DEVICES = 1024  # that are tried for a model that does not fit
 
@@ -125,6 +125,7 @@ def plan(
     numerics: str = "fast",
     gpu_memory_utilization: float = 0.9,
     scheme: str | None = None,
+    all_reduce: str = "float32",
 ) -> Plan:
     """Plans a model for devices that need not be here; no weight is read.
 
@@ -143,6 +144,7 @@ def plan(
       scheme: plans for what `qjax.oneshot` would make of the model by this preset ("W4A16",
         "Q4_K_M", "UNQUANTIZED" ...), by its config alone: source may be a config.json, and of a
         name on the hub only that is fetched.
+      all_reduce: what devices send each other of sums, as of `qjax.load`.
 
     Raises:
       RequestError: an argument is out of range, or they contradict each other.
@@ -169,6 +171,9 @@ def plan(
     asked = tensor_parallel_size is not None or data_parallel_size is not None
     if devices is not None and (asked or enable_expert_parallel):
         raise RequestError("give devices, or how to split the model over them, not both.")
+    if all_reduce not in ALL_REDUCE:
+        known = ", ".join(ALL_REDUCE)
+        raise RequestError(f"all_reduce must be one of {known}, got {all_reduce!r:.80}.")
     usable = int((memory or (found.memory if found else 0)) * gpu_memory_utilization)
     with platform.assume(found.kind if found else None, found.name if found else ""):
         config, tree = _stored(source) if scheme is None else by_scheme(source, scheme)
@@ -183,7 +188,7 @@ def plan(
             cache_dtypes(config, kv_cache_dtype, chosen.cache_dtype),
             chosen.decode,
         )
-        planner = _Planner(config, tree, found, usable)
+        planner = _Planner(config, tree, found, usable, all_reduce)
         if devices is not None:
             outcome, others, refused = planner.best(devices, work)
         else:
@@ -226,14 +231,13 @@ class _Planner:
     tree: dict[str, Any]
     device: Device | None
     usable: int
+    all_reduce: str
 
     def outcome(self, split: Split, work: Workload) -> Outcome:
         """Raises ShardingError where the model cannot be split so."""
         if split.expert > 1 and self.config.moe is None:
             raise RequestError("enable_expert_parallel takes a model with experts.")
-        n = split.expert * split.tensor
-        parallel = Parallel(split.expert, split.tensor, self.config.vocab_size % n == 0)
-        check(self.config, parallel)
+        parallel = Parallel.over(split.expert, split.tensor, self.config, self.all_reduce)
         weights = held(self.tree, self.config, parallel)
         local = local_config(self.config, parallel)
         found = memory(

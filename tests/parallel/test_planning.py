@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +122,26 @@ def program(params: qjax.Params, spec: StepSpec, numerics: str) -> jax.stages.Co
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "spec", "numerics"),
+    ("name", "tensor", "spec", "numerics", "all_reduce"),
     [
-        ("gguf-Q4_1", 4, StepSpec(False, greedy=False), "exact"),
-        ("gptq-4b-g32-desc", 2, StepSpec(False, logprobs=True), "int8"),
-        ("ct-int8-w8a8-dyn-asym", 2, StepSpec(True), "int8"),
-        ("tiny-qwen2moe", 2, StepSpec(True), "int8"),
+        ("gguf-Q4_1", 4, StepSpec(False, greedy=False), "exact", "float32"),
+        ("gptq-4b-g32-desc", 2, StepSpec(False, logprobs=True), "int8", "float32"),
+        ("ct-int8-w8a8-dyn-asym", 2, StepSpec(True), "int8", "float32"),
+        ("tiny-qwen2moe", 2, StepSpec(True), "int8", "bfloat16"),
+        ("gguf-Q4_1", 2, StepSpec(False), "int16", "int8"),
     ],
 )
-def test_collectives(name: str, tensor: int, spec: StepSpec, numerics: str) -> None:
+def test_collectives(
+    name: str, tensor: int, spec: StepSpec, numerics: str, all_reduce: str
+) -> None:
     """Of other steps than those that decode the likeliest tokens in exact numerics."""
-    params = cases.split(checkpoint(name), tensor)
+    params = replace(cases.split(checkpoint(name), tensor), all_reduce=all_reduce)
     assert params.mesh is not None
-    parallel = Parts(params.mesh, params.config).parallel
+    parallel = Parts(params.mesh, params.config, all_reduce).parallel
     compiled = program(params, spec, numerics)
-    found, _ = hlo.collectives(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None
+    found, _ = hlo.collectives(text)
     planned = planned_collectives(params.config, params.tree, parallel, spec, numerics)
     assert dict(found) == planned
     if spec.prefill:

@@ -80,6 +80,26 @@ def test_speed(eight: Plan) -> None:
     assert "prefill step of 2048 tokens" in warning
 
 
+def test_sums_in_eight_bits(llama: str, eight: Plan) -> None:
+    """Sent to the device that sums a share, and back: a byte a number, two bytes for 64."""
+    found = plan(
+        llama, tensor_parallel_size=8, device="h100", max_model_len=32768, all_reduce="int8"
+    )
+    sums = [each for each in found.outcome.collectives if each.of.startswith("down_proj")]
+    assert [(each.kind, each.count, each.nbytes) for each in sums] == [
+        ("all-to-all", LAYERS, HIDDEN),
+        ("all-to-all", LAYERS, HIDDEN // 32),
+        ("all-gather", LAYERS, HIDDEN),
+        ("all-gather", LAYERS, HIDDEN // 32),
+    ]
+    sent = sum(each.moved(1) for each in sums)
+    assert sent == 2 * 7 / 8 * (HIDDEN + HIDDEN // 32)
+    # It pays in prompts; in decoding, more and smaller messages take longer.
+    prompt, one, *_ = found.outcome.speeds
+    assert prompt.telling < eight.outcome.speeds[0].telling / 2
+    assert one.telling > eight.outcome.speeds[1].telling
+
+
 def test_no_weight_is_read(golden: Path, tmp_path: Path) -> None:
     """Not even that these are no numbers."""
     folder = tmp_path / "model"
