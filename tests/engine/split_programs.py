@@ -23,7 +23,7 @@ from tests.parallel.hlo import collectives
 
 KINDS = ("W4A16 g128", "FP8 channel", "W8A8 INT8", "NVFP4", "Q4_K")
 SEQUENCES, PAGES, PAGE_SIZE = 8, 16, 32
-WIDE = {"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 8}
+WIDE = {"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 16}
 
 
 def decode(
