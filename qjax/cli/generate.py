@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qjax.cli import options, processes
+from qjax.cli import config_file, options, processes
 
 if TYPE_CHECKING:
     from qjax.engine.request import GenerationResult
@@ -58,6 +58,7 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole result as JSON, at the end.")
     ] = False,
+    config: config_file.Config = None,
 ) -> None:
     """Generate text from a prompt."""
     import qjax

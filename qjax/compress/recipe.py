@@ -19,8 +19,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qjax.checkpoint import strict_yaml
 from qjax.compress.modifiers import (
     MODIFIERS,
     REFUSED,
@@ -137,27 +136,11 @@ def _read(path: Path) -> str:
     return front[2]
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses keys that come twice, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"key {twice[0]!r:.80} comes twice: put one of them into another stage",
-                node.start_mark,
-            )
-        return super().construct_mapping(node, deep)
-
-
 def _load(text: str, where: str) -> Mapping[str, Any]:
     try:
-        found = yaml.load(text, _Loader)  # a SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{where} is no YAML: {error}") from error
+        found = strict_yaml.parse(text)
+    except ValueError as error:
+        raise RecipeError(f"{where} {error}") from error
     if not isinstance(found, Mapping):
         raise RecipeError(f"{where} holds no stages of modifiers, but {found!r:.80}")
     return found
