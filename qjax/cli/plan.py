@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qjax.cli import sizes
-from qjax.cli.options import KVCacheDtype, Numerics, NumericsOption
+from qjax.cli.options import KVCacheDtype, KVCacheSkipLayers, Numerics, NumericsOption
 
 if TYPE_CHECKING:
     from qjax.planning import Plan
@@ -114,6 +114,7 @@ def plan(
         int, typer.Option("--max-num-batched-tokens", help="Most tokens of a step.", min=1)
     ] = 2048,
     kv_cache_dtype: KVCacheDtype = "auto",
+    kv_cache_dtype_skip_layers: KVCacheSkipLayers = None,
     numerics: NumericsOption = Numerics.fast,
     gpu_memory_utilization: Annotated[
         float,
@@ -140,6 +141,7 @@ def plan(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
         numerics=numerics.value,
         gpu_memory_utilization=gpu_memory_utilization,
         scheme=scheme,
@@ -199,6 +201,8 @@ def _fields(found: "Plan") -> dict:
         fields["memory"] |= {"total": each.memory.total, "fits": each.memory.fits}
         for row, one in zip(fields["speeds"], each.speeds, strict=True):
             row |= {"seconds": one.seconds, "bound": one.bound}
+        for row, one in zip(fields["collectives"], each.collectives, strict=True):
+            row |= {"sent": one.moved(1)}
         return fields
 
     return {
@@ -254,10 +258,11 @@ def _memory(memory: "Memory") -> Iterator[str]:
 
 
 def _collectives(found: "tuple[Collective, ...]") -> Iterator[str]:
-    yield f"{'a decode step tells':<28}{'times':>6}{'bytes of each':>16}"
+    yield f"{'a decode step tells':<30}{'times':>6}{'bytes of each':>15}{'a device sends':>16}"
     for each in found:
         name = f"{each.kind}, {each.of}"
-        yield f"  {name:<26}{each.count:>6}{each.nbytes:>16,} a {each.per}"
+        sent = f"{each.nbytes:>15,}{each.moved(1):>16,.0f}"
+        yield f"  {name:<28}{each.count:>6}{sent} a {each.per}"
 
 
 def _table(speeds: "tuple[Speed, ...]") -> Iterator[tuple[str, ...]]:

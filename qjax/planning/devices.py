@@ -2,7 +2,8 @@
 
 Figures are those of dense bfloat16 products and of links in one direction, from the makers' data
 sheets, read in November 2026. Latencies of collectives are not published: these are rounded from
-what all-reduces of a few kilobytes take on such links.
+what all-reduces of a few kilobytes take on such links. Where the maker sells no host of a device,
+its network is taken to be 100 Gb/s for each.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ DEVICES = (
     # NVIDIA L4 data sheet: 24 GB, 300 GB/s, 242 TFLOPS with sparsity, PCIe Gen4 x16.
     Device("L4", "gpu", 24 * _GB, 300 * _GB, 121e12, _PCIE4, PCIE_LATENCY, 8, 12.5 * _GB),
     # NVIDIA L40S data sheet: 48 GB, 864 GB/s, 362 TFLOPS, PCIe Gen4 x16.
-    Device("L40S", "gpu", 48 * _GB, 864 * _GB, 362e12, _PCIE4, PCIE_LATENCY, 8, 25 * _GB),
+    Device("L40S", "gpu", 48 * _GB, 864 * _GB, 362e12, _PCIE4, PCIE_LATENCY, 8, 12.5 * _GB),
     # NVIDIA Ada GPU architecture paper: 24 GB, 1,008 GB/s, 165.2 TFLOPS with float32 sums, PCIe
     # Gen4 x16, whose data go through the host.
     Device(
@@ -97,7 +98,7 @@ DEVICES = (
     # docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x. Links are in both directions there;
     # a ring uses them so.
     Device(
-        *("TPU-v5e", "tpu", 16 * _GIB, 819 * _GB, 197e12, 200 * _GB / 2, ICI_LATENCY),
+        *("TPU-v5e", "tpu", 16 * _GIB, 819 * _GB, 197e12, 400 * _GB / 2, ICI_LATENCY),
         *(256, 200 * _GB / 8 / 8, ("v5litepod",)),
     ),
     Device(

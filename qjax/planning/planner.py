@@ -122,6 +122,7 @@ def plan(
     max_num_seqs: int = 32,
     max_num_batched_tokens: int = 2048,
     kv_cache_dtype: str = "auto",
+    kv_cache_dtype_skip_layers: Sequence[int | str] = (),
     numerics: str = "fast",
     gpu_memory_utilization: float = 0.9,
     scheme: str | None = None,
@@ -139,7 +140,8 @@ def plan(
         alone, with weights laid out as on this machine.
       memory: bytes of each device; None takes what the accelerator has.
       max_model_len: most tokens of a sequence; None for the model's own limit.
-      max_num_batched_tokens, kv_cache_dtype, numerics: as of the engine.
+      max_num_batched_tokens, kv_cache_dtype, kv_cache_dtype_skip_layers, numerics: as of the
+        engine.
       gpu_memory_utilization: the share of the memory that may be used.
       scheme: plans for what `qjax.oneshot` would make of the model by this preset ("W4A16",
         "Q4_K_M", "UNQUANTIZED" ...), by its config alone: source may be a config.json, and of a
@@ -185,7 +187,7 @@ def plan(
             max_model_len or limit,
             max_num_seqs,
             max_num_batched_tokens,
-            cache_dtypes(config, kv_cache_dtype, chosen.cache_dtype),
+            cache_dtypes(config, kv_cache_dtype, chosen.cache_dtype, kv_cache_dtype_skip_layers),
             chosen.decode,
         )
         planner = _Planner(config, tree, found, usable, all_reduce)

@@ -182,6 +182,19 @@ def test_layouts_of_a_tpu(llama: str) -> None:
     assert found.outcome.memory.cache == pages + bases
 
 
+def test_layers_with_another_cache(llama: str) -> None:
+    """A byte a number and two bytes of scale a head; one layer has two bytes a number."""
+    found = plan(
+        llama,
+        memory=80 * GIB,
+        max_model_len=1024,
+        kv_cache_dtype="int8",
+        kv_cache_dtype_skip_layers=[-1],
+    )
+    heads = 32 * 1024 * 2 * 8
+    assert found.outcome.memory.cache == heads * ((LAYERS - 1) * (128 + 2) + 2 * 128)
+
+
 def test_refusals(llama: str) -> None:
     for given, text in {
         (): "say how much memory a device has",
