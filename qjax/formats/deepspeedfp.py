@@ -7,16 +7,17 @@ and reaches 480, the largest value of 8 bits is 448 here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 
 import numpy as np
 
 from pallas_kernels import codes
 from qjax.errors import UnsupportedError
-from qjax.formats import weights
+from qjax.formats import online, weights
 from qjax.formats.base import PLAIN, Checkpoint, Keys, Layer, QuantizationConfig, Stored, expect
 from qjax.formats.fp8 import rounds_online
 from qjax.qarray import QArray
@@ -53,7 +54,9 @@ class DeepSpeedFP(QuantizationConfig):
         if shape[-2] * shape[-1] % size:
             raise UnsupportedError(f"{where}: {shape} weights are no whole number of {size}")
         qtype = QTYPES[self.bits]
-        return Layer(("weight",), lambda arrays: round_to(arrays["weight"], qtype, group, times))
+        make = partial(round_to, qtype=qtype, group=group, times=times)
+        rows = size // math.gcd(size, shape[-1])  # which are whole groups
+        return Layer(("weight",), lambda arrays: online.by_rows(arrays["weight"], make, rows))
 
 
 def round_to(dense: np.ndarray, qtype: str, group: tuple[int, int], times: int = 1) -> QArray:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from qjax.formats import weights
+from qjax.formats import online, weights
 from qjax.formats.base import (
     PLAIN,
     Checkpoint,
@@ -41,7 +41,7 @@ class ExpertsInt8(QuantizationConfig):
         if ".experts." not in module or "shared_expert" in module:
             return None
         expect(module, stored, "weight", PLAIN, shape)
-        return Layer(("weight",), lambda arrays: per_channel(arrays["weight"]))
+        return Layer(("weight",), lambda arrays: online.by_rows(arrays["weight"], per_channel))
 
 
 def per_channel(dense: np.ndarray) -> QArray:

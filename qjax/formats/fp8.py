@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from qjax.errors import UnsupportedError
-from qjax.formats import weights
+from qjax.formats import online, weights
 from qjax.formats.base import (
     PLAIN,
     Arrays,
@@ -112,7 +112,9 @@ class Fp8(QuantizationConfig):
             if not self.online or not rounds_online(module):
                 return self._plain(module, stored, shape)
             expect(module, stored, "weight", PLAIN, shape)
-            return Layer(("weight",), lambda arrays: per_tensor(arrays["weight"], self.act(None)))
+            return Layer(
+                ("weight",), lambda arrays: online.per_tensor(arrays["weight"], self.act(None))
+            )
         if record.qtype not in weights.FP8_QTYPES:
             raise fault(record, f"has dtype {record.qtype}, expected f8_e4m3 or a plain one")
         if any(_names(part, module) for part in self.excluded):
@@ -288,15 +290,3 @@ def rounds_online(module: str) -> bool:
     linear layers are, but not embedding, head and routers.
     """
     return not module.endswith(("embed_tokens", "lm_head", ".gate", ".router", "_expert_gate"))
-
-
-def per_tensor(dense: np.ndarray, act: ActSpec | None) -> QArray:
-    """A plain weight [..., N, K] in float8_e4m3 with one scale, absmax / 448."""
-    values = np.asarray(dense, np.float32)
-    largest = np.abs(values).max((-2, -1), keepdims=True)
-    scale = np.where(largest > 0, largest / np.float32(weights.E4M3_MAX), np.float32(1))
-    codes = np.clip(values / scale, -weights.E4M3_MAX, weights.E4M3_MAX).astype(
-        ml_dtypes.float8_e4m3fn
-    )
-    group = (values.shape[-2], values.shape[-1])
-    return weights.coded(codes, "fp8_e4m3", values.shape, scale, group, act=act)

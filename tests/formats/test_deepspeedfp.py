@@ -4,7 +4,7 @@ import pytest
 
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats import deepspeedfp
-from tests.formats.stored import MODULE, planned, quantization, weight_of
+from tests.formats.stored import MODULE, planned, quantization, weight_of, whole
 
 CONFIG = {"quant_method": "deepspeedfp", "bits": 8, "group_size": 64}
 SMALL = {
@@ -27,7 +27,7 @@ def rounded(dense, group, bits):
 def test_runs_of_the_flattened_weight(bits, group):
     dense = np.random.default_rng(bits).normal(size=(16, 64)).astype(np.float16)
     layer = planned(CONFIG | {"bits": bits, "group_size": group}, {"weight": dense}, (16, 64))
-    found = layer.decode({"weight": dense})
+    found = whole(layer, {"weight": dense})
     assert found.group == ((1, group) if group <= 64 else (4, 64))
     np.testing.assert_allclose(weight_of(found), rounded(dense, group, bits), rtol=1e-6)
 
@@ -36,7 +36,7 @@ def test_runs_across_rows():
     """DeepSpeed's 512 in rows of 576: parts of 64, eight of which share a scale."""
     dense = np.random.default_rng(0).normal(size=(8, 576)).astype(np.float16)
     layer = planned(CONFIG | {"group_size": 512}, {"weight": dense}, (8, 576))
-    found = layer.decode({"weight": dense})
+    found = whole(layer, {"weight": dense})
     assert found.group == (1, 64)
     np.testing.assert_allclose(weight_of(found), rounded(dense, 512, 8), rtol=1e-6)
 
@@ -45,7 +45,7 @@ def test_twelve_bits():
     """e7m4: a sign, 7 bits of exponent less 63, 4 of mantissa."""
     dense = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
     layer = planned(CONFIG | {"bits": 12}, {"weight": dense}, (4, 64))
-    found = weight_of(layer.decode({"weight": dense}))
+    found = weight_of(whole(layer, {"weight": dense}))
     largest = np.float32((2 - 2.0**-4) * 2.0**64)
     scale = (np.abs(dense).max(1, keepdims=True) / largest).astype(np.float64)
     step = np.exp2(np.floor(np.log2(np.abs(dense / scale))) - 4)

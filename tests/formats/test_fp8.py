@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from qjax.errors import CheckpointError, UnsupportedError
-from qjax.formats import fp8
+from qjax.formats import online
+from qjax.parts import read
 from tests.formats.stored import MODULE, decoded, planned, quantization, weight_of
 
 CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -158,12 +159,12 @@ def test_rounded_as_it_is_read():
     """One scale for the weight, absmax / 448; rows of zeros stay zeros."""
     dense = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     dense[3] = 0
-    found = fp8.per_tensor(dense, None)
+    found = read(online.per_tensor(dense, None))
     scale = np.float32(np.abs(dense).max()) / np.float32(448)
     assert found.scale.tolist() == [[scale]]
     wanted = (dense / scale).astype(E4M3).astype(np.float64) * np.float64(scale)
     np.testing.assert_allclose(weight_of(found), wanted, rtol=1e-6)
-    assert not weight_of(fp8.per_tensor(np.zeros((2, 2)), None)).any()
+    assert not weight_of(read(online.per_tensor(np.zeros((2, 2)), None))).any()
 
 
 @pytest.mark.parametrize(
