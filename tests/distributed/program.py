@@ -49,7 +49,7 @@ def main(address: str, count: str, number: str, model: str, what: str, step_time
         print(processes, os.getpid(), flush=True)
         peaks = [peak_memory()]
         split = what.startswith("split-")
-        params = qjax.load(model, tensor_parallel_size=int(count) if split else None)
+        params = qjax.load(model, tensor_parallel_size=processes.num_devices if split else None)
         peaks.append(peak_memory())
         if what == "fail" and processes.process_id == 1:
             raise qjax.CheckpointError("no such thing here")
