@@ -9,6 +9,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 
@@ -120,19 +121,22 @@ def gather(place: Place, bind: str, timeout: float, patience: float) -> dict[int
       timeout: seconds until all must be here. patience: of the channels.
     """
     deadline = time.monotonic() + timeout
+    notice = Notice()
     channels: dict[int, Channel] = {}
     with _listen(*split_address(bind)) as server:
         while len(channels) < place.num_processes - 1:
-            server.settimeout(max(0.0, deadline - time.monotonic()))
+            missing = sorted(set(range(1, place.num_processes)) - set(channels))
+            who = f"process {', '.join(map(str, missing))} of {place.num_processes}"
+            left = deadline - time.monotonic()
+            if left <= 0:
+                why = f"{who} did not come to {place.address} within {timeout:g} s."
+                raise DistributedError(_refuse(channels, why))
+            server.settimeout(min(left, Notice.AFTER))
             try:
                 channel = Channel(server.accept()[0], patience)
-            except (TimeoutError, BlockingIOError):
-                missing = sorted(set(range(1, place.num_processes)) - set(channels))
-                why = (
-                    f"process {', '.join(map(str, missing))} of {place.num_processes} did not "
-                    f"come to {place.address} within {timeout:g} s."
-                )
-                raise DistributedError(_refuse(channels, why)) from None
+            except TimeoutError:
+                notice.give(f"waiting at {place.address} for {who}")
+                continue
             try:
                 introduction = channel.receive(_INTRODUCTION, limit=1000) or []
                 name, number, count, channel.host = introduction
@@ -159,6 +163,7 @@ def gather(place: Place, bind: str, timeout: float, patience: float) -> dict[int
 def join(place: Place, timeout: float, patience: float) -> Channel:
     """Any other process: goes to process 0 and waits until all are there."""
     deadline = time.monotonic() + timeout
+    notice = Notice()
     where = f"process 0 at {place.address}"
     problem: Exception | str = "it does not answer"
     while (left := deadline - time.monotonic()) > 0:
@@ -166,6 +171,7 @@ def join(place: Place, timeout: float, patience: float) -> Channel:
             connection = socket.create_connection(split_address(place.address), left)
         except OSError as error:
             problem = error
+            notice.give(f"waiting for {where}: {error}")
             time.sleep(min(0.1, left))
             continue
         channel = Channel(connection, patience)
@@ -183,6 +189,20 @@ def join(place: Place, timeout: float, patience: float) -> Channel:
         why = f"{where} ended before all were there." if answer is None else str(answer[-1])
         raise DistributedError(why)
     raise DistributedError(f"cannot reach {where} within {timeout:g} s: {problem}")
+
+
+class Notice:
+    """A line on standard error for who wonders why nothing happens; once, and not at once."""
+
+    AFTER = 10.0  # seconds
+
+    def __init__(self):
+        self._due: float | None = time.monotonic() + self.AFTER
+
+    def give(self, text: str) -> None:
+        if self._due is not None and time.monotonic() >= self._due:
+            print(f"qjax: {text}", file=sys.stderr, flush=True)
+            self._due = None
 
 
 def _listen(host: str, port: int) -> socket.socket:

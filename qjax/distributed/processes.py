@@ -11,12 +11,13 @@ that. A process that is stopped, or cut off, breaks no connection: silence says 
 import contextlib
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -191,9 +192,10 @@ class Processes:
             return True
         self._channels[0].send("ready")
         replay = Replay(params)
-        while (call := self._calls.get()) is not None:
-            replay.carry_out(*call)
-            self._done[self.process_id] += 1
+        with _deaf():
+            while (call := self._calls.get()) is not None:
+                replay.carry_out(*call)
+                self._done[self.process_id] += 1
         return False
 
     def __enter__(self) -> "Processes":
@@ -295,8 +297,8 @@ class Processes:
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Ends all processes because of an error in this one."""
-        if isinstance(error, QjaxError):
-            self._end(str(error), itself=True)
+        if isinstance(error, QjaxError | KeyboardInterrupt | SystemExit):
+            self._end(str(error) or type(error).__name__, itself=True)
         # An error of a collective means that another one died, which is found meanwhile.
         time.sleep(_GRACE / 2)
         with self._ending:
@@ -324,3 +326,18 @@ class Processes:
                 # Jax ends them less gently when its coordinator goes.
                 time.sleep(_GRACE / 2)
             os._exit(1)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Leaves signals to stop, which a terminal or a cluster sends to all processes, to process 0:
+    it ends what it does in its own way, and the others with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # other threads get no signals
+        return
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

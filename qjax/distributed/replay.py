@@ -54,6 +54,8 @@ class Recorder:
             self._made += 1
             self._numbers[engine] = self._made
             weakref.finalize(engine, self._gone.append, self._made)
+        elif engine not in self._numbers:
+            raise DistributedError("the other processes do not have an engine made before lead().")
         if call == "add":
             prompt_ids, params, sample = arguments
             arguments = [int(token) for token in prompt_ids], encode(params), sample

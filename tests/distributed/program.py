@@ -7,10 +7,10 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
 import qjax
 from qjax import distributed
+from tests.distributed.peak import memory
 
 
 def texts(params):
@@ -34,12 +34,6 @@ def forever(params):
         print("round", flush=True)
 
 
-def peak_memory() -> int:
-    """Most resident memory of this program, bytes, without what ran before it in its process."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
 def main(address: str, count: str, number: str, model: str, what: str, step_timeout: str) -> None:
     """`what` begins with "split-" where each process has a part of the model only."""
     meeting = address, int(count), int(number)
@@ -47,10 +41,9 @@ def main(address: str, count: str, number: str, model: str, what: str, step_time
         *meeting, initialization_timeout=60, step_timeout=float(step_timeout)
     ) as processes:
         print(processes, os.getpid(), flush=True)
-        peaks = [peak_memory()]
+        before = memory("VmRSS")
         split = what.startswith("split-")
         params = qjax.load(model, tensor_parallel_size=processes.num_devices if split else None)
-        peaks.append(peak_memory())
         if what == "fail" and processes.process_id == 1:
             raise qjax.CheckpointError("no such thing here")
         if processes.lead(params):
@@ -64,8 +57,9 @@ def main(address: str, count: str, number: str, model: str, what: str, step_time
                 time.sleep(200)
             else:
                 forever(params)
-        peaks.append(peak_memory())
-    print(json.dumps({"weights": params.nbytes, "peaks": peaks}), flush=True)
+    print(
+        json.dumps({"before": before, "peak": memory("VmHWM"), "whole": params.nbytes}), flush=True
+    )
 
 
 if __name__ == "__main__":

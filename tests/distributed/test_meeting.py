@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -58,6 +59,22 @@ def test_who_does_not_come_is_named_everywhere(pool: ThreadPoolExecutor) -> None
     for each in (first, second):
         with pytest.raises(DistributedError, match=r"process 2, 3 of 4 did not come .* 0\.5 s"):
             each.result()
+
+
+def test_who_waits_long_is_told_why(pool: ThreadPoolExecutor, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(meeting.Notice, "AFTER", 0.1)
+    port = free_port()
+    second = join(pool, port, 3, 2)
+    time.sleep(0.5)
+    first = gather(pool, port, 3)
+    time.sleep(0.5)
+    third = join(pool, port, 3, 1)
+    for channel in (*first.result().values(), second.result(), third.result()):
+        channel.close()
+    here = f"127.0.0.1:{port}"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"qjax: waiting for process 0 at {here}: [Errno 111]")
+    assert lines[1:] == [f"qjax: waiting at {here} for process 1 of 3"]
 
 
 def test_different_counts_and_equal_numbers_are_refused(pool: ThreadPoolExecutor) -> None:

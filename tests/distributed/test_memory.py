@@ -1,6 +1,7 @@
 """What a process takes to load its part of a model: no more for what the others load."""
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from qjax.checkpoint.gguf_stream import GGUFStream
-from tests.distributed.test_processes import free_address, started
+from tests.distributed.test_processes import free_address, programs, started
 
 HIDDEN, INNER, LAYERS, VOCABULARY, HEADS, KV_HEADS, GROUP = 2048, 8192, 8, 32000, 16, 4, 128
 LINEAR = {
@@ -130,3 +131,17 @@ def test_one_of_four_processes_takes_a_quarter(method, tmp_path):
         assert found["whole"] > 480 << 20
         assert found["own"] < 0.26 * found["whole"]
         assert found["peak"] - found["before"] < 0.25 * found["whole"] + (64 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_so_it_does_to_run_it(golden, tmp_path):
+    """Beside its weights, 256 MB for compiled programs and what is computed."""
+    model = write_folder("gptq", tmp_path)
+    shutil.copy(golden / "gptq-4b-g32-desc" / "tokenizer.json", model)
+    with started(programs(4, str(model), "split-memory")) as processes:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    for output, _ in outputs:
+        found = json.loads(output.splitlines()[-1])
+        assert found["peak"] - found["before"] < 0.25 * found["whole"] + (256 << 20)

@@ -93,6 +93,14 @@ def test_other_tokens_are_found(params, events):
             replay.carry_out(number, call, *arguments)
 
 
+def test_an_engine_that_was_there_before_is_refused(params):
+    engine = Engine(params, num_blocks=4)
+    Recorder(params, lambda *event: None).start()
+    with pytest.raises(DistributedError, match=r"made before lead\(\)"):
+        engine.add((1, 2), qjax.SamplingParams(max_tokens=4))
+    Recorder.stop()
+
+
 def test_another_model_is_refused(params, golden, events):
     other = qjax.load(golden / "gguf-Q2_K" / "model.gguf")
     with pytest.raises(DistributedError, match="not the one that lead"):
