@@ -19,7 +19,7 @@ from qjax.qarray import QArray
 def weights(draw: st.DrawFn) -> QArray:
     """Codes in groups of rows and columns that need not divide what they are of."""
     qtype = draw(st.sampled_from(["uint4", "uint4b8", "uint3b4", "int8", "fp4_e2m1"]))
-    n, k = draw(st.sampled_from([8, 24, 48])), draw(st.sampled_from([32, 48, 96]))
+    n, k = draw(st.sampled_from([8, 24, 48])), draw(st.sampled_from([32, 64, 96]))
     group = draw(st.sampled_from([1, 4, 16, n])), draw(st.sampled_from([8, 16, 24, k]))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     tiles = -(-n // group[0]), -(-k // group[1])
