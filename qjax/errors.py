@@ -74,6 +74,10 @@ class DistributedError(QjaxError, RuntimeError):
     """The processes of a distributed program cannot meet, or one of them does not do its part."""
 
 
+class EngineError(QjaxError, RuntimeError):
+    """The engine failed, or was closed, and takes no more requests."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question, " (did you mean 'x'?)", where a known name is near to this one, else ""."""
     found = difflib.get_close_matches(name, list(known), 1)

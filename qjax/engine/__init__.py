@@ -8,5 +8,6 @@
 - `step`: the step itself: one pure function
 - `runner`: compiled steps, the cache, and what stays on the device between steps
 - `engine`: the loop
+- `async_engine`: the loop in a thread, for callers in event loops
 - `compile_cache`: programs kept on disk
 """
