@@ -12,10 +12,13 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from importlib import metadata
 
 from qjax.distributed.channel import Channel
 from qjax.errors import DistributedError
 
+# Other versions may compile other programs, whose collectives would wait for each other.
+VERSIONS = " with ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib"))
 # Seconds to send a line of introduction; what else may knock at an open port sends none.
 _INTRODUCTION = 5.0
 
@@ -139,9 +142,9 @@ def gather(place: Place, bind: str, timeout: float, patience: float) -> dict[int
                 continue
             try:
                 introduction = channel.receive(_INTRODUCTION, limit=1000) or []
-                name, number, count, channel.host = introduction
+                name, number, count, channel.host, versions = introduction
             except (TimeoutError, ValueError):
-                name, number, count = None, 0, 0
+                name, number, count, versions = None, 0, 0, ""
             if name != "qjax":
                 channel.close()  # not one of us
             elif count != place.num_processes or not 0 < number < count:
@@ -152,6 +155,9 @@ def gather(place: Place, bind: str, timeout: float, patience: float) -> dict[int
                 raise DistributedError(_refuse({**channels, -1: channel}, why))
             elif number in channels:
                 why = f"two processes say that they are process {number} of {count}."
+                raise DistributedError(_refuse({**channels, -1: channel}, why))
+            elif versions != VERSIONS:
+                why = f"process {number} has {versions}, and process 0 {VERSIONS}."
                 raise DistributedError(_refuse({**channels, -1: channel}, why))
             else:
                 channels[number] = channel
@@ -176,7 +182,8 @@ def join(place: Place, timeout: float, patience: float) -> Channel:
             continue
         channel = Channel(connection, patience)
         try:
-            channel.send("qjax", place.process_id, place.num_processes, socket.gethostname())
+            who = place.process_id, place.num_processes, socket.gethostname(), VERSIONS
+            channel.send("qjax", *who)
             # Process 0 waits as long, and may have begun later.
             answer = channel.receive(2 * timeout)
         except (OSError, ValueError) as error:

@@ -92,17 +92,20 @@ def initialize(
     # Its handler takes SIGTERM for a notice to save a training step, and the process lives on.
     jax.config.update("jax_enable_preemption_service", False)
     processes = Processes(place, channels, heartbeat_timeout, step_timeout)
-    jax.distributed.initialize(
-        place.address,
-        place.num_processes,
-        place.process_id,
-        local_device_ids=place.local_device_ids,
-        cluster_detection_method="deactivate",
-        coordinator_bind_address=bind,
-        initialization_timeout=int(initialization_timeout),
-        heartbeat_timeout_seconds=int(heartbeat_timeout) + _BEHIND,
-        shutdown_timeout_seconds=int(heartbeat_timeout),
-    )
+    try:
+        jax.distributed.initialize(
+            place.address,
+            place.num_processes,
+            place.process_id,
+            local_device_ids=place.local_device_ids,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=bind,
+            initialization_timeout=int(initialization_timeout),
+            heartbeat_timeout_seconds=int(heartbeat_timeout) + _BEHIND,
+            shutdown_timeout_seconds=int(heartbeat_timeout),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(f"jax's processes do not come together: {error}") from error
     return processes
 
 
@@ -232,6 +235,9 @@ class Processes:
         while True:
             try:
                 message = channel.receive(self._heartbeat)
+                if message is not None:
+                    self._take(number, *message)
+                    continue
             except TimeoutError:
                 if self._leaving and number in self._left:
                     continue
@@ -239,13 +245,12 @@ class Processes:
                     f"{self._name(number)} was not heard of for {self._heartbeat:g} s, and is "
                     f"stopped or cut off{self._progress(number)}"
                 )
-            except ValueError as error:
-                self._end(f"process {number} sends what is no message: {error}")
-            if message is None:
-                if self._leaving and number in self._left:
-                    return
-                self._end(f"{self._name(number)} died{self._progress(number)}")
-            self._take(number, *message)
+                continue
+            except (ValueError, TypeError) as error:
+                self._end(f"{self._name(number)} says what this process does not know: {error}")
+            if self._leaving and number in self._left:
+                return
+            self._end(f"{self._name(number)} died{self._progress(number)}")
 
     def _take(self, number: int, kind: str, *content: Any) -> None:
         if kind == "call":
@@ -267,7 +272,7 @@ class Processes:
         elif kind == "end":
             self._end(content[0])
         else:
-            self._end(f"process {number} says {kind!r}, which this version of qjax does not know")
+            raise ValueError(kind)
 
     def _report(self) -> None:
         """Says again and again that this process lives; in process 0, that the others keep up."""

@@ -38,6 +38,13 @@ def join(pool: ThreadPoolExecutor, port: int, count: int, number: int) -> Future
     return pool.submit(meeting.join, place(port, count, number), 10.0, 5.0)
 
 
+def reach(port: int) -> socket.socket:
+    """A connection to a process 0 that may not listen yet."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port), 5)
+
+
 def test_all_meet_and_talk(pool: ThreadPoolExecutor) -> None:
     port = free_port()
     others = {number: join(pool, port, 3, number) for number in (1, 2)}  # before process 0
@@ -90,17 +97,24 @@ def test_different_counts_and_equal_numbers_are_refused(pool: ThreadPoolExecutor
             each.result()
 
 
+def test_different_versions_are_refused(pool: ThreadPoolExecutor) -> None:
+    port = free_port()
+    first = gather(pool, port, 2)
+    with reach(port) as other:
+        other.sendall(b'["qjax", 1, 2, "there", "jax 0.1"]\n')
+        with pytest.raises(DistributedError, match=r"1 has jax 0\.1, and process 0 jax \d.*jaxlib"):
+            first.result()
+        assert b'"refused","process 1 has jax 0.1' in other.recv(1000)
+
+
 def test_strangers_are_sent_away(pool: ThreadPoolExecutor) -> None:
     port = free_port()
     first = gather(pool, port, 2)
     for text in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b"", b"x" * 100_000):
-        while True:
-            try:
-                stranger = socket.create_connection(("127.0.0.1", port), 5)
-                break
-            except ConnectionRefusedError:
-                continue
-        with stranger, contextlib.suppress(OSError):  # it is sent away before it is done
+        with (
+            reach(port) as stranger,
+            contextlib.suppress(OSError),
+        ):  # it is sent away before it is done
             stranger.sendall(text)
             stranger.shutdown(socket.SHUT_WR)
     second = join(pool, port, 2, 1)
