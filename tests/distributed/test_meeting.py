@@ -1,6 +1,7 @@
 """How processes find each other, with threads in place of processes."""
 
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -71,17 +72,22 @@ def test_who_does_not_come_is_named_everywhere(pool: ThreadPoolExecutor) -> None
 def test_who_waits_long_is_told_why(pool: ThreadPoolExecutor, monkeypatch, capsys) -> None:
     monkeypatch.setattr(meeting.Notice, "AFTER", 0.1)
     port = free_port()
+
+    def next_line() -> str:
+        deadline, said = time.monotonic() + 20, ""
+        while not (said := said + capsys.readouterr().err).endswith("\n"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return said
+
+    here = f"127.0.0.1:{port}"
     second = join(pool, port, 3, 2)
-    time.sleep(0.5)
+    assert re.match(rf"qjax: waiting for process 0 at {here}: .* refused\n$", next_line())
     first = gather(pool, port, 3)
-    time.sleep(0.5)
+    assert next_line() == f"qjax: waiting at {here} for process 1 of 3\n"
     third = join(pool, port, 3, 1)
     for channel in (*first.result().values(), second.result(), third.result()):
         channel.close()
-    here = f"127.0.0.1:{port}"
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"qjax: waiting for process 0 at {here}: [Errno 111]")
-    assert lines[1:] == [f"qjax: waiting at {here} for process 1 of 3"]
 
 
 def test_different_counts_and_equal_numbers_are_refused(pool: ThreadPoolExecutor) -> None:
