@@ -59,9 +59,13 @@ def make_mesh(
     shape = data, expert, tensor
     count = data * expert * tensor
     if min(shape) < 1 or count > len(found):
+        hint = ""
+        if found and found[0].platform == "cpu":
+            flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            hint = f" (one CPU stands for several where {flag} is set before jax starts)"
         raise ShardingError(
             f"a mesh of {data} x {expert} x {tensor} (data, expert, tensor) takes {count} devices, "
-            f"and there are {len(found)}"
+            f"and there are {len(found)}{hint}"
         )
     return jax.make_mesh(shape, AXES, devices=found[:count], axis_types=(AxisType.Auto,) * 3)
 

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from qjax.cli import options
+from qjax.cli import options, processes
 
 
 def chat(
@@ -21,6 +21,9 @@ def chat(
     max_model_len: options.MaxModelLen = None,
     kv_cache_dtype: options.KVCacheDtype = "auto",
     kv_cache_dtype_skip_layers: options.KVCacheSkipLayers = None,
+    tensor_parallel_size: processes.TensorParallelSize = None,
+    enable_expert_parallel: processes.EnableExpertParallel = False,
+    all_reduce: processes.AllReduce = "float32",
 ) -> None:
     """Talk with a model. Ctrl-C stops a reply, Ctrl-D leaves."""
     import qjax
@@ -36,7 +39,8 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    params = qjax.load(model)
+    mesh = processes.mesh_of(None, tensor_parallel_size, enable_expert_parallel)
+    params = qjax.load(model, mesh=mesh, all_reduce=all_reduce)
     if not params.tokenizer.has_chat_template:
         raise qjax.RequestError(
             f"{model} has no chat template: use `qjax generate`, which completes a text."

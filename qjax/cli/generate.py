@@ -51,6 +51,7 @@ def generate(
     ] = True,
     tensor_parallel_size: processes.TensorParallelSize = None,
     enable_expert_parallel: processes.EnableExpertParallel = False,
+    all_reduce: processes.AllReduce = "float32",
     distributed: processes.Distributed = False,
     coordinator_address: processes.CoordinatorAddress = None,
     num_processes: processes.NumProcesses = None,
@@ -86,6 +87,7 @@ def generate(
             quantization=quantization,
             quantize_activations=quantize_activations,
             mesh=processes.mesh_of(group, tensor_parallel_size, enable_expert_parallel),
+            all_reduce=all_reduce,
         )
         if group is not None and not group.lead(params):
             return

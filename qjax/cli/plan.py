@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qjax.cli import sizes
+from qjax.cli import processes, sizes
 from qjax.cli.options import KVCacheDtype, KVCacheSkipLayers, Numerics, NumericsOption
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qjax.planning.planner import Outcome
     from qjax.planning.roofline import Speed
 
-_DEVICES, _FIGURES = "Devices", "Figures of a device"
+_FIGURES = "Figures of a device"
 
 
 def plan(
@@ -35,37 +35,18 @@ def plan(
     devices: Annotated[
         int | None,
         typer.Option(
-            "--devices", help="So many; the best split is proposed.", rich_help_panel=_DEVICES
+            "--devices",
+            help="So many; the best split is proposed.",
+            rich_help_panel=processes.PANEL,
         ),
     ] = None,
-    tensor_parallel_size: Annotated[
-        int | None,
-        typer.Option(
-            *("--tensor-parallel-size", "-tp"),
-            help="Devices that share one copy of the model.",
-            rich_help_panel=_DEVICES,
-        ),
-    ] = None,
+    tensor_parallel_size: processes.TensorParallelSize = None,
     data_parallel_size: Annotated[
         int | None,
-        typer.Option("--data-parallel-size", help="Copies.", rich_help_panel=_DEVICES),
+        typer.Option("--data-parallel-size", help="Copies.", rich_help_panel=processes.PANEL),
     ] = None,
-    enable_expert_parallel: Annotated[
-        bool,
-        typer.Option(
-            "--enable-expert-parallel",
-            help="Split the list of experts, not each expert.",
-            rich_help_panel=_DEVICES,
-        ),
-    ] = False,
-    all_reduce: Annotated[
-        str,
-        typer.Option(
-            "--all-reduce",
-            help="What they send of sums: float32, bfloat16, int8 or fp8_e4m3.",
-            rich_help_panel=_DEVICES,
-        ),
-    ] = "float32",
+    enable_expert_parallel: processes.EnableExpertParallel = False,
+    all_reduce: processes.AllReduce = "float32",
     device: Annotated[
         str | None,
         typer.Option(

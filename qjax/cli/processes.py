@@ -33,6 +33,14 @@ EnableExpertParallel = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+AllReduce = Annotated[
+    str,
+    typer.Option(
+        "--all-reduce",
+        help="What these devices send of their sums: float32, bfloat16, int8 or fp8_e4m3.",
+        rich_help_panel=PANEL,
+    ),
+]
 Distributed = Annotated[
     bool,
     typer.Option(
