@@ -147,5 +147,10 @@ class _Package(ModuleType):
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by name, as cloudpickle (in Ray, Dask ...) does with modules of the plain class:
+        it meets this one as a global of functions that it sends elsewhere."""
+        return import_module, (self.__name__,)
+
 
 sys.modules[__name__].__class__ = _Package

@@ -4,6 +4,7 @@ The reference is the model's dequantized weights run in float32 by transformers:
 greedy continuations.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def run_engine(params: qjax.Params, prompts: list[list[int]], **sizes: Any) -> t
     while engine.busy:
         engine.step()
     return [request.output_ids for request in requests], engine
+
+
+def test_the_package_is_pickled_by_name() -> None:
+    """As functions that use it are, on their way to other processes."""
+    assert pickle.loads(pickle.dumps(qjax)) is qjax
 
 
 def test_greedy_continues_as_the_reference(generate, prompts, continuations) -> None:
