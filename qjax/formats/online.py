@@ -6,7 +6,7 @@ is small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -16,8 +16,6 @@ import numpy as np
 from qjax.formats import weights
 from qjax.lazy import LazyArray
 from qjax.qarray import ActSpec, QArray
-
-_AT_ONCE = 1 << 22  # weights that are held in float32
 
 
 def by_rows(dense: np.ndarray, make: Callable[[np.ndarray], QArray], unit: int = 1) -> QArray:
@@ -35,7 +33,8 @@ def by_rows(dense: np.ndarray, make: Callable[[np.ndarray], QArray], unit: int =
     @lru_cache(maxsize=1)  # for the codes, and for their scales
     def made(*bounds: tuple[int, int]) -> tuple[np.ndarray, ...]:
         *before, rows = (slice(*each) for each in bounds)
-        found = [make(np.asarray(dense[(*before, run)])) for run in _runs(before, rows, k, unit)]
+        runs = weights.runs((*before, rows, slice(0, k)), unit)
+        found = [make(np.asarray(dense[(*before, run)])) for run in runs]
         pairs = zip(*((weight.qvalue, weight.scale) for weight in found), strict=True)
         return tuple(np.concatenate(arrays, axis=-2) for arrays in pairs)
 
@@ -57,14 +56,6 @@ def by_rows(dense: np.ndarray, make: Callable[[np.ndarray], QArray], unit: int =
     )
 
 
-def _runs(before: list[slice], rows: slice, k: int, unit: int = 1) -> Iterator[slice]:
-    """Rows that are rounded at once."""
-    each = k * int(np.prod([s.stop - s.start for s in before], dtype=np.int64))
-    step = max(_AT_ONCE // (each * unit), 1) * unit
-    for start in range(rows.start, rows.stop, step):
-        yield slice(start, min(start + step, rows.stop))
-
-
 def per_tensor(dense: np.ndarray, act: ActSpec | None) -> QArray:
     """A plain weight [..., N, K] in float8_e4m3 with one scale, absmax / 448."""
     *lead, n, k = dense.shape
@@ -74,7 +65,7 @@ def per_tensor(dense: np.ndarray, act: ActSpec | None) -> QArray:
     def scale_of(*bounds: tuple[int, int]) -> np.ndarray:
         before = [slice(*each) for each in bounds]
         largest = np.zeros((*(s.stop - s.start for s in before), 1, 1), np.float32)
-        for run in _runs(before, slice(0, n), k):
+        for run in weights.runs((*before, slice(0, n), slice(0, k))):
             values = np.abs(np.asarray(dense[(*before, run)], np.float32))
             largest = np.maximum(largest, values.max((-2, -1), keepdims=True))
         return np.where(largest > 0, largest / top, np.float32(1))
@@ -83,10 +74,10 @@ def per_tensor(dense: np.ndarray, act: ActSpec | None) -> QArray:
         return scale_of(*((s.start, s.stop) for s in index[:-2]))
 
     def codes(*index: slice) -> np.ndarray:
-        *before, rows, inside = index
+        *before, _, inside = index
         scale = scales(*index)
         found = []
-        for run in _runs(before, rows, k):
+        for run in weights.runs(index):
             values = np.asarray(dense[(*before, run, inside)], np.float32)
             found.append(np.clip(values / scale, -top, top).astype(ml_dtypes.float8_e4m3fn))
         return np.concatenate(found, axis=-2).view(np.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +17,7 @@ from qjax.qarray import QArray
 
 FP8_QTYPES = {"f8_e4m3": "fp8_e4m3", "f8_e5m2": "fp8_e5m2"}
 FP8_DTYPES = {qtype: codes.ML_DTYPES[qtype] for qtype in FP8_QTYPES.values()}
+AT_ONCE = 1 << 22  # weights of which each is held in a number of its own
 E4M3_MAX = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
 
 
@@ -112,6 +113,19 @@ def scalar(array: np.ndarray, lead: tuple[int, ...] = ()) -> np.ndarray:
     return np.asarray(array, np.float32).reshape(*lead, 1, 1)
 
 
+def runs(index: tuple[slice, ...], unit: int = 1) -> Iterator[slice]:
+    """Rows of a block (..., rows, columns) in runs of no more weights than `AT_ONCE`.
+
+    Args:
+      unit: all but the last are multiples of so many rows.
+    """
+    *before, rows, columns = index
+    each = math.prod(s.stop - s.start for s in (*before, columns))
+    step = max(AT_ONCE // max(each * unit, 1), 1) * unit
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
 def repacked(
     shape: tuple[int, ...],
     bits: int,
@@ -128,9 +142,13 @@ def repacked(
     unit = math.lcm(columns, 8 // math.gcd(bits, 8))
 
     def read(*index: slice) -> np.ndarray:
-        *before, inside = index
+        *before, some, inside = index
         here = slice(inside.start * 8 // bits, inside.stop * 8 // bits)
-        return codes.pack(np.ascontiguousarray(values(*before, here)), bits)
+        packed = np.empty([each.stop - each.start for each in index], np.uint8)
+        for run in runs((*before, some, here), rows):
+            found = np.ascontiguousarray(values(*before, run, here))
+            packed[..., run.start - some.start : run.stop - some.start, :] = codes.pack(found, bits)
+        return packed
 
     whole = (*shape[:-1], -(-shape[-1] * bits // 8))
     return LazyArray(read, whole, np.dtype(np.uint8), (rows, unit * bits // 8))

@@ -10,11 +10,6 @@ from qjax.formats.experts_int8 import per_channel
 from tests.formats.stored import whole
 
 
-@pytest.fixture(autouse=True)
-def few_at_once(monkeypatch):
-    monkeypatch.setattr(online, "_AT_ONCE", 100)
-
-
 @pytest.mark.parametrize("lead", [(), (2,)])
 def test_rows_apart(lead):
     dense = np.random.default_rng(0).normal(size=(*lead, 24, 64)).astype(np.float16)
