@@ -282,7 +282,7 @@ def sort_columns(
     def values(*index: slice) -> np.ndarray:
         *before, columns = index
         rows = np.asarray(stream[(*before, slice(None))])
-        return codes.unpack(rows, bits, len(order), np)[..., order[columns]]
+        return np.take(codes.unpack(rows, bits, len(order), np), order[columns], axis=-1)
 
     packed = repacked((*stream.shape[:-1], len(order)), bits, values)
     return packed, {"perm": order.astype(np.int32)[None]}
