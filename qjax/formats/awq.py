@@ -224,7 +224,11 @@ def gemm(
         reads.append("qzeros")
 
     def decode(arrays: Arrays) -> QArray:
-        packed, zero = _codes(arrays["qweight"], (n, k), bits, interleaved), None
+        def values(rows: slice, columns: slice) -> np.ndarray:
+            words = slice(rows.start * bits // 32, rows.stop * bits // 32)
+            return _columns(arrays["qweight"][columns, words], bits, interleaved).T
+
+        packed, zero = weights.repacked((n, k), bits, values, rows=32), None
         if "qzeros" in arrays:
             zero = _columns(arrays["qzeros"], bits, interleaved).T
         if symmetric:
@@ -232,34 +236,6 @@ def gemm(
         return _weight(packed, arrays["scales"].T, zero, shape, size, bits)
 
     return Layer(tuple(reads), decode)
-
-
-def _codes(words: np.ndarray, shape: tuple[int, int], bits: int, interleaved: bool) -> LazyArray:
-    """Packed codes [N, row_bytes] from words [K, N * bits / 32]."""
-
-    def some(rows: slice, columns: slice) -> np.ndarray:
-        here = slice(rows.start * bits // 32, rows.stop * bits // 32)
-        return np.ascontiguousarray(words[columns, here])
-
-    if bits != 4 or shape[1] % 2:
-
-        def values(rows: slice, columns: slice) -> np.ndarray:
-            return _columns(some(rows, columns), bits, interleaved).T
-
-        return weights.repacked(shape, bits, values, rows=32)
-
-    def read(rows: slice, inside: slice) -> np.ndarray:
-        """Two inputs at a time, of which each byte holds two outputs: these change places."""
-        raw = some(rows, slice(2 * inside.start, 2 * inside.stop)).view(np.uint8)
-        first, second = raw[0::2], raw[1::2]
-        pairs = first & 15 | second << 4, first >> 4 | second & 0xF0
-        order = _INTERLEAVED if interleaved else range(8)
-        packed = np.empty((2 * raw.shape[1], len(first)), np.uint8)
-        for place, output in enumerate(order):
-            packed[output::8] = pairs[place % 2][:, place // 2 :: 4].T
-        return packed
-
-    return LazyArray(read, (shape[0], shape[1] // 2), np.dtype(np.uint8), (8, 1))
 
 
 def _columns(words: np.ndarray, bits: int, interleaved: bool) -> np.ndarray:
