@@ -12,6 +12,7 @@ goes leaves it. Run as a program, `python ray_serve.py model=...`, it serves on 
 """
 
 import json
+import signal
 import sys
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -71,6 +72,10 @@ class Model:
                 yield delta.text
 
     async def __call__(self, request: Request) -> Response:
+        """POST runs a prompt; GET is answered as soon as that can be."""
+        if request.method == "GET":
+            self.engine.check()
+            return JSONResponse({"model": self.params.source})
         try:
             asked = json.loads(await request.body())
             if not isinstance(asked, dict) or "prompt" not in asked:
@@ -133,4 +138,10 @@ if __name__ == "__main__":
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     application = build(Options.model_validate(given))
     serve.start(http_options={"host": "0.0.0.0", "port": 8000})
-    serve.run(application, blocking=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serve.run(application, blocking=True)
+    except KeyboardInterrupt:
+        serve.delete("default")  # waits for the requests that run
+    finally:
+        serve.shutdown()
