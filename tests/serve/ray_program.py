@@ -30,8 +30,10 @@ class Watched(ray_serve.Model.func_or_class):
         scheduler = self.engine.engine.scheduler
         return [scheduler.blocks.num_free, len(scheduler.running), len(scheduler.waiting)]
 
-    def who(self) -> str:
-        return serve.get_replica_context().replica_id.unique_id
+    async def answer(self, **asked: Any) -> tuple[str, list[int]]:
+        """Who answers, and what."""
+        result = await self.generate(**asked)
+        return serve.get_replica_context().replica_id.unique_id, list(result.token_ids)
 
 
 def post(body: Any) -> Any:
@@ -53,14 +55,17 @@ def refused(body: Any) -> tuple[int, str]:
 
 
 async def together(handle: Any) -> dict[str, Any]:
+    who: set[str] = set()
+    deadline = time.monotonic() + 60
+    while len(who) < 2:  # until the handle knows both
+        assert time.monotonic() < deadline, who
+        replica, _ = await handle.answer.remote(prompt="hello", max_tokens=1)
+        who.add(replica)
     asked = [asyncio.to_thread(text, each) for each in ASKED]
-    results = [handle.generate.remote(**each) for each in ASKED]
-    whos = [handle.who.remote() for _ in range(40)]
-    return {
-        "by http": [json.loads(each)["token_ids"] for each in await asyncio.gather(*asked)],
-        "by handle": [list((await each).token_ids) for each in results],
-        "replicas": len({await who for who in whos}),
-    }
+    results = [handle.answer.remote(**each) for each in ASKED]
+    by_http = [json.loads(each)["token_ids"] for each in await asyncio.gather(*asked)]
+    answered, by_handle = zip(*[await each for each in results], strict=True)
+    return {"by http": by_http, "by handle": by_handle, "replicas": len(set(answered))}
 
 
 async def left_early(handle: Any) -> list[list[int]]:
