@@ -31,29 +31,36 @@ def split(source: Any, tensor: int = 1, expert: int = 1) -> qjax.Params:
     return qjax.load(source, mesh=make_mesh(tensor, expert=expert))
 
 
-def found(params: qjax.Params, generate: bool = False, **options: Any) -> Found:
-    """What a model says in exact numerics; with `generate`, by the engine too."""
+PLAIN = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 7}
+ALL = PLAIN | {
+    "min_p": 0.01,
+    "logprobs": 3,
+    "repetition_penalty": 1.2,
+    "frequency_penalty": 0.1,
+    "min_tokens": 8,
+    "logit_bias": {17: 2.0, 90: 1.0},
+}
+
+
+def found(params: qjax.Params, sampling: Any = None, **options: Any) -> Found:
+    """What a model says in exact numerics; by the engine too, with one greedy request and one that
+    is sampled so, if `sampling` is given."""
     cache = options.get("kv_cache_dtype", "auto")
     bases = qjax.key_bases(params, "int4") if cache == "int4" else None
     forward = jax.jit(lambda p, ids: qjax.forward(p, ids, kv_cache_dtype=cache, key_bases=bases))
     ids = [token % params.config.vocab_size for token in IDS]
     logits = np.asarray(forward(params, np.array(ids)))
-    if not generate or not has_tokenizer(params):
+    if sampling is None or not has_tokenizer(params):
         return Found(logits, [], [])
     engine = qjax.Engine(params, num_blocks=16, numerics="exact", **options)
-    sampling = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 7}
-    sampling |= {"logprobs": 3, "repetition_penalty": 1.2, "frequency_penalty": 0.1}
     greedy = qjax.SamplingParams(max_tokens=9, ignore_eos=True)
-    sampled = qjax.SamplingParams(
-        max_tokens=9, min_tokens=8, logit_bias={17: 2.0, 90: 1.0}, **sampling
-    )
+    sampled = qjax.SamplingParams(max_tokens=9, **sampling)
     requests = [engine.add(tuple(ids), greedy), engine.add(tuple(ids[:11]), sampled)]
     while engine.busy:
         engine.step()
     tokens = [list(request.output_ids) for request in requests]
-    entries = zip(tokens[1], requests[1].logprobs, strict=True)
-    logprobs = [(entry[token].logprob, list(entry)) for token, entry in entries]
-    return Found(logits, tokens, logprobs)
+    pairs = zip(tokens[1], requests[1].logprobs, strict=False)
+    return Found(logits, tokens, [(entry[token].logprob, list(entry)) for token, entry in pairs])
 
 
 def has_tokenizer(params: qjax.Params) -> bool:
