@@ -15,6 +15,7 @@ from typer.main import get_command
 
 import qjax
 from qjax.cli import config_file, main
+from qjax.planning import plan
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
@@ -37,6 +38,68 @@ def test_every_key_is_an_option(path: Path) -> None:
     found = config_file.defaults(path, GENERATE)
     assert found["tensor_parallel_size"] in (8, 16)
     assert "/" in found["model"]
+
+
+# The models' own config.json, in short.
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 16_384,
+    "intermediate_size": 53_248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+}
+SMALLER = {
+    "hidden_size": 8_192,
+    "intermediate_size": 28_672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+QWEN = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151_936,
+    "hidden_size": 4_096,
+    "intermediate_size": 12_288,
+    "moe_intermediate_size": 1_536,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "scheme", "device", "gigabytes"),
+    [
+        ("gpu-8", LLAMA, "W4A16_ASYM", "H100", 219),
+        ("gpu-2x8", LLAMA, "FP8_DYNAMIC", "H100", 415),
+        ("tpu-v6e-8", LLAMA | SMALLER, "W8A8", "TPU-v6e", 73),
+        ("moe-8", QWEN, "FP8_BLOCK", "H100", 238),
+    ],
+)
+def test_splits_and_fits(
+    tmp_path: Path, config: str, shape: dict[str, Any], scheme: str, device: str, gigabytes: int
+) -> None:
+    """The models divide, and take what the files say."""
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": False, **shape}))
+    path = ROOT / "configs/serve" / f"{config}.yaml"
+    options = config_file.defaults(path, GENERATE)
+    del options["model"]
+    found = plan(tmp_path, scheme=scheme, device=device, max_num_seqs=1, **options).outcome
+    assert found.memory.fits
+    weights = found.memory.weights * found.split.devices / 1e9
+    assert weights == pytest.approx(gigabytes, abs=0.5)
+    assert f"{gigabytes} GB" in path.read_text()
 
 
 @pytest.mark.parametrize(
