@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.engine.async_engine import AsyncEngine
+from qjax.engine.replicas import Replicas
 from qjax.sharding import make_mesh
 from tests.parallel import cases
 
@@ -79,13 +82,28 @@ def test_copies() -> None:
     llm = qjax.LLM(LLAMA, tensor_parallel_size=2, data_parallel_size=2, numerics="exact")
     found = llm.generate(prompts, qjax.SamplingParams(max_tokens=5, ignore_eos=True))
     assert [each.token_ids for each in found] == [each.token_ids for each in alone]
-    engines = llm.engine.engines
-    assert len(engines) == 2
-    places = [engine.params.mesh.devices.flatten().tolist() for engine in engines]
-    assert not set(places[0]) & set(places[1])
+    assert isinstance(llm.engine, Replicas)
+    meshes = [engine.params.mesh for engine in llm.engine.engines]
+    one, other = [set() if mesh is None else set(mesh.devices.flat) for mesh in meshes]
+    assert len(one) == len(other) == 2
+    assert not one & other
     sampled = qjax.SamplingParams(max_tokens=8, temperature=1.0, n=2, ignore_eos=True)
     (texts,) = llm.generate([prompts[0]], sampled)
     assert texts[0].token_ids != texts[1].token_ids
+
+    async def at_once(engine: AsyncEngine) -> list[qjax.GenerationResult]:
+        greedy = qjax.SamplingParams(max_tokens=5, ignore_eos=True)
+        left = engine.stream(
+            tuple(prompts[0]), qjax.SamplingParams(max_tokens=200, ignore_eos=True)
+        )
+        await anext(left)
+        await left.aclose()
+        return await asyncio.gather(*(engine.generate(tuple(prompt), greedy) for prompt in prompts))
+
+    with AsyncEngine(llm.engine) as engine:
+        found = asyncio.run(at_once(engine))
+    assert [each.token_ids for each in found] == [each.token_ids for each in alone]
+    assert not llm.engine.busy
 
 
 @pytest.mark.parametrize(
