@@ -127,6 +127,8 @@ class BitsAndBytes(QuantizationConfig):
                 nested_map = np.asarray(arrays["weight.nested_quant_map"])
 
             def absmax(rows: slice, columns: slice) -> np.ndarray:
+                if times == 1 and state.nested_blocksize is None:
+                    return arrays["weight.absmax"].reshape(grid)[rows, columns]
                 row = np.arange(rows.start, rows.stop)[:, None]
                 block = (row * grid[1] + np.arange(columns.start, columns.stop)) // times
                 found = arrays["weight.absmax"][block]
