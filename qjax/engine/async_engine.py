@@ -49,7 +49,9 @@ class AsyncEngine:
     """Steps an engine in a thread, for as long as there is something to do.
 
     All calls of the engine are made in that thread, between steps. Methods may be called from any
-    number of event loops. Use it in a `with` statement, or `close()` it.
+    number of event loops. Use it in a `with` statement, or `close()` it. Of several processes
+    (`qjax.distributed`), it must be the only one that runs the model meanwhile, and no step that
+    another thread sent may still be on its way: of several threads, steps may cross.
 
     Args:
       engine: belongs to this from here on.
@@ -142,6 +144,8 @@ class AsyncEngine:
                     self._publish(self.engine.step())
             for request in self._callers:
                 self.engine.abort(request)
+            while self.engine.busy:  # a step that is on the device is read
+                self.engine.step()
             self._end("the engine is closed")
         except BaseException as error:
             self._end(f"the engine failed: {type(error).__name__}: {error}", error)

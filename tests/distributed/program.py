@@ -3,6 +3,7 @@
 python -m tests.distributed.program ADDRESS COUNT NUMBER MODEL WHAT STEP_TIMEOUT
 """
 
+import asyncio
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ import time
 
 import qjax
 from qjax import distributed
+from qjax.engine.async_engine import AsyncEngine
 from tests.distributed.peak import memory
 
 
@@ -24,6 +26,23 @@ def texts(params):
     next(stream)
     stream.close()
     return [list(r.token_ids) for r in (*greedy, *sampled[0])]
+
+
+def threaded(params):
+    """Some at the same time, with the engine in a thread."""
+
+    async def at_once(engine):
+        sampling = qjax.SamplingParams(max_tokens=20, ignore_eos=True)
+        left = engine.stream((1, 2), sampling)
+        await anext(left)
+        await left.aclose()
+        prompts = [(3, 4, last) for last in range(6)]
+        return await asyncio.gather(*(engine.generate(ids, sampling) for ids in prompts))
+
+    llm = qjax.LLM(params, max_num_seqs=4, max_model_len=96)
+    with AsyncEngine(llm.engine) as engine:
+        results = asyncio.run(at_once(engine))
+    return [list(r.token_ids) for r in results]
 
 
 def forever(params):
@@ -50,8 +69,8 @@ def main(address: str, count: str, number: str, model: str, what: str, step_time
             what = what.removeprefix("split-")
             if what == "memory":
                 qjax.generate(params, [1, 2, 3], max_tokens=8, ignore_eos=True)
-            elif what == "texts":
-                print(json.dumps(texts(params)))
+            elif what in ("texts", "threaded"):
+                print(json.dumps({"texts": texts, "threaded": threaded}[what](params)))
             elif what == "idle":
                 print("round", flush=True)
                 time.sleep(200)

@@ -92,14 +92,18 @@ def test_generate_in_two_processes(model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "what"), [(2, "split-texts"), (4, "split-texts"), (3, "texts")])
+@pytest.mark.parametrize(
+    ("count", "what"),
+    [(2, "split-texts"), (4, "split-texts"), (3, "texts"), (2, "split-threaded")],
+)
 def test_same_tokens_as_one_process(model: str, count: int, what: str) -> None:
     """Of a model in parts, and where each process has the whole."""
     with started(programs(count, model, what)) as processes:
         outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0] * count, outputs
     found = next(line for line in outputs[0][0].splitlines() if line.startswith("[["))
-    assert json.loads(found) == program.texts(qjax.load(model))
+    same = program.threaded if what == "split-threaded" else program.texts
+    assert json.loads(found) == same(qjax.load(model))
 
 
 @pytest.mark.slow
