@@ -53,8 +53,10 @@ class LLM:
             raise RequestError(f"max_num_seqs must be in [1, {MAX_NUM_SEQS}], got {max_num_seqs}.")
         loaded = isinstance(model, Params)
         several = tensor_parallel_size is not None or data_parallel_size > 1
-        if loaded and several:
+        if loaded and (several or enable_expert_parallel):
             raise RequestError("a model that is loaded already is split where it was loaded.")
+        if enable_expert_parallel and tensor_parallel_size is None:
+            raise RequestError("enable_expert_parallel goes with tensor_parallel_size.")
         mesh = None
         if several:
             n = tensor_parallel_size or 1

@@ -56,3 +56,11 @@ def test_errors(golden: Path) -> None:
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", max_num_seqs=0)
     with pytest.raises(qjax.RequestError, match="seed must be in"):
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", seed=-1)
+
+
+def test_sizes_that_say_nothing(golden: Path) -> None:
+    file = golden / "gguf-Q4_1" / "model.gguf"
+    with pytest.raises(qjax.RequestError, match="enable_expert_parallel goes with tensor_parallel"):
+        qjax.LLM(file, enable_expert_parallel=True)
+    with pytest.raises(qjax.RequestError, match="is split where it was loaded"):
+        qjax.LLM(qjax.load(file), tensor_parallel_size=2)
