@@ -32,14 +32,21 @@ def models(root: Path) -> list[Path]:
 
 
 @cache
-def whole(folder: Path, generate: bool) -> cases.Found:
-    return cases.found(qjax.load(folder), cases.PLAIN if generate else None)
+def whole(folder: Path, generate: bool, rounded: bool = True) -> cases.Found:
+    params = qjax.load(folder, quantize_activations=rounded)
+    return cases.found(params, cases.PLAIN if generate else None)
 
 
 def compare(folder: Path, tensor: int, generate: bool) -> None:
     params = cases.split(folder, tensor)
     sampling = cases.PLAIN if generate else None
-    cases.check(whole(folder, generate), cases.found(params, sampling))
+    found = cases.found(params, sampling)
+    if not cases.rounds_inputs(params):
+        cases.check(whole(folder, generate), found)
+        return
+    cases.check_rounded(whole(folder, generate), found)
+    params = cases.split(folder, tensor, quantize_activations=False)
+    cases.check(whole(folder, generate, rounded=False), cases.found(params, sampling))
 
 
 @pytest.mark.parametrize("name", FEW)
