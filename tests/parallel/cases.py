@@ -88,11 +88,10 @@ def check(whole: Found, parts: Found) -> None:
 
 
 def check_rounded(whole: Found, parts: Found) -> None:
-    """Of models that round inputs: a sum in another order may tip one to the next code, from where
-    on all that follows is another text's; before that, and where none is, nothing may differ."""
-    top = np.abs(whole.logits).max()
-    apart = np.abs(parts.logits - whole.logits).max(-1)
-    assert apart[0] <= 1e-5 * top
-    assert apart.max() <= 0.02 * top
-    if apart.max() <= 1e-5 * top:
+    """Of models that round inputs: a sum in another order may tip one to the next code, which many
+    tokens see. Where none is tipped, nothing may differ."""
+    apart = np.abs(parts.logits - whole.logits).max(-1) / np.abs(whole.logits).max()
+    assert apart.max() <= 0.02
+    assert (apart <= 1e-5).sum() >= 5
+    if apart.max() <= 1e-5:
         check(whole, parts)
