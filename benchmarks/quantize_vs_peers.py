@@ -208,6 +208,7 @@ def arguments() -> argparse.Namespace:
         "--only", action="append", default=[], help="methods whose name holds this text; repeatable"
     )
     parser.add_argument("--json", type=Path, help="also write all figures here, a table beside it")
+    parser.add_argument("--note", default="", help="text to stand below the table")
     return parser.parse_args()
 
 
@@ -237,6 +238,7 @@ def write(options: argparse.Namespace, comparison: Comparison, rows: list[Row]) 
     names = ("sequences", "length", "windows", "peer_batch", "threads")
     settings = {name: getattr(options, name) for name in names}
     versions, perplexity = comparison.versions, comparison.base_perplexity
+    note = options.note
     found = {row.method.name: row for row in rows}
     if options.json.exists():
         before = json.loads(options.json.read_text())
@@ -244,6 +246,7 @@ def write(options: argparse.Namespace, comparison: Comparison, rows: list[Row]) 
         if before["settings"] != settings or not same:
             raise RuntimeError(f"{options.json} holds results of other settings or another model")
         versions = before["versions"] | versions
+        note = note or before.get("note", "")
         found = {row["method"]["name"]: _row(row) for row in before["rows"]} | found
     order = {method.name: place for place, method in enumerate(METHODS)}
     rows = sorted(found.values(), key=lambda row: order.get(row.method.name, len(order)))
@@ -251,11 +254,12 @@ def write(options: argparse.Namespace, comparison: Comparison, rows: list[Row]) 
         "settings": settings,
         "versions": versions,
         "perplexity": perplexity,
+        "note": note,
         "rows": [asdict(row) for row in rows],
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=2) + "\n")
-    text = "\n".join(table(rows, perplexity))
+    text = "\n".join([*table(rows, perplexity), *(["", note] if note else [])])
     options.json.with_suffix(".md").write_text(text + "\n")
 
 
