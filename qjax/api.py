@@ -73,6 +73,7 @@ def load(
     from qjax.engine import compile_cache
     from qjax.sharding import ALL_REDUCE, make_mesh
 
+    compile_cache.enable()
     if tensor_parallel_size is not None:
         if mesh is not None:
             raise RequestError("give mesh or tensor_parallel_size, not both.")
@@ -80,7 +81,6 @@ def load(
     if all_reduce not in ALL_REDUCE:
         known = ", ".join(ALL_REDUCE)
         raise RequestError(f"all_reduce must be one of {known}, got {all_reduce!r:.80}.")
-    compile_cache.enable(mesh)
     params = loader.load(
         source,
         quantization=quantization,

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
 
 from pallas_kernels import tuning
 from pallas_kernels.user_cache import cache_folder
@@ -31,16 +29,8 @@ MAX_VERSIONS = 8
 _FOLDER = "jax_compilation_cache_dir"
 
 
-def enable(mesh: Mesh | None = None) -> None:
-    """Turns on jax's persistent compilation cache, unless the user has set one.
-
-    For a mesh of several CPU devices it is turned off instead: XLA has been seen to crash, once in
-    some hundred times, as it writes such a program out.
-    """
-    if mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # jax asks once
-        return
+def enable() -> None:
+    """Turns on jax's persistent compilation cache, unless the user has set one."""
     if jax.config.values[_FOLDER]:
         return
     folder = cache_folder() / "xla" / _version()
