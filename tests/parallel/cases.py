@@ -71,10 +71,9 @@ def has_tokenizer(params: qjax.Params) -> bool:
 
 
 def rounds_inputs(params: qjax.Params) -> bool:
-    """Whether scales of rounded inputs are computed from these, of any weight."""
+    """Whether inputs of any weight are rounded."""
     leaves = jax.tree.leaves(params.tree, is_leaf=lambda node: isinstance(node, qjax.QArray))
-    acts = [leaf.act for leaf in leaves if isinstance(leaf, qjax.QArray)]
-    return any(act is not None and act.dynamic for act in acts)
+    return any(isinstance(leaf, qjax.QArray) and leaf.act is not None for leaf in leaves)
 
 
 def check(whole: Found, parts: Found) -> None:
