@@ -245,7 +245,15 @@ class QArray:
 
     @property
     def spec(self) -> WeightSpec:
-        """The kernels' static description; how inputs are treated is not in it."""
+        """The kernels' static description; how inputs are treated is not in it.
+
+        Raises ValueError for a weight in pieces, of which each has its own.
+        """
+        if self.pieces is not None:
+            raise ValueError(
+                f"QArray: this {self.qtype} weight lies in pieces on several devices: run the "
+                "model by qjax.generate, qjax.forward or qjax.Engine, or load it without a mesh"
+            )
 
         def dtype(array: Any) -> str | None:
             return None if array is None else jnp.dtype(array.dtype).name
@@ -289,11 +297,12 @@ class QArray:
         """float32 [..., N, K], rows and columns in the order of the stored codes (see aux
         "output_perm" and "perm").
 
-        Raises ValueError in a private layout: `ops.unprepare` it first.
+        Raises ValueError in a private layout (`ops.unprepare` it first), or in pieces.
         """
+        spec = self.spec
         if self.layout != CANONICAL:
             raise ValueError(f"QArray: cannot dequantize the private layout {self.layout!r}")
-        return decode(self.spec, WeightArrays(*map(_on_device, self.arrays)))
+        return decode(spec, WeightArrays(*map(_on_device, self.arrays)))
 
     def with_arrays(self, layout: str, arrays: WeightArrays) -> QArray:
         """The same weight with its arrays laid out anew."""

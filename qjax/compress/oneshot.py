@@ -29,7 +29,7 @@ from qjax.compress.state import Finished, State
 from qjax.compress.steps import Step, plan, touches
 from qjax.compress.walk import check, walk
 from qjax.engine import compile_cache
-from qjax.errors import RecipeError
+from qjax.errors import RecipeError, UnsupportedError
 from qjax.models.config import ModelConfig
 from qjax.params import PLAIN, Params
 from qjax.qarray import QArray
@@ -92,11 +92,17 @@ def oneshot(
       RecipeError: the recipe does not fit the model or contradicts itself; found before any work.
       CalibrationError: the samples are of no use to a method.
       CheckpointError: `output_dir` holds something.
+      UnsupportedError: the model is split over a mesh.
     """
     compile_cache.enable()
     modifiers = _modifiers(recipe)
     folder = None if output_dir is None else Path(output_dir)
     params = model if isinstance(model, Params) else load(model)
+    if params.mesh is not None:
+        raise UnsupportedError(
+            f"{params.source}: is split over several devices; load it without a mesh to quantize "
+            "it (batches are shared out among all devices of this process anyway)"
+        )
     rotations = folded(modifiers, params.config)
     squares = {}
     if imatrix is not None:

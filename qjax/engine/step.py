@@ -155,22 +155,17 @@ def _step_of_parts(
     tree: Any,
     cache: Any,
     state: State,
-    tokens: Any,
-    targets: Any,
-    batch: Batch,
-    rows: Rows,
-    count: jax.Array | None,
-    *,
+    *arguments: Any,
     config: ModelConfig,
     spec: StepSpec,
     mesh: Mesh,
     all_reduce: str,
 ) -> tuple[StepOutput, Any, State, Batch | None]:
-    """`step` of split weights."""
+    """`step`, with the same arguments, of split weights."""
     parts = Parts(mesh, config, all_reduce)
 
-    def own(leaves: Any, *args: Any) -> Any:
-        cache, state, tokens, targets, batch, rows, count = args
+    def own(leaves: Any, cache: Any, state: State, *arguments: Any) -> Any:
+        tokens, targets, batch, rows, count = arguments
         *found, following = step(
             parts.tree(tree, leaves),
             *(cache, state, tokens, targets, parts.batch(batch), rows, count),
@@ -180,6 +175,7 @@ def _step_of_parts(
         return *found, None if following is None else replace(following, parallel=None)
 
     cached, kept = parts.cache_specs(cache), state_specs(state, parts)
+    *_, rows, _ = arguments
     return jax.shard_map(
         own,
         mesh=mesh,
@@ -189,7 +185,7 @@ def _step_of_parts(
         ),
         out_specs=(P(), cached, kept, P()),
         check_vma=False,
-    )(jax.tree.leaves(tree), cache, state, tokens, targets, batch, rows, count)
+    )(jax.tree.leaves(tree), cache, state, *arguments)
 
 
 def state_specs(state: State, parts: Parts) -> State:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax import ops
 from qjax.engine.async_engine import AsyncEngine
 from qjax.engine.replicas import Replicas
 from qjax.sharding import make_mesh
@@ -122,3 +123,14 @@ def test_rounded_sums(sent: str, least: float, most: float) -> None:
     assert least < divergence < most
     with pytest.raises(qjax.RequestError, match=r"all_reduce must be .*, got 'int3'"):
         qjax.load(LLAMA, all_reduce="int3")
+
+
+def test_what_takes_whole_models() -> None:
+    """A weight in pieces is never taken for a whole one."""
+    params = cases.split(LLAMA, 2)
+    weight = params.tree["model"]["layers"]["0"]["mlp"]["down_proj"]["weight"]
+    for use in (ops.unprepare, qjax.QArray.dequantize):
+        with pytest.raises(ValueError, match="lies in pieces on several devices"):
+            use(weight)
+    with pytest.raises(qjax.UnsupportedError, match="load it without a mesh"):
+        qjax.oneshot(params, "W4A16")
