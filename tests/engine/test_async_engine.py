@@ -88,7 +88,20 @@ def test_pieces_make_the_whole(engine: AsyncEngine) -> None:
 
 
 @pytest.mark.parametrize("how", ["cancelled", "left", "unsent", "waiting"])
-def test_what_is_left_early_frees_its_pages(engine: AsyncEngine, how: str) -> None:
+def test_what_is_left_early_frees_its_pages(
+    engine: AsyncEngine, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(engine.engine, qjax.Engine)
+    step, running, gone = engine.engine.step, engine.engine.scheduler.running, threading.Event()
+
+    def held() -> list[Any]:
+        """A step, but what will be left gets no further than its first token before it is."""
+        if any(each.prompt_ids == (3, 4) and each.output_ids for each in running):
+            assert gone.wait(20)
+        return step()
+
+    monkeypatch.setattr(engine.engine, "step", held)
+
     async def leave() -> qjax.GenerationResult:
         others = [asyncio.create_task(engine.generate((1, 2), LONG)) for _ in range(4)]
         stream = engine.stream((3, 4), LONG)
@@ -104,6 +117,7 @@ def test_what_is_left_early_frees_its_pages(engine: AsyncEngine, how: str) -> No
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+        gone.set()
         for other in others[1:]:
             other.cancel()
         result = await others[0]
