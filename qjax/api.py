@@ -9,11 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from qjax.engine.block_manager import BlockManager
 from qjax.engine.engine import BLOCK_SIZE, Engine, check_request, model_len, peak_memory
-from qjax.engine.replicas import Replicas
+from qjax.engine.replicas import Replicas, one_or_replicas
 from qjax.engine.request import GenerationResult, Request
 from qjax.engine.runner import numerics_for
 from qjax.engine.sampling_params import SamplingParams
@@ -319,7 +317,4 @@ def engine_for(
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
     )
-    if copies == 1:
-        return make(params, seed=seed)
-    seeds = np.random.SeedSequence(SamplingParams(seed=seed).seed).generate_state(copies)
-    return Replicas(params, [partial(make, seed=int(own)) for own in seeds])
+    return one_or_replicas(params, make, seed)

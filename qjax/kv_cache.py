@@ -46,7 +46,7 @@ KVCache = tuple[LayerCache, ...]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "query_start_loc", "seq_lens", "block_table"],
-    meta_fields=["numerics", "parallel"],
+    meta_fields=["numerics", "head_numerics", "parallel"],
 )
 @dataclass(frozen=True)
 class Batch:
@@ -60,6 +60,7 @@ class Batch:
       block_table: int32 [S, B], the pages of each sequence in order.
       numerics: how activations may be rounded before they meet a weight: "exact" not at all,
         the others as `pallas_kernels.matmul` describes its `activation_dtype`. Static.
+      head_numerics: the same for logits; None as elsewhere. Static.
       parallel: how the model is split, inside of a `shard_map`; None elsewhere. Static.
     """
 
@@ -68,12 +69,14 @@ class Batch:
     seq_lens: Any
     block_table: Any
     numerics: str = field(default="exact")
+    head_numerics: str | None = None
     parallel: Parallel | None = None
 
     def __post_init__(self) -> None:
-        if self.numerics not in NUMERICS:
-            known = ", ".join(NUMERICS)
-            raise ValueError(f"numerics must be one of {known}, got {self.numerics!r}")
+        for numerics in (self.numerics, self.head_numerics or "exact"):
+            if numerics not in NUMERICS:
+                known = ", ".join(NUMERICS)
+                raise ValueError(f"numerics must be one of {known}, got {numerics!r}")
 
 
 def whole_sequences(rows: int, length: int, numerics: str) -> Batch:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from qjax.api import MAX_NUM_SEQS, encode, engine_for, is_single, load
-from qjax.engine.engine import model_len, peak_memory
+from qjax.api import encode, is_single, load
+from qjax.engine.engine import peak_memory
 from qjax.engine.request import GenerationResult
 from qjax.engine.sampling_params import SamplingParams
+from qjax.engine.serving import serving_engine
 from qjax.errors import RequestError
 from qjax.params import Params
 from qjax.sharding import make_mesh
@@ -22,8 +23,8 @@ class LLM:
       model, quantization: see `qjax.load`; or a model that is loaded already.
       kv_cache_dtype, kv_cache_dtype_skip_layers, numerics: see `qjax.generate`.
       max_model_len: most tokens of a sequence; None for the model's own limit.
-      max_num_seqs: most sequences that run at a time. The cache is made for as many of full
-        length, as far as `qjax.api.CACHE_BYTES` reach.
+      max_num_seqs, max_num_batched_tokens, gpu_memory_utilization, kv_cache_memory_bytes,
+        enable_prefix_caching: see `qjax.engine.serving.serving_engine`.
       seed: makes the samples of the same calls, one after the other, repeatable, where their
         `SamplingParams` have no seed, which goes first; None draws a fresh one.
       tensor_parallel_size: devices that share a copy of the model; None for one.
@@ -42,15 +43,17 @@ class LLM:
         kv_cache_dtype: str = "auto",
         kv_cache_dtype_skip_layers: Sequence[int | str] = (),
         max_model_len: int | None = None,
-        max_num_seqs: int = MAX_NUM_SEQS,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int = 2048,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_memory_bytes: int | None = None,
+        enable_prefix_caching: bool = True,
         numerics: str = "fast",
         seed: int | None = None,
         tensor_parallel_size: int | None = None,
         data_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
     ):
-        if not 1 <= max_num_seqs <= MAX_NUM_SEQS:
-            raise RequestError(f"max_num_seqs must be in [1, {MAX_NUM_SEQS}], got {max_num_seqs}.")
         loaded = isinstance(model, Params)
         several = tensor_parallel_size is not None or data_parallel_size > 1
         if loaded and (several or enable_expert_parallel):
@@ -63,14 +66,15 @@ class LLM:
             sizes = (1, n) if enable_expert_parallel else (n, 1)
             mesh = make_mesh(sizes[0], expert=sizes[1], data=data_parallel_size)
         self.params = model if loaded else load(model, quantization=quantization, mesh=mesh)
-        limit = model_len(self.params, max_model_len)
-        longest = SamplingParams(max_tokens=None)
-        self.engine = engine_for(
+        self.engine = serving_engine(
             self.params,
-            [(0,)] * (max_num_seqs * data_parallel_size),
-            longest,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            enable_prefix_caching=enable_prefix_caching,
             numerics=numerics,
-            max_model_len=limit,
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
             seed=seed,

@@ -52,8 +52,12 @@ def test_seed_of_the_engine(golden: Path) -> None:
 
 
 def test_errors(golden: Path) -> None:
-    with pytest.raises(qjax.RequestError, match=r"max_num_seqs must be in \[1, 32\], got 0"):
+    with pytest.raises(qjax.RequestError, match=r"max_num_seqs must be in \[1, 512\], got 0"):
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", max_num_seqs=0)
+    with pytest.raises(qjax.RequestError, match=r"gpu_memory_utilization must be in \(0, 1\]"):
+        qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", gpu_memory_utilization=1.5)
+    with pytest.raises(qjax.RequestError, match=r"room for \d+ tokens.* pass max_model_len=\d+, "):
+        qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", kv_cache_memory_bytes=20_000)
     with pytest.raises(qjax.RequestError, match="seed must be in"):
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", seed=-1)
 

@@ -57,8 +57,8 @@ class Recorder:
         elif engine not in self._numbers:
             raise DistributedError("the other processes do not have an engine made before lead().")
         if call == "add":
-            prompt_ids, params, sample = arguments
-            arguments = [int(token) for token in prompt_ids], encode(params), sample
+            prompt_ids, params, told = arguments
+            arguments = [int(token) for token in prompt_ids], encode(params), told
         self._send(self._numbers[engine], call, *arguments)
 
 
@@ -92,8 +92,8 @@ class Replay:
             raise DistributedError("this process cannot make the engine that process 0 made.")
         engine, requests = self._engines[number], self._requests[number]
         if call == "add":
-            prompt_ids, params, sample = arguments
-            request = engine.add(tuple(prompt_ids), decode(params), sample)
+            prompt_ids, params, told = arguments
+            request = engine.add(tuple(prompt_ids), decode(params), **told)
             requests[request.number] = request
         elif call == "abort":
             engine.abort(requests.pop(arguments[0]))

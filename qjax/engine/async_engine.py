@@ -8,12 +8,13 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from qjax.engine.engine import Engine, peak_memory
 from qjax.engine.replicas import Replicas
-from qjax.engine.request import GenerationResult, Request
+from qjax.engine.request import GenerationResult, Logprob, Request
 from qjax.engine.sampling_params import SamplingParams
+from qjax.engine.stats import EngineStats
 from qjax.errors import EngineError
 
 
@@ -24,11 +25,13 @@ class Delta:
     Attributes:
       text: may be empty, while a character or a stop string may still be in the making.
       token_ids: the new tokens.
+      logprobs: of these tokens, if asked, see `GenerationResult`.
       result: with the last one, all of it.
     """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[dict[int, Logprob], ...]
     result: GenerationResult | None
 
 
@@ -38,7 +41,7 @@ class _Caller:
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
-    sample: int
+    options: dict[str, Any]
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
     request: Request | None = None
@@ -69,7 +72,13 @@ class AsyncEngine:
         self._thread.start()
 
     async def stream(
-        self, prompt_ids: tuple[int, ...], params: SamplingParams, sample: int = 0
+        self,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        sample: int = 0,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> AsyncGenerator[Delta, None]:
         """Runs a prompt, see `Engine.add`. One that is left early, or cancelled, is aborted.
 
@@ -77,7 +86,8 @@ class AsyncEngine:
           RequestError: something is out of range.
           EngineError: the engine failed, or was closed.
         """
-        caller = _Caller(prompt_ids, params, sample, asyncio.get_running_loop())
+        options = {"sample": sample, "priority": priority, "cache_salt": cache_salt}
+        caller = _Caller(prompt_ids, params, options, asyncio.get_running_loop())
         self._post("add", caller)
         ended = False
         try:
@@ -93,11 +103,11 @@ class AsyncEngine:
                     self._post("abort", caller)
 
     async def generate(
-        self, prompt_ids: tuple[int, ...], params: SamplingParams, sample: int = 0
+        self, prompt_ids: tuple[int, ...], params: SamplingParams, sample: int = 0, **options: Any
     ) -> GenerationResult:
         """`stream`, all at once."""
         result = None
-        async for delta in self.stream(prompt_ids, params, sample):
+        async for delta in self.stream(prompt_ids, params, sample, **options):
             result = delta.result
         assert result is not None
         return result
@@ -106,6 +116,10 @@ class AsyncEngine:
         """Raises EngineError where no more requests are taken."""
         if self._ended is not None:
             raise self._error()
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return self.engine.stats()
 
     def close(self) -> None:
         """Ends the thread after the step that it is in. Who still waits gets an EngineError."""
@@ -168,7 +182,7 @@ class AsyncEngine:
 
     def _add(self, caller: _Caller) -> None:
         try:
-            request = self.engine.add(caller.prompt_ids, caller.params, caller.sample)
+            request = self.engine.add(caller.prompt_ids, caller.params, **caller.options)
         except Exception as error:
             self._tell(caller.loop, [(caller, error)])
         else:
@@ -192,7 +206,8 @@ class AsyncEngine:
             if request.finish_reason is not None:
                 result = request.result(peak_memory())
                 del self._callers[request]
-            delta = Delta(request.text.take(), new, result)
+            logprobs = tuple(request.logprobs[len(request.output_ids) - len(new) :]) if new else ()
+            delta = Delta(request.text.take(), new, logprobs, result)
             news.setdefault(caller.loop, []).append((caller, delta))
         for loop, found in news.items():
             self._tell(loop, found)

@@ -14,9 +14,9 @@ from qjax.engine.step import StepSpec
 from qjax.kv_cache import Batch
 from qjax.sampler import SamplingRows
 
-DECODE_ROWS = (1, 8, 32, 128)
-PREFILL_TOKENS = (64, 512, 2048)
-PREFILL_ROWS = (1, 32)
+DECODE_ROWS = (1, 8, 32, 128, 512)
+PREFILL_TOKENS = (64, 512, 2048, 8192)
+PREFILL_ROWS = (1, 32, 128, 512)
 BLOCK_TABLE_WIDTHS = tuple(4**i for i in range(2, 13))
 STOP_IDS = 8
 
@@ -48,7 +48,7 @@ def step_spec(plan: Plan) -> StepSpec:
     )
 
 
-def make_batch(plan: Plan, width: int, numerics: str) -> Batch:
+def make_batch(plan: Plan, width: int, numerics: str, head_numerics: str) -> Batch:
     """Where each token of the step stands, and in which pages its sequence lives.
 
     The plan's tokens are already counted in `num_computed`. `width` is that of the block table.
@@ -66,19 +66,26 @@ def make_batch(plan: Plan, width: int, numerics: str) -> Batch:
         seq_lens[i] = end
         block_table[i, : len(request.blocks)] = request.blocks
         start += count
-    return Batch(positions, query_start_loc, seq_lens, block_table, numerics=numerics)
+    arrays = positions, query_start_loc, seq_lens, block_table
+    return Batch(*arrays, numerics=numerics, head_numerics=head_numerics)
 
 
 def make_tokens(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of a prefill step and, for logprobs of the prompt, the tokens that follow them.
 
     Returns:
-      tokens, targets: int32 [T]. The target of a sequence's last known token is 0.
+      tokens, targets: int32 [T]. The token of a sequence that decodes is -1: the device has it. The
+        target of a sequence's last known token is 0.
     """
     tokens, targets = np.zeros((2, padded_shape(plan)[0]), np.int32)
     start = 0
     for request, count in zip(plan.requests, plan.counts, strict=True):
-        ids, end = request.known_ids, request.num_computed
+        end = request.num_computed
+        if end > request.prefill_target:
+            tokens[start] = -1
+            start += 1
+            continue
+        ids = request.known_ids
         tokens[start : start + count] = ids[end - count : end]
         following = ids[end - count + 1 : end + 1]
         targets[start : start + len(following)] = following

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from qjax.engine.batch import BLOCK_TABLE_WIDTHS, PREFILL_ROWS, bucket
+from qjax.engine.batch import BLOCK_TABLE_WIDTHS, bucket
 from qjax.engine.block_manager import BlockManager
 from qjax.engine.request import Logprob, OutputText, Request
 from qjax.engine.runner import Runner
 from qjax.engine.sampling_params import SamplingParams
 from qjax.engine.scheduler import Plan, Scheduler
+from qjax.engine.stats import EngineStats
 from qjax.engine.step import StepOutput
 from qjax.errors import RequestError
 from qjax.params import Params
@@ -46,6 +47,8 @@ class Engine:
       max_num_seqs: most sequences that run at a time.
       max_model_len: most tokens of a sequence, prompt and output; None for the model's own limit.
       max_num_batched_tokens: longer prompts are cut into chunks of this many tokens.
+      enable_prefix_caching: whether sequences that begin alike share pages of the cache, as long as
+        they are not needed for something else.
       numerics, kv_cache_dtype, kv_cache_dtype_skip_layers: see `qjax.generate`.
       seed: makes what requests without a seed of their own get repeatable, as long as they come in
         the same order; None draws a fresh one.
@@ -54,7 +57,7 @@ class Engine:
 
     Attributes:
       journal: of all engines: told of each call before it is carried out, as (engine, "make",
-        keywords), (engine, "add", prompt_ids, params, sample), (engine, "step", digest) or
+        keywords), (engine, "add", prompt_ids, params, keywords), (engine, "step", digest) or
         (engine, "abort", number of the request); None where nobody asks.
       digest: of the tokens that came so far, to compare with another engine's.
 
@@ -73,6 +76,7 @@ class Engine:
         max_num_seqs: int = 32,
         max_model_len: int | None = None,
         max_num_batched_tokens: int = 2048,
+        enable_prefix_caching: bool = True,
         numerics: str = "fast",
         kv_cache_dtype: str = "auto",
         kv_cache_dtype_skip_layers: Sequence[int | str] = (),
@@ -90,6 +94,7 @@ class Engine:
                 "max_num_seqs": max_num_seqs,
                 "max_model_len": max_model_len,
                 "max_num_batched_tokens": max_num_batched_tokens,
+                "enable_prefix_caching": enable_prefix_caching,
                 "numerics": numerics,
                 "kv_cache_dtype": kv_cache_dtype,
                 "kv_cache_dtype_skip_layers": list(kv_cache_dtype_skip_layers),
@@ -101,12 +106,6 @@ class Engine:
         self._seeds = np.random.SeedSequence(seed)
         self.max_model_len = model_len(params, max_model_len)
         self._eos_ids = eos_ids(params)
-        self.scheduler = Scheduler(
-            BlockManager(num_blocks, block_size),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_prefill_seqs=PREFILL_ROWS[-1],
-        )
         widest = min(num_blocks, -(-self.max_model_len // block_size))
         self.runner = Runner(
             params,
@@ -118,10 +117,31 @@ class Engine:
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
         )
+        self.scheduler = Scheduler(
+            BlockManager(num_blocks, block_size),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            alike=self.runner.alike,
+            enable_prefix_caching=enable_prefix_caching,
+        )
         self._pending: _Sent | None = None
+        self._prompt_tokens = self._generation_tokens = 0
 
-    def add(self, prompt_ids: tuple[int, ...], params: SamplingParams, sample: int = 0) -> Request:
-        """Queues a prompt. `sample` tells the n samples of one prompt apart.
+    def add(
+        self,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        sample: int = 0,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """Queues a prompt.
+
+        Args:
+          sample: tells the n samples of one prompt apart.
+          priority: lower ones run earlier; of the same one, first come, first served.
+          cache_salt: only sequences of the same salt share pages of the cache.
 
         Raises:
           RequestError: the prompt is empty or too long, or a token id is not in the vocabulary.
@@ -136,7 +156,8 @@ class Engine:
                 f"prompt of {len(prompt_ids)} tokens and max_tokens of {max_tokens} do not fit "
                 f"the cache, which holds {held} tokens: shorten them or make the cache larger."
             )
-        self._record("add", prompt_ids, params, sample)
+        told = {"sample": sample, "priority": priority, "cache_salt": cache_salt}
+        self._record("add", prompt_ids, params, told)
         if params.seed is None:
             seeds = self._seeds.spawn(1)[0]
         else:
@@ -149,6 +170,8 @@ class Engine:
             max_tokens=max_tokens,
             key=seeds.generate_state(2),
             number=self._added,
+            priority=priority,
+            cache_salt=cache_salt,
         )
         self._added += 1
         self.scheduler.add(request)
@@ -193,6 +216,21 @@ class Engine:
             request.finish("abort")
             self.scheduler.release(request)
 
+    def stats(self) -> EngineStats:
+        """How things stand. May be called from any thread."""
+        scheduler = self.scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=scheduler.blocks.num_blocks,
+            num_free_blocks=scheduler.blocks.num_free,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.cache_queries,
+            prefix_cache_hits=scheduler.cache_hits,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+        )
+
     def _record(self, call: str, *arguments: Any) -> None:
         if Engine.journal is not None:
             Engine.journal(self, call, *arguments)
@@ -221,6 +259,9 @@ class Engine:
             if not sent.emits[row]:
                 continue
             changed.append(request)
+            if not request.output_ids:
+                self._prompt_tokens += len(request.prompt_ids)
+            before = len(request.output_ids)
             for step in range(plan.steps):
                 token = int(tokens[step, row])
                 if request.params.logprobs is not None:
@@ -230,6 +271,7 @@ class Engine:
                 if request.finish_reason is not None:
                     self.scheduler.release(request)
                     break
+            self._generation_tokens += len(request.output_ids) - before
         return changed
 
     def _add_prompt_logprobs(self, request: Request, found: TokenLogprobs, start: int) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from qjax.engine.engine import Engine
 from qjax.engine.request import Request
 from qjax.engine.sampling_params import SamplingParams
+from qjax.engine.stats import EngineStats
 from qjax.errors import ShardingError
 from qjax.params import Params
 from qjax.sharding import AXES
@@ -49,6 +52,17 @@ def _within(array: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, sharding, held)
 
 
+def one_or_replicas(
+    params: Params, make: Callable[..., Engine], seed: int | None
+) -> Engine | Replicas:
+    """An engine as `make(params, seed=...)` makes it; of several copies of a model, one on each."""
+    copies = 1 if params.mesh is None else params.mesh.devices.shape[0]
+    if copies == 1:
+        return make(params, seed=seed)
+    seeds = np.random.SeedSequence(SamplingParams(seed=seed).seed).generate_state(copies)
+    return Replicas(params, [partial(make, seed=int(own)) for own in seeds])
+
+
 class Replicas:
     """Several engines that are used as one: each request goes to the one with the fewest.
 
@@ -62,10 +76,18 @@ class Replicas:
         self.engines = [make_one(each) for make_one, each in pairs]
         self._owner: dict[int, Engine] = {}
 
-    def add(self, prompt_ids: tuple[int, ...], params: SamplingParams, sample: int = 0) -> Request:
+    def add(
+        self,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        sample: int = 0,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
         """See `Engine.add`."""
         engine = min(self.engines, key=_load)
-        request = engine.add(prompt_ids, params, sample)
+        request = engine.add(prompt_ids, params, sample, priority=priority, cache_salt=cache_salt)
         self._owner[id(request)] = engine
         return request
 
@@ -86,6 +108,10 @@ class Replicas:
         engine = self._owner.pop(id(request), None)
         if engine is not None:
             engine.abort(request)
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`: of all together."""
+        return sum((engine.stats() for engine in self.engines), EngineStats())
 
 
 def _load(engine: Engine) -> int:

@@ -35,6 +35,7 @@ class GenerationResult:
       prompt_tps, generation_tps: tokens per second of this sequence, compile time left out;
         generation counts the tokens after the first.
       peak_memory: most resident memory of this process so far, bytes.
+      num_cached_tokens: tokens of the prompt that were in the cache already.
     """
 
     text: str
@@ -47,6 +48,7 @@ class GenerationResult:
     prompt_tps: float
     generation_tps: float
     peak_memory: int
+    num_cached_tokens: int = 0
 
     def __str__(self) -> str:
         return self.text
@@ -114,11 +116,17 @@ class Request:
     max_tokens: int
     key: np.ndarray  # uint32 [2], the request's own random key
     number: int = 0  # in the order in which they came to the engine
+    priority: int = 0  # lower ones run earlier
+    cache_salt: str = ""
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_sampled: int = 0
     prefill_target: int = 0
     blocks: list[int] = field(default_factory=list)
+    page_names: list[bytes] = field(default_factory=list)  # of full pages, as far as they are known
+    num_named: int = 0  # so many of its pages have been named
+    num_cached: int = 0  # tokens whose pages it found when it was last admitted
+    num_cached_tokens: int | None = None  # and when it first was
     slot: int | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
@@ -148,9 +156,15 @@ class Request:
         self.num_computed += count * steps
         self.num_sampled += 0 if self.wants_prefill else steps
 
+    def found(self, num_tokens: int) -> None:
+        """It is admitted, and pages of its first tokens are there."""
+        self.num_computed = self.num_cached = num_tokens
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = num_tokens
+
     def restart(self) -> None:
         """Its pages are lost: all that is known goes through the model again."""
-        self.num_computed = 0
+        self.num_computed = self.num_named = 0
         self.num_sampled = len(self.output_ids)
         self.prefill_target = len(self.prompt_ids) + len(self.output_ids)
 
@@ -199,4 +213,5 @@ class Request:
             prompt_tps=len(self.prompt_ids) / prefill if prefill > 0 else 0.0,
             generation_tps=(len(self.output_ids) - 1) / decode if decode > 0 else 0.0,
             peak_memory=peak_memory,
+            num_cached_tokens=self.num_cached_tokens or 0,
         )

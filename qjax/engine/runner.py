@@ -23,6 +23,7 @@ from qjax.engine.step import (
     State,
     StepOutput,
     StepSpec,
+    enter_known,
     state_specs,
     step_program,
     step_results,
@@ -94,6 +95,9 @@ class Runner:
       table_width: most pages of one sequence.
       numerics: "fast" or "exact".
       kv_cache_dtype, kv_cache_dtype_skip_layers: see `qjax.generate`.
+
+    Attributes:
+      alike: whether a token comes to the same numbers in prefill and in decode.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class Runner:
         self.table_width = table_width
         self.compile_seconds = 0.0  # time spent waiting for compilers
         self._numerics = numerics_for(numerics, max_num_seqs)
+        self.alike = self._numerics.prefill == self._numerics.decode
         self.cache_dtypes = dtypes = cache_dtypes(
             config, kv_cache_dtype, self._numerics.cache_dtype, kv_cache_dtype_skip_layers
         )
@@ -136,9 +141,10 @@ class Runner:
         """The arrays of a step; its compiling starts in a thread if that is still to be done."""
         spec, *args = self._arguments(plan)
         shapes = (self._state.counts is None, *(x.shape for x in jax.tree.leaves(args)))
-        program = self._near.get((spec, shapes))
+        known = spec, plan.replays, shapes
+        program = self._near.get(known)
         if program is None:
-            program = self._near[spec, shapes] = self._program(spec, args)
+            program = self._near[known] = self._program(spec, args)
         return Prepared(plan, args, program)
 
     def run(self, prepared: Prepared) -> StepOutput:
@@ -162,16 +168,34 @@ class Runner:
             self._state = replace(self._state, seen=counters.seen, counts=counters.counts)
         if self._decoding is not None and self._decoding[0] == _identity(plan):
             return spec, None, None, self._decoding[1], self._decoding[2], np.int32(plan.steps)
-        numerics = self._numerics.prefill if plan.prefill else self._numerics.decode
-        batch = batches.make_batch(plan, self.table_width, numerics)
+        numerics = self._numerics.prefill
+        if not plan.prefill or plan.replays:
+            numerics = self._numerics.decode
+        # A token comes of the same logits after its prompt and, sent back to wait, after more.
+        head = self._numerics.decode
+        batch = batches.make_batch(plan, self.table_width, numerics, head)
         sampling = None if spec.plain else batches.make_rows(plan, spec, self.config.vocab_size)
         rows = Rows(*batches.make_slots(plan, self.num_slots), sampling)
         if not plan.prefill:
             if self._mesh is None:  # it comes again with each step that follows
                 rows = jax.device_put(rows)
             return spec, None, None, batch, rows, np.int32(plan.steps)
+        if spec.penalties:
+            self._enter_known(plan)
         tokens, targets = batches.make_tokens(plan)
         return spec, tokens, targets if spec.prompt_logprobs else None, batch, rows, None
+
+    def _enter_known(self, plan: Plan) -> None:
+        """Tokens whose pages were found in the cache go by no step that would count them."""
+        for request, count in zip(plan.requests, plan.counts, strict=True):
+            known = request.num_cached
+            if not known or request.num_computed - count != known or not request.params.penalized:
+                continue
+            ids, prompt = np.array(request.known_ids[:known]), len(request.prompt_ids)
+            seen = np.bincount(ids[:prompt], minlength=self.config.vocab_size) > 0
+            counts = np.bincount(ids[prompt:], minlength=self.config.vocab_size)
+            state = enter_known(self._state, np.int32(request.slot), seen, counts.astype(np.int32))
+            self._state = state if self._mesh is None else jax.device_put(state, self._split(state))
 
     def _program(self, spec: StepSpec, args: list[Any]) -> Future:
         tree, state, *rest = jax.tree.map(shape_of, (self.tree, self._state, *args))
@@ -206,9 +230,15 @@ class Runner:
         """Zeros of its own for a state, where the weights are."""
         if self._mesh is None:
             return jax.device_put(state, may_alias=False)
+        zeros = jax.jit(
+            lambda: jax.tree.map(jnp.zeros_like, state), out_shardings=self._split(state)
+        )
+        return zeros()
+
+    def _split(self, state: State) -> Any:
+        """Shardings of a state over the mesh."""
         parts = Parts(self._mesh, self.config)
-        shardings = parts.placed(state_specs(state, parts))
-        return jax.jit(lambda: jax.tree.map(jnp.zeros_like, state), out_shardings=shardings)()
+        return parts.placed(state_specs(state, parts))
 
 
 def _identity(plan: Plan) -> tuple:

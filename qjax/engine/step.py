@@ -106,7 +106,7 @@ def step(
 
     Args:
       tree: the model's weights. cache: its paged cache; donated. state: donated.
-      tokens: int32 [T]; None for decode, which takes each sequence's newest token.
+      tokens: int32 [T], -1 for a sequence's newest token; None for decode, which takes those alone.
       targets: int32 [T], the tokens that follow; only for logprobs of the prompt.
       count: int32 [], how many tokens to decode one after the other, at most DECODE_STEPS; None for
         prefill.
@@ -117,6 +117,9 @@ def step(
     if not spec.prefill:
         assert count is not None
         return _decode(tree, cache, state, batch, rows, count, config, spec)
+    given = tokens >= 0
+    newest = state.last.at[rows.slot].get(mode="clip")
+    tokens = jnp.where(given, tokens, newest[_row_of_token(batch)])
     hidden, cache = functional.run(config, tree, tokens, batch, cache)
     prompt_logprobs = None
     if spec.prompt_logprobs:
@@ -126,7 +129,7 @@ def step(
     hidden = hidden[jnp.maximum(batch.query_start_loc[1:] - 1, 0)]
     logits = functional.logits(config, tree, hidden, batch)
     if spec.penalties:
-        state = _count_prompt(state, tokens, batch, rows)
+        state = _count_prompt(state, tokens, given, batch, rows)
     picked, logprobs, state = _emit(logits, state, batch, rows, spec)
     picked, logprobs = jax.tree.map(lambda x: x[None], (picked, logprobs))
     return StepOutput(picked, logprobs, prompt_logprobs), cache, state, None
@@ -292,8 +295,20 @@ def _pick(
     return sampler.sample(logits, rows.sampling, positions, vocabulary)
 
 
-def _count_prompt(state: State, tokens: jax.Array, batch: Batch, rows: Rows) -> State:
-    """Enters a chunk's tokens: those of the prompt as seen, those generated before as counted."""
+def _row_of_token(batch: Batch) -> jax.Array:
+    """int32 [T]: the row of each token's sequence; for padding, some other row."""
+    ends = batch.query_start_loc[1:]
+    index = jnp.arange(batch.positions.shape[0])
+    return jnp.minimum(jnp.searchsorted(ends, index, side="right"), ends.shape[0] - 1)
+
+
+def _count_prompt(
+    state: State, tokens: jax.Array, given: jax.Array, batch: Batch, rows: Rows
+) -> State:
+    """Enters a chunk's tokens: those of the prompt as seen, those generated before as counted.
+
+    `given` [T] tells them from tokens that a step before sampled, and counted.
+    """
     nowhere = state.last.shape[0]
     starts, ends = batch.query_start_loc[:-1], batch.query_start_loc[1:]
     fresh = jnp.where(batch.seq_lens == ends - starts, rows.slot, nowhere)
@@ -301,10 +316,19 @@ def _count_prompt(state: State, tokens: jax.Array, batch: Batch, rows: Rows) -> 
     counts = state.counts.at[fresh].set(0, mode="drop")
 
     index = jnp.arange(tokens.shape[0])
-    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), ends.shape[0] - 1)
-    slot = jnp.where(index < ends[-1], rows.slot[row], nowhere)
+    row = _row_of_token(batch)
+    slot = jnp.where(given & (index < ends[-1]), rows.slot[row], nowhere)
     generated = batch.positions >= rows.prompt_len[row]
     tokens = Vocabulary.of(batch.parallel).own(tokens, seen.shape[1])
     seen = seen.at[jnp.where(generated, nowhere, slot), tokens].set(True, mode="drop")
     counts = counts.at[jnp.where(generated, slot, nowhere), tokens].add(1, mode="drop")
     return replace(state, seen=seen, counts=counts)
+
+
+@partial(jax.jit, donate_argnums=0)
+def enter_known(state: State, slot: jax.Array, seen: jax.Array, counts: jax.Array) -> State:
+    """The state with the tokens of pages that a sequence found in the cache; `seen` bool [V] of its
+    prompt, `counts` int32 [V] of what it generated before."""
+    return replace(
+        state, seen=state.seen.at[slot].set(seen), counts=state.counts.at[slot].set(counts)
+    )

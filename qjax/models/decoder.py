@@ -158,9 +158,8 @@ class Decoder(nnx.Module):
 
         Where the vocabulary is split, each device's part of it.
         """
-        # A prompt needs the logits of few of its rows: 8 bits would gain no time there.
-        if batch.numerics == "int8" and len(hidden) < len(batch.positions):
-            batch = replace(batch, numerics="int16")
+        if batch.head_numerics is not None:
+            batch = replace(batch, numerics=batch.head_numerics)
         tied = self.config.tie_word_embeddings
         head = self.model.embed_tokens if tied else self.lm_head
         logits = ops.linear(
