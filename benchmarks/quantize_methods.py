@@ -48,7 +48,7 @@ def _gptq(*weights: int) -> str:
 
 def _awq(*weights: int, symmetric: bool = True) -> str:
     return _stage(
-        AWQModifier={"duo_scaling": "both"},
+        AWQModifier={"duo_scaling": "true"},
         QuantizationModifier=_integers(*weights, symmetric=symmetric),
     )
 
