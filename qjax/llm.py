@@ -11,9 +11,20 @@ from qjax.engine.engine import peak_memory
 from qjax.engine.request import GenerationResult
 from qjax.engine.sampling_params import SamplingParams
 from qjax.engine.serving import serving_engine
+from qjax.engine.speculation import SpeculativeConfig
 from qjax.errors import RequestError
 from qjax.params import Params
 from qjax.sharding import make_mesh
+
+
+def speculative(config: Mapping[str, Any] | None) -> SpeculativeConfig | None:
+    """SpeculativeConfig from its fields; a model is loaded if it is not."""
+    if config is None:
+        return None
+    model = config.get("model")
+    if model is not None and not isinstance(model, Params):
+        config = {**config, "model": load(model)}
+    return SpeculativeConfig.of(config)
 
 
 class LLM:
@@ -30,6 +41,8 @@ class LLM:
       tensor_parallel_size: devices that share a copy of the model; None for one.
       data_parallel_size: how many copies there are; each takes some of the sequences.
       enable_expert_parallel: gives each of these devices whole experts, not a part of each.
+      speculative_config: fields of `qjax.engine.speculation.SpeculativeConfig`, as in
+        {"method": "ngram"}; {"model": ...} takes what `qjax.load` takes, or a loaded model.
 
     Raises:
       RequestError: an argument is out of range.
@@ -53,6 +66,7 @@ class LLM:
         tensor_parallel_size: int | None = None,
         data_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
+        speculative_config: Mapping[str, Any] | None = None,
     ):
         loaded = isinstance(model, Params)
         several = tensor_parallel_size is not None or data_parallel_size > 1
@@ -77,6 +91,7 @@ class LLM:
             numerics=numerics,
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
+            speculative=speculative(speculative_config),
             seed=seed,
         )
 

@@ -68,3 +68,13 @@ def test_sizes_that_say_nothing(golden: Path) -> None:
         qjax.LLM(file, enable_expert_parallel=True)
     with pytest.raises(qjax.RequestError, match="is split where it was loaded"):
         qjax.LLM(qjax.load(file), tensor_parallel_size=2)
+
+
+def test_guessing_ahead(golden: Path) -> None:
+    file = golden / "gguf-Q4_1" / "model.gguf"
+    sampling = qjax.SamplingParams(max_tokens=8, ignore_eos=True)
+    prompt = [5, 6, 7, 5, 6]
+    expected = qjax.LLM(file, max_num_seqs=2).generate(prompt, sampling)
+    for config in ({"method": "ngram"}, {"model": file}):
+        llm = qjax.LLM(file, max_num_seqs=2, speculative_config=config)
+        assert llm.generate(prompt, sampling)[0].token_ids == expected[0].token_ids

@@ -14,6 +14,7 @@ from typing import Any
 from qjax.engine.engine import Engine
 from qjax.engine.request import Request
 from qjax.engine.sampling_params import SamplingParams
+from qjax.engine.speculation import SpeculativeConfig
 from qjax.errors import DistributedError, QjaxError
 from qjax.params import Params
 
@@ -84,8 +85,11 @@ class Replay:
             self._requests.pop(number, None)
             return
         if call == "make":
+            options = dict(arguments[0])
+            if options["speculative"] is not None:
+                options["speculative"] = SpeculativeConfig.of(options["speculative"])
             with contextlib.suppress(QjaxError):  # process 0 has it too, and tells its caller
-                self._engines[number] = Engine(self._params, **arguments[0])
+                self._engines[number] = Engine(self._params, **options)
             self._requests[number] = {}
             return
         if number not in self._engines:

@@ -17,6 +17,7 @@ from qjax.sampler import SamplingRows
 DECODE_ROWS = (1, 8, 32, 128, 512)
 PREFILL_TOKENS = (64, 512, 2048, 8192)
 PREFILL_ROWS = (1, 32, 128, 512)
+CHECK_TOKENS = (8, 32, 128)
 BLOCK_TABLE_WIDTHS = tuple(4**i for i in range(2, 13))
 STOP_IDS = 8
 
@@ -32,7 +33,8 @@ def padded_shape(plan: Plan) -> tuple[int, int]:
     if not plan.prefill:
         size = bucket(DECODE_ROWS, rows)
         return size, size
-    return bucket(PREFILL_TOKENS, sum(plan.counts)), bucket(PREFILL_ROWS, rows)
+    tokens = CHECK_TOKENS if plan.checks else PREFILL_TOKENS
+    return bucket(tokens, sum(plan.counts)), bucket(PREFILL_ROWS, rows)
 
 
 def step_spec(plan: Plan) -> StepSpec:
@@ -40,6 +42,7 @@ def step_spec(plan: Plan) -> StepSpec:
     params = [request.params for request in plan.requests]
     return StepSpec(
         prefill=plan.prefill,
+        checks=plan.checks,
         greedy=all(p.greedy for p in params),
         penalties=any(p.penalized for p in params),
         bias=any(p.logit_bias or p.allowed_token_ids or p.min_tokens for p in params),
@@ -81,11 +84,11 @@ def make_tokens(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     start = 0
     for request, count in zip(plan.requests, plan.counts, strict=True):
         end = request.num_computed
-        if end > request.prefill_target:
+        if end > request.prefill_target and not plan.checks:
             tokens[start] = -1
             start += 1
             continue
-        ids = request.known_ids
+        ids = (*request.known_ids, *request.draft)
         tokens[start : start + count] = ids[end - count : end]
         following = ids[end - count + 1 : end + 1]
         targets[start : start + len(following)] = following

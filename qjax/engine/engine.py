@@ -14,10 +14,12 @@ import numpy as np
 
 from qjax.engine.batch import BLOCK_TABLE_WIDTHS, bucket
 from qjax.engine.block_manager import BlockManager
+from qjax.engine.draft_model import DraftModel
 from qjax.engine.request import Logprob, OutputText, Request
 from qjax.engine.runner import Runner
 from qjax.engine.sampling_params import SamplingParams
 from qjax.engine.scheduler import Plan, Scheduler
+from qjax.engine.speculation import PromptLookup, SpeculativeConfig, Speculator
 from qjax.engine.stats import EngineStats
 from qjax.engine.step import StepOutput
 from qjax.errors import RequestError
@@ -50,6 +52,7 @@ class Engine:
       enable_prefix_caching: whether sequences that begin alike share pages of the cache, as long as
         they are not needed for something else.
       numerics, kv_cache_dtype, kv_cache_dtype_skip_layers: see `qjax.generate`.
+      speculative: how to guess tokens ahead, see `qjax.engine.speculation`; None does not.
       seed: makes what requests without a seed of their own get repeatable, as long as they come in
         the same order; None draws a fresh one.
 
@@ -80,6 +83,7 @@ class Engine:
         numerics: str = "fast",
         kv_cache_dtype: str = "auto",
         kv_cache_dtype_skip_layers: Sequence[int | str] = (),
+        speculative: SpeculativeConfig | None = None,
         seed: int | None = None,
     ):
         self.params = params
@@ -98,6 +102,7 @@ class Engine:
                 "numerics": numerics,
                 "kv_cache_dtype": kv_cache_dtype,
                 "kv_cache_dtype_skip_layers": list(kv_cache_dtype_skip_layers),
+                "speculative": None if speculative is None else speculative.as_dict(),
                 "seed": seed,
             },
         )
@@ -124,6 +129,7 @@ class Engine:
             alike=self.runner.alike,
             enable_prefix_caching=enable_prefix_caching,
         )
+        self._speculator = self._speculator_of(speculative, numerics, kv_cache_dtype)
         self._pending: _Sent | None = None
         self._prompt_tokens = self._generation_tokens = 0
 
@@ -188,17 +194,17 @@ class Engine:
           The requests that got a token; the finished ones have a `finish_reason`.
         """
         self._record("step", self.digest)
+        changed = self._speculate()
         plan = self.scheduler.schedule(may_preempt=self._pending is None)
         if plan is None:
-            return self._read()
-        changed: list[Request] = []
+            return changed + self._read()
         prepared = self.runner.prepare(plan)
         if plan.prefill and (then := [r for r in plan.requests if r.wants_decode]):
             # What follows compiles while this runs.
             self.runner.prepare(Plan(False, tuple(then), (1,) * len(then)))
         if not prepared.program.done():
             # Hand out what there is before waiting for the compiler.
-            changed = self._read()
+            changed += self._read()
         output = self.runner.run(prepared)
         now = self._clock()
         for request in plan.requests:
@@ -231,6 +237,50 @@ class Engine:
             generation_tokens=self._generation_tokens,
         )
 
+    def _speculator_of(
+        self, config: SpeculativeConfig | None, numerics: str, kv_cache_dtype: str
+    ) -> Speculator | None:
+        if config is None:
+            return None
+        if config.model is None:
+            lookup = PromptLookup(config.prompt_lookup_max, config.prompt_lookup_min)
+            return Speculator(config, lookup)
+        if Engine.journal is not None:
+            raise RequestError(
+                "a draft model runs in one process: with several, take the method 'ngram'."
+            )
+        draft = DraftModel(
+            config.model,
+            self.params.config.vocab_size,
+            block_size=self.scheduler.blocks.block_size,
+            max_num_seqs=config.disable_by_batch_size,
+            max_model_len=self.max_model_len,
+            numerics=numerics,
+            kv_cache_dtype=kv_cache_dtype,
+        )
+        return Speculator(config, draft)
+
+    def _speculate(self) -> list[Request]:
+        """Guesses for what runs, where that may pay. Guesses go by the newest tokens, so these are
+        read first; returns the requests that got them."""
+        scheduler = self.scheduler
+        waits = scheduler.waiting and len(scheduler.running) < scheduler.max_num_seqs
+        if self._speculator is None or waits or not self._speculator.wants(scheduler.running):
+            return []
+        changed = self._read()
+        if self._speculator.wants(scheduler.running):
+            self._speculator.propose(scheduler.running)
+        return changed
+
+    def _accepted(self, request: Request, tokens: np.ndarray) -> np.ndarray:
+        """Of the tokens that follow those which went in, the ones that follow what is right."""
+        draft = np.array(request.draft, np.int32)
+        right = int(np.cumprod(tokens[: len(draft)] == draft).sum())
+        if self._speculator is not None and len(draft):
+            self._speculator.checked(request, right)
+        request.accept(right)
+        return tokens[: right + 1]
+
     def _record(self, call: str, *arguments: Any) -> None:
         if Engine.journal is not None:
             Engine.journal(self, call, *arguments)
@@ -247,8 +297,11 @@ class Engine:
         tokens, logprobs, prompt_logprobs = jax.device_get(
             (output.tokens, output.logprobs, output.prompt_logprobs)
         )
-        picked = tokens[: plan.steps, : len(plan.requests)]
-        self.digest = zlib.crc32(picked.tobytes(), self.digest)
+        if plan.checks:
+            columns = np.split(tokens[0], np.cumsum(plan.counts))[:-1]
+        else:
+            columns = list(tokens[: plan.steps, : len(plan.requests)].T)
+        self.digest = zlib.crc32(b"".join(column.tobytes() for column in columns), self.digest)
         now = self._clock()
         changed = []
         for row, request in enumerate(plan.requests):
@@ -262,8 +315,8 @@ class Engine:
             if not request.output_ids:
                 self._prompt_tokens += len(request.prompt_ids)
             before = len(request.output_ids)
-            for step in range(plan.steps):
-                token = int(tokens[step, row])
+            column = self._accepted(request, columns[row]) if plan.checks else columns[row]
+            for step, token in enumerate(column.tolist()):
                 if request.params.logprobs is not None:
                     found = jax.tree.map(lambda x, i=step: x[i], logprobs)
                     request.logprobs.append(self._entry(found, row, token, request.params.logprobs))

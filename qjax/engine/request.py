@@ -128,6 +128,11 @@ class Request:
     num_cached: int = 0  # tokens whose pages it found when it was last admitted
     num_cached_tokens: int | None = None  # and when it first was
     slot: int | None = None
+    draft: tuple[int, ...] = ()  # guessed tokens, which its next step checks
+    ngrams: dict[tuple[int, ...], int] = field(default_factory=dict)  # of `num_indexed` tokens
+    num_indexed: int = 0
+    failed_drafts: int = 0  # in a row; no more guesses before so many tokens as `resume_drafts`
+    resume_drafts: int = 0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     finish_reason: FinishReason | None = None
@@ -162,9 +167,16 @@ class Request:
         if self.num_cached_tokens is None:
             self.num_cached_tokens = num_tokens
 
+    def accept(self, count: int) -> None:
+        """So many tokens of the draft, which all went in, were right."""
+        self.num_computed -= len(self.draft) - count
+        self.num_sampled += count
+        self.draft = ()
+
     def restart(self) -> None:
         """Its pages are lost: all that is known goes through the model again."""
         self.num_computed = self.num_named = 0
+        self.draft = ()
         self.num_sampled = len(self.output_ids)
         self.prefill_target = len(self.prompt_ids) + len(self.output_ids)
 

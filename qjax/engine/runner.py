@@ -188,13 +188,14 @@ class Runner:
     def _enter_known(self, plan: Plan) -> None:
         """Tokens whose pages were found in the cache go by no step that would count them."""
         for request, count in zip(plan.requests, plan.counts, strict=True):
-            known = request.num_cached
+            known, slot = request.num_cached, request.slot
             if not known or request.num_computed - count != known or not request.params.penalized:
                 continue
+            assert slot is not None
             ids, prompt = np.array(request.known_ids[:known]), len(request.prompt_ids)
             seen = np.bincount(ids[:prompt], minlength=self.config.vocab_size) > 0
             counts = np.bincount(ids[prompt:], minlength=self.config.vocab_size)
-            state = enter_known(self._state, np.int32(request.slot), seen, counts.astype(np.int32))
+            state = enter_known(self._state, np.int32(slot), seen, counts.astype(np.int32))
             self._state = state if self._mesh is None else jax.device_put(state, self._split(state))
 
     def _program(self, spec: StepSpec, args: list[Any]) -> Future:
@@ -237,6 +238,7 @@ class Runner:
 
     def _split(self, state: State) -> Any:
         """Shardings of a state over the mesh."""
+        assert self._mesh is not None
         parts = Parts(self._mesh, self.config)
         return parts.placed(state_specs(state, parts))
 

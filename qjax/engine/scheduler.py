@@ -24,6 +24,7 @@ class Plan:
 
     Attributes:
       replays: the tokens of a prefill step were generated before; the numerics are those of decode.
+      checks: of each request one token and those of its `draft`; each gets the token that follows.
     """
 
     prefill: bool
@@ -31,6 +32,7 @@ class Plan:
     counts: tuple[int, ...]
     steps: int = 1
     replays: bool = False
+    checks: bool = False
 
 
 class Scheduler:
@@ -174,21 +176,31 @@ class Scheduler:
         wanting = [r for r in self.running if r.wants_decode]
         # None runs past its max_tokens; and if pages are scarce, one token at a time.
         steps = min([DECODE_STEPS, *(r.max_tokens - r.num_sampled for r in wanting)])
-        missing = sum(self.blocks.missing(r.blocks, r.num_computed + steps) for r in wanting)
-        if missing > self.blocks.num_free:
-            steps = 1
+        checks = any(r.draft for r in wanting)
+        steps = 1 if checks else steps
+        ends = [r.num_computed + steps + len(r.draft) for r in wanting]
+        missing = map(self.blocks.missing, (r.blocks for r in wanting), ends)
+        if sum(missing) > self.blocks.num_free:
+            steps, checks = 1, False
+            for request in wanting:
+                request.draft = ()
         requests = []
         for request in wanting:
             # An earlier turn of this loop may have sent it back to wait.
             while request in self.running:
-                if self.blocks.grow(request.blocks, request.num_computed + steps):
+                if self.blocks.grow(
+                    request.blocks, request.num_computed + steps + len(request.draft)
+                ):
                     requests.append(request)
                     break
                 if not may_preempt:
                     return None
                 self._preempt(max(reversed(self.running), key=_turn))
         requests = [request for request in requests if request in self.running]
-        return Plan(False, tuple(requests), (1,) * len(requests), steps) if requests else None
+        if not requests:
+            return None
+        counts = tuple(1 + len(request.draft) for request in requests)
+        return Plan(checks, tuple(requests), counts, steps, replays=checks, checks=checks)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

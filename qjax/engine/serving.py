@@ -17,6 +17,7 @@ from qjax.engine.request import OutputText, Request
 from qjax.engine.runner import numerics_for
 from qjax.engine.sampling_params import SamplingParams
 from qjax.engine.scheduler import Plan
+from qjax.engine.speculation import SpeculativeConfig
 from qjax.errors import RequestError
 from qjax.kv_cache import bytes_per_token, cache_dtypes
 from qjax.models.parts import cache_config
@@ -41,6 +42,7 @@ def serving_engine(
     numerics: str = "fast",
     kv_cache_dtype: str = "auto",
     kv_cache_dtype_skip_layers: Sequence[int | str] = (),
+    speculative: SpeculativeConfig | None = None,
     seed: int | None = None,
 ) -> Engine | Replicas:
     """An engine for whatever may come; of a model with several copies, one on each.
@@ -53,7 +55,7 @@ def serving_engine(
       kv_cache_memory_bytes: or, instead, the size of the cache on each device. No larger one is
         made than sequences of full length can fill.
       max_model_len, max_num_batched_tokens, enable_prefix_caching, numerics, kv_cache_dtype,
-        kv_cache_dtype_skip_layers, seed: see `Engine`.
+        kv_cache_dtype_skip_layers, speculative, seed: see `Engine`.
 
     Raises:
       RequestError: an argument is out of range, or the cache cannot hold one sequence of full
@@ -100,6 +102,7 @@ def serving_engine(
         numerics=numerics,
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
+        speculative=speculative,
     )
     return one_or_replicas(params, make, seed)
 

@@ -34,6 +34,7 @@ class StepSpec:
     """What a step must do; each combination is one compiled program for each shape."""
 
     prefill: bool
+    checks: bool = False
     greedy: bool = True
     penalties: bool = False
     bias: bool = False
@@ -79,7 +80,8 @@ class StepOutput:
     """What a step found; the leading axis N is 1 after prefill and DECODE_STEPS after decode.
 
     Attributes:
-      tokens: int32 [N, S]; of decode only the first `count` rows.
+      tokens: int32 [N, S]; of decode only the first `count` rows. [1, T] where guesses are checked:
+        what follows each token.
       logprobs: of the tokens [N, S, ...], or None.
       prompt_logprobs: of T targets, or None.
     """
@@ -126,6 +128,9 @@ def step(
         logits = functional.logits(config, tree, hidden, batch)
         vocabulary = Vocabulary.of(batch.parallel)
         prompt_logprobs = sampler.token_logprobs(logits, targets, MAX_LOGPROBS, vocabulary)
+    if spec.checks:
+        picked, state = _check(config, tree, hidden, state, tokens, batch, rows, spec)
+        return StepOutput(picked[None], None, None), cache, state, None
     hidden = hidden[jnp.maximum(batch.query_start_loc[1:] - 1, 0)]
     logits = functional.logits(config, tree, hidden, batch)
     if spec.penalties:
@@ -259,6 +264,36 @@ def _emit(
         counts = state.counts.at[emitting, own].add(1, mode="drop")
         state = replace(state, counts=counts)
     return picked, logprobs, state
+
+
+def _check(
+    config: ModelConfig,
+    tree: Any,
+    hidden: jax.Array,
+    state: State,
+    tokens: jax.Array,
+    batch: Batch,
+    rows: Rows,
+    spec: StepSpec,
+) -> tuple[jax.Array, State]:
+    """What follows each token, int32 [T], and the state with the newest tokens: those that follow
+    the last guess of each sequence that was right, and all guesses before which were."""
+    vocabulary = Vocabulary.of(batch.parallel)
+    logits = functional.logits(config, tree, hidden, batch)
+    row = _row_of_token(batch)
+    if spec.greedy:
+        picked = sampler.greedy(logits, vocabulary)
+    else:
+        sampling = jax.tree.map(lambda x: x[row], rows.sampling)
+        picked = sampler.sample(logits, sampling, batch.positions + 1, vocabulary)
+    index = jnp.arange(tokens.shape[0])
+    right = (picked == jnp.roll(tokens, -1)) & (index < batch.query_start_loc[1:][row] - 1)
+    wrong = jnp.where(right, tokens.shape[0] - 1, index)
+    last = jax.ops.segment_min(wrong, row, rows.slot.shape[0], indices_are_sorted=True)
+    last = jnp.minimum(last, tokens.shape[0] - 1)  # of a row without tokens
+    emitting = jnp.where(rows.emits, rows.slot, state.last.shape[0])
+    newest = state.last.at[emitting].set(picked[last], mode="drop")
+    return picked, replace(state, last=newest)
 
 
 def step_results(spec: StepSpec, cache: Any, state: State, batch: Batch) -> Any:
