@@ -17,7 +17,6 @@ from qjax.errors import RequestError
 if TYPE_CHECKING:
     from qjax.bench.serving.client import Outcome, Server
     from qjax.bench.serving.load import Run
-    from qjax.bench.serving.prompts import Count
 
 PROMPTS, LOAD, RESULTS = "Prompts", "Load", "Results"
 SETTINGS = {"allow_extra_args": True}
@@ -233,7 +232,9 @@ def serve(
     async def measured() -> tuple["Server", "Run"]:
         asked = server if model else await client.first_model(server)
         if is_random:
-            tokens = _counter(tokenizer) if tokenizer else await prompts.counted_by(asked)
+            tokens = (
+                prompts.counted_with(tokenizer) if tokenizer else await prompts.counted_by(asked)
+            )
             samples = await prompts.random_samples(sizes, count, seed, tokens)
         else:
             assert dataset_path is not None
@@ -311,24 +312,6 @@ def _object(name: str, text: str | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RequestError(f"{name} must be an object in JSON, got {text!r}.")
     return found
-
-
-def _counter(name: str) -> "Count":
-    from qjax.checkpoint import gguf_io, source
-    from qjax.checkpoint.tokenizer import load_tokenizer
-
-    if (Path(name) / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(name)
-    else:
-        found = source.resolve(name)
-        tokenizer = load_tokenizer(
-            gguf_io.read_gguf(found.path) if found.kind == "gguf" else found.path
-        )
-
-    async def tokens(text: str) -> int:
-        return len(tokenizer.encode(text))
-
-    return tokens
 
 
 def _name(report: dict[str, Any]) -> str:

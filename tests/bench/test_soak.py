@@ -1,5 +1,6 @@
 """The soak: what it takes for right and wrong, and a short one against small servers."""
 
+import asyncio
 import importlib
 import json
 import os
@@ -231,7 +232,7 @@ def soaked(small: Small, args: str) -> dict[str, Any]:
             f"--url {found.url} --pid {os.getpid()} --minutes 10 --max-requests 40 "
             f"--concurrency 4 --interval 0.05 {args}".split()
         )
-        report = soak.asyncio.run(soak.soak(options))
+        report = asyncio.run(soak.soak(options))
     json.dumps(report, allow_nan=False)
     text = "\n".join(soak.table(report))
     assert all(check["name"] in text for check in report["checks"])
@@ -274,7 +275,7 @@ def test_arguments() -> None:
             soak.arguments(["--url", "http://127.0.0.1:1", "--pid", "2", *wrong])
     options = soak.arguments(["--url", "http://192.0.2.1:1", "--pid", "2"])
     with pytest.raises(QjaxError, match="loopback"):
-        soak.asyncio.run(soak.soak(options))
+        asyncio.run(soak.soak(options))
 
 
 def test_words_come_from_the_seed() -> None:

@@ -7,16 +7,20 @@ vocabulary; where a way to count tokens is given, prompts come to exactly their 
 import itertools
 import json
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qjax.bench.serving.client import Sample, Server, ask
+from qjax.checkpoint import source
+from qjax.checkpoint.gguf_io import read_gguf
+from qjax.checkpoint.tokenizer import load_tokenizer
 from qjax.errors import RequestError, ServingError
 
-Count = Callable[[str], Awaitable[int]]
+Count = Callable[[str], Coroutine[Any, Any, int]]
 
 WORDS = (
     "the of and to in is was he for it with as his on be at by had not are but from or have an "
@@ -130,6 +134,24 @@ async def counted_by(server: Server) -> Count | None:
         return tokens if await tokens(WORDS[0]) else None
     except ServingError:
         return None
+
+
+def counted_with(model: str) -> Count:
+    """Counts tokens as a model does: its name, or a folder with tokenizer.json.
+
+    Raises:
+      CheckpointError, DownloadError: there is none, or its tokenizer cannot be read.
+    """
+    if (Path(model) / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(model)
+    else:
+        found = source.resolve(model)
+        tokenizer = load_tokenizer(read_gguf(found.path) if found.kind == "gguf" else found.path)
+
+    async def tokens(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    return tokens
 
 
 def _parsed(line: str, output_len: int) -> tuple[str, int]:

@@ -80,8 +80,8 @@ class Scripted:
         await asyncio.sleep(0)
 
 
-async def serve(handler: Handler) -> tuple[asyncio.Server, Scripted]:
-    """Listens at a port that the system chooses, in the running loop."""
+async def serve(handler: Handler, port: int = 0) -> tuple[asyncio.Server, Scripted]:
+    """Listens, by default at a port that the system chooses, in the running loop."""
     scripted = Scripted(0)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -101,7 +101,7 @@ async def serve(handler: Handler) -> tuple[asyncio.Server, Scripted]:
             await handler(asked)
         writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(connected, "127.0.0.1", port)
     scripted.port = server.sockets[0].getsockname()[1]
     return server, scripted
 

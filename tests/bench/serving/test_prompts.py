@@ -5,11 +5,18 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from qjax.bench.serving.client import Sample, Server
 from qjax.bench.serving.connection import Address
-from qjax.bench.serving.prompts import Count, Random, counted_by, file_samples, random_samples
-from qjax.checkpoint.tokenizer import load_tokenizer
+from qjax.bench.serving.prompts import (
+    Count,
+    Random,
+    counted_by,
+    counted_with,
+    file_samples,
+    random_samples,
+)
 from qjax.errors import RequestError
 from tests.bench.serving.scripted import Asked, Scripted, beside, tokens
 
@@ -40,16 +47,18 @@ def test_lengths_are_as_counted() -> None:
 
 def test_real_vocabulary(golden: Path) -> None:
     """Of a small vocabulary, where words are of several tokens."""
-    tokenizer = load_tokenizer(golden / "base-tiny-llama")
-
-    async def counted(text: str) -> int:
-        return len(tokenizer.encode(text))
-
-    found = drawn(Random(64, 1, prefix_len=32), 8, by=counted)
-    lengths = [len(tokenizer.encode(one.prompt)) for one in found]
+    folder = golden / "base-tiny-llama"
+    reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found = drawn(Random(64, 1, prefix_len=32), 8, by=counted_with(str(folder)))
+    lengths = [len(reference.encode(one.prompt).ids) for one in found]
     assert [one.prompt_len for one in found] == lengths
     assert all(abs(length - 96) <= 3 for length in lengths)
     assert lengths.count(96) >= 4
+
+
+def test_tokenizer_in_a_file(golden: Path) -> None:
+    by = counted_with(str(golden / "gguf-Q4_1" / "model.gguf"))
+    assert asyncio.run(by("the")) == asyncio.run(counted_with(str(golden / "gguf-Q4_1"))("the"))
 
 
 def test_ranges() -> None:
