@@ -85,7 +85,8 @@ async def random_samples(
         return [WORDS[at] for at in rng.integers(0, len(WORDS), number)]
 
     found = []
-    prefix = words(sizes.prefix_len)
+    text, _ = await _fitted([], words(sizes.prefix_len), sizes.prefix_len, words, tokens)
+    prefix = text.split()
     for inputs, outputs in zip(
         lengths(sizes.input_len, 0), lengths(sizes.output_len, 1), strict=True
     ):
@@ -174,7 +175,7 @@ async def _fitted(
     """The text of prefix and words, with words dropped or added until it has `wanted` tokens; or,
     where it never has, the nearest that was found, and how many those are."""
     best = " ".join([*prefix, *words]), wanted
-    if tokens is None:
+    if tokens is None or not wanted:
         return best
     for attempt in range(_CORRECTIONS):
         text = " ".join([*prefix, *words])
