@@ -210,7 +210,8 @@ class Small:
         except (ValueError, KeyError, TypeError):
             asked.answer(400, {"error": {"message": "the body is no JSON with prompt, messages"}})
             return
-        if "error" in self.faults and self.count % 3 == 0:
+        # The request that is repeated is never hit, so that its answers can differ.
+        if "error" in self.faults and self.count % 3 == 0 and body.get("max_tokens") != 16:
             asked.answer(500, {"error": {"message": "internal error"}})
             return
         text = str(self.count) if "forgetful" in self.faults else "a"

@@ -151,8 +151,10 @@ def test_a_server_that_never_answers() -> None:
     async def handler(asked: Asked) -> None:
         await asked.reader.read()  # until the client goes
 
-    outcome, _ = completed(handler, timeout=0.05)
-    assert outcome.error == "not done after 0.05 s"
+    async def run(scripted: Scripted) -> Outcome:
+        return await complete(server_at(scripted, timeout=0.05), SAMPLE)
+
+    assert beside(handler, run).error == "not done after 0.05 s"
 
 
 def test_nobody_listens() -> None:
