@@ -78,6 +78,10 @@ class EngineError(QjaxError, RuntimeError):
     """The engine failed, or was closed, and takes no more requests."""
 
 
+class ServingError(QjaxError, ConnectionError):
+    """A server cannot be reached, or does not answer as it should."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question, " (did you mean 'x'?)", where a known name is near to this one, else ""."""
     found = difflib.get_close_matches(name, list(known), 1)

@@ -1,11 +1,15 @@
-"""`qjax bench`: how fast this machine runs a model."""
+"""`qjax bench`: how fast this machine runs a model; `qjax bench serve` and `kernels` beside it."""
 
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from qjax.cli import options
+from qjax.cli import bench_kernels, bench_serve, options
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command(context_settings=bench_serve.SETTINGS)(bench_serve.command)
+app.command()(bench_kernels.command)
 
 
 class Format(StrEnum):
@@ -14,7 +18,9 @@ class Format(StrEnum):
     json = "json"
 
 
+@app.callback(invoke_without_command=True)
 def bench(
+    context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
     prompt: Annotated[
         list[int] | None, typer.Option("--prompt", "-p", help="Prompt lengths.", min=1)
@@ -30,7 +36,10 @@ def bench(
     kv_cache_dtype: options.KVCacheDtype = "auto",
     output: Annotated[Format, typer.Option("--output", "-o")] = Format.md,
 ) -> None:
-    """Measure prompt and generation speed."""
+    """Measure prompt and generation speed here; or, by a subcommand, a server or single kernels."""
+    if context.invoked_subcommand is not None:
+        _check_unused(context)
+        return
     import qjax
     from qjax import bench as benchmark
 
@@ -46,4 +55,10 @@ def bench(
     typer.echo(benchmark.table(rows, output.value))
 
 
-command = bench
+def _check_unused(context: typer.Context) -> None:
+    """An option of this command would mean nothing to a subcommand."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option, command = name.replace("_", "-"), context.invoked_subcommand
+            raise typer.BadParameter(f"--{option} belongs behind {command!r}, if it has one")

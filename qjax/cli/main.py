@@ -32,9 +32,10 @@ app = typer.Typer(
 )
 for command in (
     *(generate, chat, pull, inspect, plan, quantize, convert),
-    *(methods, bench, tune, report, doctor),
+    *(methods, tune, report, doctor),
 ):
     app.command()(command.command)
+app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 
 
