@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from qjax.engine.structured_outputs import StructuredOutputs
 from qjax.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -44,6 +45,9 @@ class SamplingParams:
       include_stop_str_in_output: keep the stop string at the end of the text.
       logit_bias: token id to the number added to its logit.
       allowed_token_ids: nothing but these can be generated.
+      structured_outputs: a form that the text must have, see `StructuredOutputs`; or its field, as
+        a dict. The text ends where the form is complete. end-of-sequence and stop tokens that come
+        before min_tokens, or with ignore_eos, are left out as long as the form allows another.
 
     Raises:
       RequestError: a field is out of range or of the wrong type.
@@ -69,6 +73,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self):
         def put(name: str, value: Any):
@@ -85,6 +90,10 @@ class SamplingParams:
             put("allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:
                 raise RequestError("allowed_token_ids must name at least one token, got none.")
+        if self.structured_outputs is not None:
+            put("structured_outputs", StructuredOutputs.of(self.structured_outputs))
+            if self.allowed_token_ids is not None:
+                raise RequestError("give structured_outputs or allowed_token_ids, not both.")
         if self.logit_bias is not None:
             keys = _ids("logit_bias", self.logit_bias)
             values = [_real("logit_bias", value) for value in self.logit_bias.values()]
