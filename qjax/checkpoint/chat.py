@@ -7,6 +7,7 @@ doing harm. No request can bring its own.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,12 +35,20 @@ class ChatTemplate:
         self._file = file
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt for `messages`.
 
+        Args:
+          tools: functions that the model may call, in OpenAI's form: {"type": "function",
+            "function": {"name", "description", "parameters"}}. Arguments of calls in `messages`
+            may be JSON text, as OpenAI has them, or objects, as templates take them.
+
         Raises:
-          RequestError: the messages are not such as the template takes.
+          RequestError: the messages or tools are not such as the template takes.
           CheckpointError: the template is faulty, or asks for too much memory or time.
         """
         from qjax.checkpoint.template_sandbox import Excess, Refusal, render
@@ -50,8 +59,12 @@ class ChatTemplate:
                 raise RequestError(
                     f"a message must be a dict with role and content, got {str(message)[:60]!r}"
                 )
+            _open_arguments(message)
+        given_tools = _plain(tools or [], what="tools")
+        if not isinstance(given_tools, list) or not all(isinstance(t, dict) for t in given_tools):
+            raise RequestError(f"tools must be a list of dicts, got {str(tools)[:60]!r}")
         variables = {
-            "tools": None,
+            "tools": given_tools or None,
             "documents": None,
             **self._special_tokens,
             "messages": given,
@@ -86,16 +99,30 @@ class ChatTemplate:
         raise CheckpointError(reason, file=self._file, field="chat_template") from None
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _open_arguments(message: dict[str, Any]) -> None:
+    """Makes objects of arguments that are JSON text: templates write them out as JSON again."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"])
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(arguments, dict):
+                function["arguments"] = _plain(arguments)
+
+
+def _plain(value: Any, depth: int = 0, what: str = "messages") -> Any:
     """A copy made of dict, list, str, numbers and None: all that a template gets to see."""
     if depth > _DEEPEST_MESSAGE:
-        raise RequestError(f"messages are nested more than {_DEEPEST_MESSAGE} deep")
+        raise RequestError(f"{what} are nested more than {_DEEPEST_MESSAGE} deep")
     if value is None or type(value) in (str, bool, int, float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+        return {str(key): _plain(item, depth + 1, what) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, depth + 1) for item in value]
+        return [_plain(item, depth + 1, what) for item in value]
     raise RequestError(
-        f"messages must be made of dict, list, str, numbers and None, not {type(value).__name__}"
+        f"{what} must be made of dict, list, str, numbers and None, not {type(value).__name__}"
     )

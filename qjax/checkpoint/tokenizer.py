@@ -77,12 +77,19 @@ class Tokenizer:
         skipped = self.special_ids if skip_special_tokens else frozenset[int]()
         return TokenStream(self._token_bytes, skipped)
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that an id stands for; none for an id that the vocabulary does not have."""
+        return self._token_bytes(token)
+
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt that the model's chat template makes of `messages`.
 
@@ -91,6 +98,7 @@ class Tokenizer:
         Args:
           messages: {"role": ..., "content": ...} each, oldest first.
           add_generation_prompt: end with what opens the model's reply.
+          tools: functions that the model may call, see `ChatTemplate.render`.
 
         Raises:
           RequestError: the model has no chat template, or its template refuses these messages.
@@ -101,7 +109,7 @@ class Tokenizer:
                 "this model has no chat template: give the prompt as one string, which is "
                 "completed as it is (on the command line: --raw)"
             )
-        return self.chat_template.render(messages, add_generation_prompt)
+        return self.chat_template.render(messages, add_generation_prompt, tools)
 
 
 class TokenStream:

@@ -95,7 +95,7 @@ def _check_brackets(name: str, text: str) -> None:
     """Counts brackets wherever they stand, also where they are literal."""
     depth = 0
     for character in text:
-        depth += (character in "([{") - (character in ")]}")
+        depth = max(0, depth + (character in "([{") - (character in ")]}"))
         if depth > MAX_DEPTH:
             raise RequestError(f"{name} must nest at most {MAX_DEPTH} deep.")
 
