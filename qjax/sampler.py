@@ -46,6 +46,7 @@ class SamplingRows:
       stop_ids: int32 [S, E], tokens that may not come before position `min_length`, padded with
         numbers past the vocabulary; None with `bias`.
       min_length: int32 [S]; None with `bias`.
+      mask: int32 [S, V / 32], a bit for each token that may come, lowest first, or None.
     """
 
     key: Any
@@ -59,6 +60,7 @@ class SamplingRows:
     bias: Any = None
     stop_ids: Any = None
     min_length: Any = None
+    mask: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +103,16 @@ def add_bias(
     index = jnp.arange(logits.shape[0])[:, None]
     stops = vocabulary.own(rows.stop_ids, logits.shape[1])
     return (logits + rows.bias).at[index, stops].add(early[:, None], mode="drop")
+
+
+def allow(logits: jax.Array, mask: jax.Array, vocabulary: Vocabulary = WHOLE) -> jax.Array:
+    """-inf for tokens without a bit in `mask`, see `SamplingRows`."""
+    bits = (mask[:, :, None] >> jnp.arange(32)) & 1
+    size = logits.shape[1]
+    own = lax.dynamic_slice_in_dim(
+        bits.reshape(len(mask), -1), vocabulary.offset(size), size, axis=1
+    )
+    return jnp.where(own != 0, logits, -jnp.inf)
 
 
 def penalize(

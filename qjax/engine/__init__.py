@@ -1,6 +1,7 @@
 """Running models: requests in, tokens out, many sequences at a time.
 
 - `sampling_params`: what a caller may ask for, checked
+- `structured_outputs`, `grammar`: the form that text may have to have, and what it means for tokens
 - `request`: one sequence on its way through, and the text it has produced
 - `block_manager`: which pages of the cache are free
 - `scheduler`: which sequences run in the next step

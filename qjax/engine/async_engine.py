@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Literal
 
-from qjax.engine.engine import Engine, peak_memory
+from qjax.engine.engine import Engine, matcher_for, peak_memory
 from qjax.engine.replicas import Replicas
 from qjax.engine.request import GenerationResult, Logprob, Request
 from qjax.engine.sampling_params import SamplingParams
@@ -86,6 +86,9 @@ class AsyncEngine:
           RequestError: something is out of range.
           EngineError: the engine failed, or was closed.
         """
+        if params.structured_outputs is not None:
+            # The engine finds it compiled.
+            await asyncio.to_thread(matcher_for, self.engine.params, params)
         options = {"sample": sample, "priority": priority, "cache_salt": cache_salt}
         caller = _Caller(prompt_ids, params, options, asyncio.get_running_loop())
         self._post("add", caller)

@@ -46,6 +46,7 @@ def step_spec(plan: Plan) -> StepSpec:
         greedy=all(p.greedy for p in params),
         penalties=any(p.penalized for p in params),
         bias=any(p.logit_bias or p.allowed_token_ids or p.min_tokens for p in params),
+        mask=any(request.matcher is not None for request in plan.requests),
         logprobs=any(p.logprobs is not None for p in params),
         prompt_logprobs=plan.prefill and any(p.prompt_logprobs is not None for p in params),
     )
@@ -136,7 +137,17 @@ def make_rows(plan: Plan, spec: StepSpec, vocab_size: int) -> SamplingRows:
         frequency=column("frequency_penalty", 0),
         repetition=column("repetition_penalty", 1),
         **(_biases(plan.requests, count, vocab_size) if spec.bias else {}),
+        mask=make_mask(plan, vocab_size) if spec.mask else None,
     )
+
+
+def make_mask(plan: Plan, vocab_size: int) -> np.ndarray:
+    """Which tokens may come next, int32 [S, V / 32]: for most requests, all."""
+    mask = np.full((padded_shape(plan)[1], -(-vocab_size // 32)), -1, np.int32)
+    for row, request in enumerate(plan.requests):
+        if request.matcher is not None:
+            mask[row] = request.token_mask()[: mask.shape[1]]
+    return mask
 
 
 def _biases(requests: Sequence[Request], count: int, vocab_size: int) -> dict[str, np.ndarray]:
@@ -155,5 +166,6 @@ def _biases(requests: Sequence[Request], count: int, vocab_size: int) -> dict[st
         for token, value in (params.logit_bias or {}).items():
             bias[i, token] += value
         stop_ids[i, : len(stops[i])] = stops[i]
-        min_length[i] = len(request.prompt_ids) + params.min_tokens
+        if request.matcher is None:  # else it is seen to with the mask
+            min_length[i] = len(request.prompt_ids) + params.min_tokens
     return {"bias": bias, "stop_ids": stop_ids, "min_length": min_length}

@@ -15,6 +15,7 @@ import numpy as np
 from qjax.engine.batch import BLOCK_TABLE_WIDTHS, bucket
 from qjax.engine.block_manager import BlockManager
 from qjax.engine.draft_model import DraftModel
+from qjax.engine.grammar import Matcher, grammars
 from qjax.engine.request import Logprob, OutputText, Request
 from qjax.engine.runner import Runner
 from qjax.engine.sampling_params import SamplingParams
@@ -22,6 +23,7 @@ from qjax.engine.scheduler import Plan, Scheduler
 from qjax.engine.speculation import PromptLookup, SpeculativeConfig, Speculator
 from qjax.engine.stats import EngineStats
 from qjax.engine.step import StepOutput
+from qjax.engine.structured_outputs import StructuredOutputs
 from qjax.errors import RequestError
 from qjax.params import Params
 from qjax.sampler import TokenLogprobs
@@ -38,6 +40,12 @@ class _Sent:
     ends: list[int]
     emits: list[bool]
     output: StepOutput
+
+    @property
+    def decides_masks(self) -> bool:
+        """Whether what may come in the next step depends on the tokens of this one."""
+        pairs = zip(self.plan.requests, self.emits, strict=True)
+        return any(emits and request.matcher is not None for request, emits in pairs)
 
 
 class Engine:
@@ -150,7 +158,9 @@ class Engine:
           cache_salt: only sequences of the same salt share pages of the cache.
 
         Raises:
-          RequestError: the prompt is empty or too long, or a token id is not in the vocabulary.
+          RequestError: the prompt is empty or too long, a token id is not in the vocabulary, or
+            structured outputs cannot be followed.
+          UnsupportedError: they need llguidance, which is not installed.
         """
         check_request(prompt_ids, params, self.params, self.max_model_len)
         room = self.max_model_len - len(prompt_ids)
@@ -162,6 +172,7 @@ class Engine:
                 f"prompt of {len(prompt_ids)} tokens and max_tokens of {max_tokens} do not fit "
                 f"the cache, which holds {held} tokens: shorten them or make the cache larger."
             )
+        matcher = matcher_for(self.params, params)
         told = {"sample": sample, "priority": priority, "cache_salt": cache_salt}
         self._record("add", prompt_ids, params, told)
         if params.seed is None:
@@ -178,6 +189,7 @@ class Engine:
             number=self._added,
             priority=priority,
             cache_salt=cache_salt,
+            matcher=matcher,
         )
         self._added += 1
         self.scheduler.add(request)
@@ -195,6 +207,8 @@ class Engine:
         """
         self._record("step", self.digest)
         changed = self._speculate()
+        if self._pending is not None and self._pending.decides_masks:
+            changed += self._read()
         plan = self.scheduler.schedule(may_preempt=self._pending is None)
         if plan is None:
             return changed + self._read()
@@ -355,6 +369,22 @@ def model_len(params: Params, asked: int | None) -> int:
     if asked is not None and not 1 <= asked <= limit:
         raise RequestError(f"max_model_len must be in [1, {limit}], got {asked}.")
     return asked or limit
+
+
+def matcher_for(model: Params, params: SamplingParams) -> Matcher | None:
+    """What holds a new text to the form that is asked for; None where none is.
+
+    Slow once for a model and for each form, and then quick; may be called from any thread.
+
+    Raises:
+      RequestError: the form is faulty or too large.
+      UnsupportedError: llguidance is not installed.
+    """
+    if params.structured_outputs is None:
+        return None
+    assert isinstance(params.structured_outputs, StructuredOutputs)
+    found = grammars(model.tokenizer, model.config.vocab_size, eos_ids(model))
+    return found.matcher(params.structured_outputs)
 
 
 def eos_ids(params: Params) -> frozenset[int]:

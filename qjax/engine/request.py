@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qjax.engine.grammar import Matcher, without
 from qjax.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -28,7 +29,8 @@ class GenerationResult:
       token_ids: the generated tokens, with the one that ended the sequence.
       finish_reason: "stop" (end-of-sequence token, stop token or stop string), "length"
         (max_tokens, or the context is full) or "abort".
-      stop_reason: the stop string or stop token id; None for the model's own end of sequence.
+      stop_reason: the stop string or stop token id; None for the model's own end of sequence, and
+        where structured outputs are complete. With "abort", why they could not be followed on.
       prompt_token_ids: the prompt as the model saw it.
       logprobs: for each generated token {token id: Logprob}, the chosen token first, if asked.
       prompt_logprobs: the same for the prompt, None for its first token, if asked.
@@ -118,6 +120,7 @@ class Request:
     number: int = 0  # in the order in which they came to the engine
     priority: int = 0  # lower ones run earlier
     cache_salt: str = ""
+    matcher: Matcher | None = None  # of the form that its text must have
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_sampled: int = 0
@@ -173,6 +176,14 @@ class Request:
         self.num_sampled += count
         self.draft = ()
 
+    def token_mask(self) -> np.ndarray:
+        """Of what its form allows next, all that its parameters leave of it."""
+        assert self.matcher is not None
+        early = set(self.eos_ids) if self.params.ignore_eos else set[int]()
+        if len(self.output_ids) < self.params.min_tokens:
+            early |= {*self.eos_ids, *self.params.stop_token_ids}
+        return without(self.matcher.mask, sorted(early))
+
     def restart(self) -> None:
         """Its pages are lost: all that is known goes through the model again."""
         self.num_computed = self.num_named = 0
@@ -188,7 +199,10 @@ class Request:
         params = self.params
         before = len(self.text.text)
         armed = len(self.output_ids) > params.min_tokens
-        eos = token_id in self.eos_ids and not params.ignore_eos
+        form = self.matcher
+        # Where a form allowed it, it is the end.
+        eos = token_id in self.eos_ids and not (params.ignore_eos and form is None)
+        armed = armed or (eos and form is not None)
         if armed and (eos or token_id in params.stop_token_ids):
             if params.include_stop_str_in_output:
                 self.text.push(token_id)
@@ -196,11 +210,18 @@ class Request:
             self.finish("stop", None if eos else token_id)
             return
         last = len(self.output_ids) >= self.max_tokens
+        if form is not None:
+            form.consume(token_id)
+            last = last or form.complete or form.error is not None
         self.text.push(token_id)
         if last:
             self.text.flush()
         if armed and (stop := self.text.find_stop(before)) is not None:
             self.finish("stop", stop)
+        elif form is not None and form.error is not None:
+            self.finish("abort", form.error)
+        elif form is not None and form.complete:
+            self.finish("stop")
         elif last:
             self.finish("length")
 

@@ -167,7 +167,11 @@ class Runner:
             counters = self._placed(counters)
             self._state = replace(self._state, seen=counters.seen, counts=counters.counts)
         if self._decoding is not None and self._decoding[0] == _identity(plan):
-            return spec, None, None, self._decoding[1], self._decoding[2], np.int32(plan.steps)
+            rows = self._decoding[2]
+            if spec.mask:
+                mask = batches.make_mask(plan, self.config.vocab_size)
+                rows = replace(rows, sampling=replace(rows.sampling, mask=mask))
+            return spec, None, None, self._decoding[1], rows, np.int32(plan.steps)
         numerics = self._numerics.prefill
         if not plan.prefill or plan.replays:
             numerics = self._numerics.decode

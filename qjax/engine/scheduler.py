@@ -177,7 +177,8 @@ class Scheduler:
         # None runs past its max_tokens; and if pages are scarce, one token at a time.
         steps = min([DECODE_STEPS, *(r.max_tokens - r.num_sampled for r in wanting)])
         checks = any(r.draft for r in wanting)
-        steps = 1 if checks else steps
+        # What may come in a form depends on the token before.
+        steps = 1 if checks or any(r.matcher is not None for r in wanting) else steps
         ends = [r.num_computed + steps + len(r.draft) for r in wanting]
         missing = map(self.blocks.missing, (r.blocks for r in wanting), ends)
         if sum(missing) > self.blocks.num_free:

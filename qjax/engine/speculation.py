@@ -122,6 +122,7 @@ def may_speculate(request: Request) -> bool:
         or params.logit_bias
         or params.allowed_token_ids
         or params.min_tokens
+        or params.structured_outputs
         or params.logprobs is not None
     )
 

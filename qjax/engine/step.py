@@ -38,13 +38,14 @@ class StepSpec:
     greedy: bool = True
     penalties: bool = False
     bias: bool = False
+    mask: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
 
     @property
     def plain(self) -> bool:
         """Whether the tokens depend on the logits alone."""
-        return self.greedy and not self.penalties and not self.bias
+        return self.greedy and not (self.penalties or self.bias or self.mask)
 
 
 @jax.tree_util.register_dataclass
@@ -325,6 +326,8 @@ def _pick(
         seen = state.seen.at[rows.slot].get(mode="clip")
         counts = state.counts.at[rows.slot].get(mode="clip")
         logits = sampler.penalize(logits, rows.sampling, seen, counts)
+    if spec.mask:
+        logits = sampler.allow(logits, rows.sampling.mask, vocabulary)
     if spec.greedy:
         return sampler.greedy(logits, vocabulary)
     return sampler.sample(logits, rows.sampling, positions, vocabulary)

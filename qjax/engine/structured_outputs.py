@@ -78,8 +78,8 @@ class StructuredOutputs:
 
 
 def _check_text(name: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise RequestError(f"{name} must be a string, got {text!r:.80}.")
+    if not isinstance(text, str) or not text:
+        raise RequestError(f"{name} must be a non-empty string, got {text!r:.80}.")
     if len(text) > MAX_CHARACTERS:
         raise RequestError(
             f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}."
@@ -142,9 +142,7 @@ def _choices(choices: Any) -> tuple[str, ...]:
     if len(choices) > MAX_CHOICES:
         raise RequestError(f"choice must have at most {MAX_CHOICES} entries, got {len(choices)}.")
     for each in choices:
-        if not each:
-            raise RequestError(f"choice must hold non-empty strings, got {each!r:.80}.")
-        _check_text("choice", each)
+        _check_text("an entry of choice", each)
     total = sum(map(len, choices))
     if total > MAX_CHARACTERS:
         raise RequestError(f"choice must have at most {MAX_CHARACTERS} characters, got {total}.")
