@@ -86,10 +86,10 @@ class AsyncEngine:
           RequestError: something is out of range.
           EngineError: the engine failed, or was closed.
         """
-        if params.structured_outputs is not None:
-            # The engine finds it compiled.
-            await asyncio.to_thread(matcher_for, self.engine.params, params)
+        options: dict[str, Any]
         options = {"sample": sample, "priority": priority, "cache_salt": cache_salt}
+        if params.structured_outputs is not None:
+            options["matcher"] = await asyncio.to_thread(matcher_for, self.engine.params, params)
         caller = _Caller(prompt_ids, params, options, asyncio.get_running_loop())
         self._post("add", caller)
         ended = False

@@ -149,6 +149,7 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        matcher: Matcher | None = None,
     ) -> Request:
         """Queues a prompt.
 
@@ -156,6 +157,8 @@ class Engine:
           sample: tells the n samples of one prompt apart.
           priority: lower ones run earlier; of the same one, first come, first served.
           cache_salt: only sequences of the same salt share pages of the cache.
+          matcher: of the structured outputs, from `matcher_for`, where that was called elsewhere,
+            since it may take long.
 
         Raises:
           RequestError: the prompt is empty or too long, a token id is not in the vocabulary, or
@@ -172,7 +175,7 @@ class Engine:
                 f"prompt of {len(prompt_ids)} tokens and max_tokens of {max_tokens} do not fit "
                 f"the cache, which holds {held} tokens: shorten them or make the cache larger."
             )
-        matcher = matcher_for(self.params, params)
+        matcher = matcher or matcher_for(self.params, params)
         told = {"sample": sample, "priority": priority, "cache_salt": cache_salt}
         self._record("add", prompt_ids, params, told)
         if params.seed is None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 import numpy as np
 
@@ -87,8 +86,7 @@ class Grammars:
             _Tokens(tokenizer, vocab_size, eos_ids),  # type: ignore[arg-type]
             eos_token=sorted(eos_ids),
         )
-        self._kept: OrderedDict[StructuredOutputs, Matcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: dict[StructuredOutputs, Matcher] = {}
         self._compiling = threading.Lock()  # whoever asks for much takes one processor, not all
 
     def matcher(self, outputs: StructuredOutputs) -> Matcher:
@@ -97,16 +95,13 @@ class Grammars:
         Raises:
           RequestError: the form is faulty, or too large.
         """
-        with self._lock:
-            first = self._kept.get(outputs)
+        first = self._kept.get(outputs)
         if first is None:
             with self._compiling:
-                first = self._compile(outputs)
-        with self._lock:
-            self._kept[outputs] = first
-            self._kept.move_to_end(outputs)
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+                first = self._kept.get(outputs) or self._compile(outputs)
+                self._kept[outputs] = first
+                if len(self._kept) > _KEPT:
+                    del self._kept[next(iter(self._kept))]
         return Matcher(first._matcher.deep_copy(), first.mask)
 
     def _compile(self, outputs: StructuredOutputs) -> Matcher:
@@ -118,14 +113,14 @@ class Grammars:
         if reason is None:
             limits = LLParserLimits(**LIMITS)
             matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
-            if not matcher.is_error():
-                mask = _mask(matcher)
+            mask = _mask(matcher)
             if not matcher.is_error():
                 return Matcher(matcher, mask)
             reason = matcher.get_error()
-        # Of a grammar that was made here, no line helps.
-        place = r"$" if outputs.grammar else r"^at \d+\(\d+\): |failed to compile JSON schema: "
-        raise RequestError(f"{name} cannot be followed: {re.sub(place, '', _short(reason))}")
+        reason = _short(reason)
+        if not outputs.grammar:  # no place in what was made of it here means anything to callers
+            reason = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", reason)
+        raise RequestError(f"{name} cannot be followed: {reason}")
 
 
 _grammars: WeakKeyDictionary[Tokenizer, Grammars] = WeakKeyDictionary()
@@ -157,7 +152,7 @@ class _Tokens:
     is_tokenizer_wrapper = True
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]):
-        self._tokenizer = tokenizer
+        self._tokenizer = proxy(tokenizer)  # what is kept for it must not keep it
         self.eos_token_id = min(eos_ids)
         self.bos_token_id = tokenizer.bos_id
         self.tokens = [tokenizer.token_bytes(i) for i in range(vocab_size)]

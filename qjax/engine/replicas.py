@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from qjax.engine.engine import Engine
+from qjax.engine.grammar import Matcher
 from qjax.engine.request import Request
 from qjax.engine.sampling_params import SamplingParams
 from qjax.engine.stats import EngineStats
@@ -85,10 +87,13 @@ class Replicas:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        matcher: Matcher | None = None,
     ) -> Request:
         """See `Engine.add`."""
         engine = min(self.engines, key=_load)
-        request = engine.add(prompt_ids, params, sample, priority=priority, cache_salt=cache_salt)
+        options: dict[str, Any]
+        options = {"priority": priority, "cache_salt": cache_salt, "matcher": matcher}
+        request = engine.add(prompt_ids, params, sample, **options)
         self._owner[id(request)] = engine
         return request
 
