@@ -16,6 +16,7 @@ keep_top_k = jax.jit(sampler.keep_top_k)
 keep_top_p = jax.jit(sampler.keep_top_p)
 keep_min_p = jax.jit(sampler.keep_min_p)
 add_bias = jax.jit(sampler.add_bias)
+allow = jax.jit(sampler.allow)
 penalize = jax.jit(sampler.penalize)
 token_logprobs = jax.jit(sampler.token_logprobs, static_argnums=2)
 
@@ -197,6 +198,15 @@ def test_bias_and_early_stops() -> None:
     assert kept(late)[1] == {8, 9}
     early = add_bias(jnp.asarray(x), rows, jnp.array([9, 9]))
     assert kept(early) == [set(range(V)) - {5}, {8}]
+
+
+def test_only_tokens_of_the_mask() -> None:
+    x = logits_of(3)
+    allowed = np.random.default_rng(1).random((3, 64)) < 0.3
+    allowed[2] = True
+    mask = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
+    found = np.asarray(allow(jnp.asarray(x), jnp.asarray(mask)))
+    assert np.array_equal(found, np.where(allowed[:, :V], x, -np.inf))
 
 
 def test_logprobs() -> None:

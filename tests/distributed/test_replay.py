@@ -122,5 +122,6 @@ def test_sampling_parameters_survive():
             allowed_token_ids=(5, 6),
             prompt_logprobs=0,
         ),
+        qjax.SamplingParams(structured_outputs={"choice": ("é", "b")}),
     ):
         assert decode(json.loads(json.dumps(encode(params)))) == params

@@ -54,6 +54,13 @@ def test_prompt_logprobs_and_chunks() -> None:
     assert run(cases.split(LLAMA, 2)) == run(qjax.load(LLAMA))
 
 
+def test_structured_outputs() -> None:
+    """Each device has the mask of its part of the vocabulary."""
+    sampling = cases.PLAIN | {"structured_outputs": {"regex": "[a-z]{3}-[0-9]{1,4}é{9}"}}
+    whole = cases.found(qjax.load(LLAMA), sampling)
+    cases.check(whole, cases.found(cases.split(LLAMA, 4), sampling))
+
+
 def test_generate() -> None:
     """By default numerics too, which round activations."""
     options: dict[str, Any] = {"max_tokens": 6, "temperature": 0.7, "seed": 1}
