@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _LONGEST_TEMPLATE = 1 << 15  # characters; the longest in use have some 17,000
 _DEEPEST_MESSAGE = 32
+# Arguments of tool calls put out as they are, or put together with text.
+_PUTS_ARGUMENTS = re.compile(r"""arguments['"]?\]?\s*(\+|~|-?\}\})""")
 
 
 class ChatTemplate:
@@ -45,7 +48,7 @@ class ChatTemplate:
         Args:
           tools: functions that the model may call, in OpenAI's form: {"type": "function",
             "function": {"name", "description", "parameters"}}. Arguments of calls in `messages`
-            may be JSON text, as OpenAI has them, or objects, as templates take them.
+            are JSON text, as OpenAI has them; templates that write them as JSON get objects.
 
         Raises:
           RequestError: the messages or tools are not such as the template takes.
@@ -59,7 +62,8 @@ class ChatTemplate:
                 raise RequestError(
                     f"a message must be a dict with role and content, got {str(message)[:60]!r}"
                 )
-            _open_arguments(message)
+            if not _PUTS_ARGUMENTS.search(self.text):
+                _open_arguments(message)
         given_tools = _plain(tools or [], what="tools")
         if not isinstance(given_tools, list) or not all(isinstance(t, dict) for t in given_tools):
             raise RequestError(f"tools must be a list of dicts, got {str(tools)[:60]!r}")
@@ -100,7 +104,7 @@ class ChatTemplate:
 
 
 def _open_arguments(message: dict[str, Any]) -> None:
-    """Makes objects of arguments that are JSON text: templates write them out as JSON again."""
+    """Makes objects of arguments that are JSON text."""
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function") if isinstance(call, dict) else None

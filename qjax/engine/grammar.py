@@ -162,8 +162,8 @@ class _Tokens:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-# A model that may write any white space can write nothing else to the end.
-_WHITESPACE = {"x-guidance": {"whitespace_pattern": r"[ ]|\n[ \t]{0,32}"}}
+# In a schema: a model that may write any white space can write nothing else to the end.
+WHITESPACE = {"x-guidance": {"whitespace_pattern": r"[ ]|\n[ \t]{0,32}"}}
 # How text is cut into tokens is left to the model; else masks would tokenize all that must follow.
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 
@@ -190,7 +190,7 @@ def _grammar(outputs: StructuredOutputs) -> tuple[str, str]:
 
 
 def _of_schema(schema: dict[str, Any]) -> str:
-    return "start: %json " + json.dumps(schema | _WHITESPACE, ensure_ascii=False)
+    return "start: %json " + json.dumps(schema | WHITESPACE, ensure_ascii=False)
 
 
 def _mask(matcher: llguidance.LLMatcher) -> np.ndarray:

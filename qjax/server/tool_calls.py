@@ -75,6 +75,7 @@ class ToolCallParser:
         self._place: Literal["start", "content", "header", "object", "after"]
         self._place = "start" if format.bare else "content"
         self._text = ""  # not decided yet
+        self._glue: list[str] = []  # after a call, what may only lead to the next one
         self._header = 0  # in `text`: where what opens the call ends
         self._closed = False  # no more calls without another opening
         self._name: str | None = None  # of the call, where it stands before the arguments
@@ -99,8 +100,8 @@ class ToolCallParser:
     def finish(self) -> Deltas:
         """What is left when no more text comes."""
         out: Deltas = []
-        if self._place == "after" and not self._text.strip(self._format.glue + string.whitespace):
-            self._text = ""
+        if self._place == "after" and self._text:
+            self._put_glue_back()
         self._give(len(self._text), out)
         return out
 
@@ -162,24 +163,31 @@ class ToolCallParser:
 
     def _after(self, out: Deltas) -> bool:
         rest = self._text.lstrip(self._format.glue + string.whitespace)
-        glue = len(self._text) - len(rest)
+        self._glue.append(self._text[: len(self._text) - len(rest)])
+        self._text = rest
         for mark in self._format.begins:
             if rest.startswith(mark):
-                self._text = rest
+                self._glue.clear()
                 self._open_header(mark)
                 return True
         for mark in self._format.ends:
             if rest.startswith(mark):
+                self._glue.clear()
                 self._text, self._closed = rest[len(mark) :], True
                 return True
         if any(mark.startswith(rest) for mark in (*self._format.begins, *self._format.ends)):
             return False
+        self._put_glue_back()
         if rest.startswith("{") and not self._closed and not self._format.named:
-            self._open_object(glue, None)
+            self._open_object(len(self._text) - len(rest), None)
         else:
-            self._text = self._text.lstrip()
             self._place = "content"
         return True
+
+    def _put_glue_back(self) -> None:
+        """It led to no mark."""
+        self._text = "".join([*self._glue, self._text]).lstrip()
+        self._glue.clear()
 
     def _open_header(self, mark: str) -> None:
         self._place, self._header = "header", self._text.index(mark) + len(mark)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qjax.engine.grammar import WHITESPACE
 from qjax.engine.structured_outputs import StructuredOutputs
 from qjax.errors import RequestError
 
@@ -107,8 +108,8 @@ def _function(tool: Any, place: str) -> tuple[str, dict[str, Any]]:
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(schema, Mapping):
         raise RequestError(f"{place}.function.parameters must be a schema, got {schema!r:.80}.")
-    # Arguments are an object, also where the schema says nothing of the kind.
-    return name, {"type": "object", **schema}
+    # Arguments are an object, whatever the schema says.
+    return name, {**schema, "type": "object", **WHITESPACE}
 
 
 def _lark(text: str, marks: Sequence[str], tokenizer: Tokenizer) -> str:
@@ -131,8 +132,8 @@ def tool_format(chat_template: str) -> ToolFormat | None:
     if "[TOOL_CALLS]" in chat_template:
         return _MISTRAL if "[ARGS]" in chat_template else _MISTRAL_LIST
     if "<|tool_call|>" in chat_template:
-        return _PHI4_MINI if "<|/tool_call|>" in chat_template else _GRANITE
-    if "<tool_call>" in chat_template:
+        return _GRANITE
+    if "<tool_call>" in chat_template and "arguments" in chat_template:
         # Of the same mark, but XML inside.
         others = "<function=", "<arg_key>"
         return None if any(other in chat_template for other in others) else _HERMES
@@ -170,13 +171,14 @@ _LLAMA3 = ToolFormat(
     glue=";",
     bare=True,
 )
-# Mistral's tokenizers up to version 7, and from 11 on.
+# Mistral's, with tokenizers up to version 7, and from 11 on; some write both ways.
+_MISTRAL_HEADER = rf"\s*(?:\[|({_NAME})(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?)?\s*"
 _MISTRAL_LIST = ToolFormat(
     name="mistral",
     begins=("[TOOL_CALLS]",),
     ends=(),
-    header=_LIST,
-    opening="[TOOL_CALLS][",
+    header=_MISTRAL_HEADER,
+    opening="[TOOL_CALLS] [",
     call=_JSON_CALL,
     between=", ",
     closing="]",
@@ -187,7 +189,7 @@ _MISTRAL = ToolFormat(
     name="mistral",
     begins=("[TOOL_CALLS]",),
     ends=(),
-    header=rf"\s*({_NAME})(?:\[CALL_ID\]\w*)?\[ARGS\]\s*",
+    header=_MISTRAL_HEADER,
     opening="[TOOL_CALLS]",
     call="NAME[ARGS]ARGUMENTS",
     between="[TOOL_CALLS]",
@@ -204,17 +206,6 @@ _GRANITE = ToolFormat(
     call=_JSON_CALL,
     between=", ",
     closing="]",
-    glue=",]",
-)
-_PHI4_MINI = ToolFormat(
-    name="phi4_mini_json",
-    begins=("<|tool_call|>",),
-    ends=("<|/tool_call|>",),
-    header=_LIST,
-    opening="<|tool_call|>[",
-    call=_JSON_CALL,
-    between=", ",
-    closing="]<|/tool_call|>",
     glue=",]",
 )
 _DEEPSEEK_ENDS = "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"

@@ -1,5 +1,6 @@
 """Chat templates: what they make, and that hostile ones are stopped early and cheaply."""
 
+import json
 import resource
 import time
 
@@ -79,6 +80,56 @@ def test_a_template_may_refuse():
 def test_messages_of_another_form(messages):
     with pytest.raises(RequestError, match="message"):
         render(CHATML, messages)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"function": {"name": "add", "arguments": '{"a": 1, "b": {"c": "é"}}'}}
+
+
+def test_tools():
+    template = ChatTemplate("{% for tool in tools %}{{ tool | tojson }}{% endfor %}", {})
+    assert template.render(MESSAGES, tools=[TOOL, TOOL]) == json.dumps(TOOL) * 2
+    none = ChatTemplate("{{ tools is none }}", {})
+    assert [none.render(MESSAGES, tools=tools) for tools in (None, [], [TOOL])] == [
+        *("True", "True", "False")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # As Llama's and Qwen 2.5's, Mistral's, Granite's, Qwen 3's, DeepSeek's and Phi's have it.
+        ("{{ call.arguments | tojson }}", '{"a": 1, "b": {"c": "é"}}'),
+        ("{{ call | tojson }}", '{"name": "add", "arguments": {"a": 1, "b": {"c": "é"}}}'),
+        ("{% for k, v in call.arguments | items %}{{ k }}{% endfor %}", "ab"),
+        (
+            "{% if call.arguments is string %}{{ call.arguments }}{% else %}"
+            "{{ call.arguments | tojson }}{% endif %}",
+            '{"a": 1, "b": {"c": "é"}}',
+        ),
+        ("{{ 'x' + call['arguments'] + 'y' }}", 'x{"a": 1, "b": {"c": "é"}}y'),
+        ('{"arguments": {{ call.arguments }}}', '{"arguments": {"a": 1, "b": {"c": "é"}}}'),
+    ],
+)
+def test_arguments_of_calls_are_json(template, expected):
+    messages = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    text = "{% set call = messages[0].tool_calls[0].function %}" + template
+    assert render(text, messages) == expected
+    assert isinstance(CALL["function"]["arguments"], str)
+
+
+def test_arguments_that_are_no_object_stay_as_they_are():
+    template = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
+    for arguments in ("{", "[" * 99999, "3"):
+        call = {"function": {"name": "add", "arguments": arguments}}
+        messages = [{"role": "assistant", "tool_calls": [call, None, {"function": 3}]}]
+        assert render(template, messages) == json.dumps(arguments)
+
+
+@pytest.mark.parametrize("tools", [["add"], "add", [{"name": {1}}], 3, {"a": TOOL}])
+def test_tools_of_another_form(tools):
+    with pytest.raises(RequestError, match="tools"):
+        ChatTemplate(CHATML, {}).render(MESSAGES, tools=tools)
 
 
 def test_the_callers_messages_are_out_of_reach():
