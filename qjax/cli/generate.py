@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,14 @@ def generate(
     frequency_penalty: options.FrequencyPenalty = 0.0,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option("--json-schema", "-j", help="A JSON schema that the text must follow."),
+    ] = None,
+    grammar_file: Annotated[
+        str | None,
+        typer.Option("--grammar-file", help="A file with a Lark grammar that it must follow."),
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")
     ] = False,
@@ -75,6 +84,7 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
         stop=stop or (),
+        structured_outputs=form(json_schema, grammar_file),
         ignore_eos=ignore_eos,
     )
     if not prompt:
@@ -115,6 +125,22 @@ def generate(
             print(summary(stream.result), file=sys.stderr)
     if stream.result.finish_reason == "abort":
         raise typer.Exit(130)
+
+
+def form(json_schema: str | None, grammar_file: str | None) -> dict[str, str] | None:
+    """`structured_outputs` as the options have it."""
+    from qjax.errors import RequestError
+
+    if json_schema is not None and grammar_file is not None:
+        raise RequestError("give --json-schema or --grammar-file, not both.")
+    if json_schema is not None:
+        return {"json": json_schema}
+    if grammar_file is None:
+        return None
+    try:
+        return {"grammar": Path(grammar_file).read_text("utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--grammar-file: cannot read {grammar_file}: {error}") from None
 
 
 def question(params: "Params", text: str, system: str | None, raw: bool) -> Any:

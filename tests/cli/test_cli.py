@@ -48,6 +48,19 @@ def test_raw_and_json(run: Run, model: str) -> None:
     assert found["text"] == expected.text
 
 
+def test_forms(run: Run, model: str, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    args = ("generate", "hello", "-m", model, "--raw")
+    code, out, _ = run(*args, "--json-schema", json.dumps(schema))
+    assert code == 0
+    assert json.loads(out) in ({"a": 1}, {"a": 2})
+    grammar = tmp_path / "grammar.lark"
+    grammar.write_text('start: "yes" | "né"', "utf-8")
+    code, out, _ = run(*args, "--grammar-file", str(grammar))
+    assert (code, out) in ((0, "yes\n"), (0, "né\n"))
+
+
 def test_stdin(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
@@ -64,6 +77,9 @@ def test_stdin(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (("generate", "x", "--top-p", "0"), "top_p must be in (0, 1], got 0."),
         (("generate", "hello " * 600), "tokens, but the context holds 512"),
         (("generate", "x", "--raw", "--system", "y"), "--system needs the chat template"),
+        (("generate", "x", "-j", "{}", "--grammar-file", "g"), "not both"),
+        (("generate", "x", "-j", '{"type": "word"}'), "json cannot be followed: Invalid type"),
+        (("generate", "x", "--grammar-file", "none.lark"), "cannot read none.lark"),
     ],
 )
 def test_errors_are_one_message(run: Run, model: str, args: tuple[str, ...], message: str) -> None:
