@@ -42,11 +42,12 @@ class SamplingRows:
       temperature, top_p, min_p: float32 [S]; temperature 0 is greedy.
       top_k: int32 [S]; 0 or less keeps all.
       presence, frequency, repetition: float32 [S], penalties.
-      bias: float32 [S, V] added to the logits (-inf forbids a token), or None.
-      stop_ids: int32 [S, E], tokens that may not come before position `min_length`, padded with
-        numbers past the vocabulary; None with `bias`.
-      min_length: int32 [S]; None with `bias`.
-      mask: int32 [S, V / 32], a bit for each token that may come, lowest first, or None.
+      bias_ids: int32 [S, B], tokens to whose logits something is added, and `bias`, float32 [S, B],
+        what; padded with numbers past the vocabulary. None, like all that follows, where no row
+        asks for any of it.
+      stop_ids: int32 [S, E], tokens that may not come before position `min_length`; padded, too.
+      min_length: int32 [S].
+      mask: int32 [S, V / 32], a bit for each token that may come, lowest first.
     """
 
     key: Any
@@ -57,6 +58,7 @@ class SamplingRows:
     presence: Any
     frequency: Any
     repetition: Any
+    bias_ids: Any = None
     bias: Any = None
     stop_ids: Any = None
     min_length: Any = None
@@ -98,11 +100,13 @@ def add_bias(
     positions: jax.Array,
     vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
-    """Adds `rows.bias` and forbids `rows.stop_ids` at `positions` [S] below `rows.min_length`."""
+    """Adds `rows.bias`, and forbids `rows.stop_ids` at `positions` [S] below `rows.min_length`."""
     early = jnp.where(positions < rows.min_length, -jnp.inf, 0.0)
     index = jnp.arange(logits.shape[0])[:, None]
+    biased = vocabulary.own(rows.bias_ids, logits.shape[1])
     stops = vocabulary.own(rows.stop_ids, logits.shape[1])
-    return (logits + rows.bias).at[index, stops].add(early[:, None], mode="drop")
+    logits = logits.at[index, biased].add(rows.bias, mode="drop")
+    return logits.at[index, stops].add(early[:, None], mode="drop")
 
 
 def allow(logits: jax.Array, mask: jax.Array, vocabulary: Vocabulary = WHOLE) -> jax.Array:
@@ -238,7 +242,7 @@ def token_logprobs(
     own = vocabulary.own(tokens, size)
     chosen = _entry_of(logprobs, jnp.minimum(own, size - 1))
     chosen = vocabulary.total(jnp.where(own < size, chosen, 0))[:, None]
-    top, top_ids = lax.top_k(logprobs, min(k, size))
+    top, top_ids = _largest_entries(logprobs, min(k, size))
     if vocabulary.parts > 1:
         ids = vocabulary.gathered(top_ids + vocabulary.offset(size))
         top, places = lax.top_k(vocabulary.gathered(top), k)
@@ -260,6 +264,24 @@ def _entry_of(x: jax.Array, index: jax.Array) -> jax.Array:
 def _row_of(blocks: jax.Array, block: jax.Array) -> jax.Array:
     """[S, block]: of each row of [S, count, block] the block that it names."""
     return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+
+def _largest_entries(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of each row of x [R, V], falling, and where they stand; both [R, k].
+
+    They lie in the k blocks with the largest maxima.
+    """
+    blocks = _blocks(x, x.shape[1] // 64)
+    count, width = blocks.shape[1:]
+    if count <= k:
+        return lax.top_k(x, k)
+    _, chosen = lax.top_k(jnp.max(blocks, axis=-1), k)
+    # In the order of the vocabulary, so that of equal ones the first is taken, as in `lax.top_k`.
+    chosen = jnp.sort(chosen, axis=-1)
+    values = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(len(x), -1)
+    places = (chosen[:, :, None] * width + jnp.arange(width)).reshape(len(x), -1)
+    top, at = lax.top_k(values, k)
+    return top, jnp.take_along_axis(places, at, axis=1)
 
 
 def _largest_values(logits: jax.Array, vocabulary: Vocabulary) -> jax.Array:

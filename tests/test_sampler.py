@@ -183,21 +183,19 @@ def test_penalties() -> None:
 
 def test_bias_and_early_stops() -> None:
     x = logits_of(2)
-    bias = np.zeros((2, V), np.float32)
-    bias[0, 5] = 100.0
-    bias[1] = -np.inf
-    bias[1, [8, 9]] = 0
     rows = rows_of(
         2,
-        bias=bias,
+        bias_ids=np.array([[5, 6, V], [8, 9, V]], np.int32),
+        bias=np.array([[100.0, -np.inf, 1.0], [500.0, 510.0, 1.0]], np.float32),
         stop_ids=np.array([[5, V], [9, V]], np.int32),
         min_length=np.array([10, 10], np.int32),
     )
     late = add_bias(jnp.asarray(x), rows, jnp.array([10, 10]))
     assert late[0, 5] == pytest.approx(x[0, 5] + 100)
-    assert kept(late)[1] == {8, 9}
+    assert late[1, 8] == pytest.approx(x[1, 8] + 500)
+    assert kept(late) == [set(range(V)) - {6}, set(range(V))]
     early = add_bias(jnp.asarray(x), rows, jnp.array([9, 9]))
-    assert kept(early) == [set(range(V)) - {5}, {8}]
+    assert kept(early) == [set(range(V)) - {5, 6}, set(range(V)) - {9}]
 
 
 def test_only_tokens_of_the_mask() -> None:

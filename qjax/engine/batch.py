@@ -19,7 +19,8 @@ PREFILL_TOKENS = (64, 512, 2048, 8192)
 PREFILL_ROWS = (1, 32, 128, 512)
 CHECK_TOKENS = (8, 32, 128)
 BLOCK_TABLE_WIDTHS = tuple(4**i for i in range(2, 13))
-STOP_IDS = 8
+BIAS_IDS = (16, 512)
+STOP_IDS = (8, 128)
 
 
 def bucket(sizes: Sequence[int], need: int) -> int:
@@ -38,18 +39,25 @@ def padded_shape(plan: Plan) -> tuple[int, int]:
 
 
 def step_spec(plan: Plan) -> StepSpec:
-    """The least that the step must do for these requests."""
+    """What the step must do for these requests: one of few kinds, which can all be compiled before
+    they are wanted."""
     params = [request.params for request in plan.requests]
+    full = any(map(_is_full, plan.requests))
     return StepSpec(
         prefill=plan.prefill,
         checks=plan.checks,
-        greedy=all(p.greedy for p in params),
-        penalties=any(p.penalized for p in params),
-        bias=any(p.logit_bias or p.allowed_token_ids or p.min_tokens for p in params),
-        mask=any(request.matcher is not None for request in plan.requests),
-        logprobs=any(p.logprobs is not None for p in params),
+        greedy=not full and all(p.greedy for p in params),
+        full=full,
         prompt_logprobs=plan.prefill and any(p.prompt_logprobs is not None for p in params),
     )
+
+
+def _is_full(request: Request) -> bool:
+    """Whether its tokens take more than logits and a temperature, or more of them is asked for."""
+    params = request.params
+    biased = params.logit_bias or params.allowed_token_ids or params.min_tokens
+    logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+    return bool(params.penalized or biased or logprobs or request.matcher is not None)
 
 
 def make_batch(plan: Plan, width: int, numerics: str, head_numerics: str) -> Batch:
@@ -136,8 +144,8 @@ def make_rows(plan: Plan, spec: StepSpec, vocab_size: int) -> SamplingRows:
         presence=column("presence_penalty", 0),
         frequency=column("frequency_penalty", 0),
         repetition=column("repetition_penalty", 1),
-        **(_biases(plan.requests, count, vocab_size) if spec.bias else {}),
-        mask=make_mask(plan, vocab_size) if spec.mask else None,
+        **(_biases(plan.requests, count, vocab_size) if spec.full else {}),
+        mask=make_mask(plan, vocab_size) if spec.full else None,
     )
 
 
@@ -145,27 +153,30 @@ def make_mask(plan: Plan, vocab_size: int) -> np.ndarray:
     """Which tokens may come next, int32 [S, V / 32]: for most requests, all."""
     mask = np.full((padded_shape(plan)[1], -(-vocab_size // 32)), -1, np.int32)
     for row, request in enumerate(plan.requests):
+        allowed = request.params.allowed_token_ids
+        if allowed is not None:
+            bits = np.zeros(32 * mask.shape[1], bool)
+            bits[list(allowed)] = True
+            mask[row] = np.packbits(bits, bitorder="little").view("<i4")
         if request.matcher is not None:
-            mask[row] = request.token_mask()[: mask.shape[1]]
+            mask[row] &= request.token_mask()[: mask.shape[1]]
     return mask
 
 
 def _biases(requests: Sequence[Request], count: int, vocab_size: int) -> dict[str, np.ndarray]:
-    bias = np.zeros((count, vocab_size), np.float32)
-    min_length = np.zeros(count, np.int32)
+    biases = [request.params.logit_bias or {} for request in requests]
     stops = [
         sorted({*(() if r.params.ignore_eos else r.eos_ids), *r.params.stop_token_ids})
         for r in requests
     ]
-    stop_ids = np.full((count, max(STOP_IDS, *map(len, stops))), vocab_size, np.int32)
+    several = bucket(BIAS_IDS, max(map(len, biases))), bucket(STOP_IDS, max(map(len, stops)))
+    bias_ids, stop_ids = (np.full((count, each), vocab_size, np.int32) for each in several)
+    bias = np.zeros(bias_ids.shape, np.float32)
+    min_length = np.zeros(count, np.int32)
     for i, request in enumerate(requests):
-        params = request.params
-        if params.allowed_token_ids is not None:
-            bias[i] = -np.inf
-            bias[i, list(params.allowed_token_ids)] = 0
-        for token, value in (params.logit_bias or {}).items():
-            bias[i, token] += value
+        bias_ids[i, : len(biases[i])] = list(biases[i])
+        bias[i, : len(biases[i])] = list(biases[i].values())
         stop_ids[i, : len(stops[i])] = stops[i]
         if request.matcher is None:  # else it is seen to with the mask
-            min_length[i] = len(request.prompt_ids) + params.min_tokens
-    return {"bias": bias, "stop_ids": stop_ids, "min_length": min_length}
+            min_length[i] = len(request.prompt_ids) + request.params.min_tokens
+    return {"bias_ids": bias_ids, "bias": bias, "stop_ids": stop_ids, "min_length": min_length}

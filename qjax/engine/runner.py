@@ -81,6 +81,7 @@ class Prepared:
     """A step that can be sent to the device as soon as its program is compiled."""
 
     plan: Plan
+    spec: StepSpec
     args: list[Any]
     program: Future
 
@@ -140,12 +141,12 @@ class Runner:
     def prepare(self, plan: Plan) -> Prepared:
         """The arrays of a step; its compiling starts in a thread if that is still to be done."""
         spec, *args = self._arguments(plan)
-        shapes = (self._state.counts is None, *(x.shape for x in jax.tree.leaves(args)))
+        shapes = tuple(x.shape for x in jax.tree.leaves(args))
         known = spec, plan.replays, shapes
         program = self._near.get(known)
         if program is None:
             program = self._near[known] = self._program(spec, args)
-        return Prepared(plan, args, program)
+        return Prepared(plan, spec, args, program)
 
     def run(self, prepared: Prepared) -> StepOutput:
         """Sends a step to the device. Its tokens are on their way when this returns."""
@@ -153,22 +154,18 @@ class Runner:
         program = prepared.program.result()
         self.compile_seconds += time.perf_counter() - start
         plan, args = prepared.plan, prepared.args
-        output, self._cache, self._state, following = program(
-            self.tree, self._cache, self._state, *args
+        output, self._cache, state, following = program(
+            self.tree, self._cache, self._state_for(prepared.spec), *args
         )
+        self._state = state if prepared.spec.full else replace(self._state, last=state.last)
         self._decoding = None if plan.prefill else (_identity(plan), following, args[-2])
         return output
 
     def _arguments(self, plan: Plan) -> tuple[StepSpec, Any, Any, Batch, Rows, Any]:
         spec = batches.step_spec(plan)
-        if spec.penalties and self._state.counts is None:
-            shape = self.num_slots, self.config.vocab_size
-            counters = State(None, np.zeros(shape, bool), np.zeros(shape, np.int32))
-            counters = self._placed(counters)
-            self._state = replace(self._state, seen=counters.seen, counts=counters.counts)
         if self._decoding is not None and self._decoding[0] == _identity(plan):
             rows = self._decoding[2]
-            if spec.mask:
+            if any(request.matcher is not None for request in plan.requests):
                 mask = batches.make_mask(plan, self.config.vocab_size)
                 rows = replace(rows, sampling=replace(rows.sampling, mask=mask))
             return spec, None, None, self._decoding[1], rows, np.int32(plan.steps)
@@ -178,19 +175,30 @@ class Runner:
         # A token comes of the same logits after its prompt and, sent back to wait, after more.
         head = self._numerics.decode
         batch = batches.make_batch(plan, self.table_width, numerics, head)
-        sampling = None if spec.plain else batches.make_rows(plan, spec, self.config.vocab_size)
+        sampling = None if spec.greedy else batches.make_rows(plan, spec, self.config.vocab_size)
         rows = Rows(*batches.make_slots(plan, self.num_slots), sampling)
         if not plan.prefill:
             if self._mesh is None:  # it comes again with each step that follows
                 rows = jax.device_put(rows)
             return spec, None, None, batch, rows, np.int32(plan.steps)
-        if spec.penalties:
+        if spec.full:
             self._enter_known(plan)
         tokens, targets = batches.make_tokens(plan)
         return spec, tokens, targets if spec.prompt_logprobs else None, batch, rows, None
 
+    def _state_for(self, spec: StepSpec) -> State:
+        """What a step of this kind takes of the state; counters are made when first wanted."""
+        if not spec.full:
+            return State(self._state.last)
+        if self._state.counts is None:
+            shape = self.num_slots, self.config.vocab_size
+            made = self._placed(State(None, np.zeros(shape, bool), np.zeros(shape, np.int32)))
+            self._state = replace(self._state, seen=made.seen, counts=made.counts)
+        return self._state
+
     def _enter_known(self, plan: Plan) -> None:
         """Tokens whose pages were found in the cache go by no step that would count them."""
+        self._state_for(StepSpec(True, full=True))
         for request, count in zip(plan.requests, plan.counts, strict=True):
             known, slot = request.num_cached, request.slot
             if not known or request.num_computed - count != known or not request.params.penalized:
@@ -203,7 +211,8 @@ class Runner:
             self._state = state if self._mesh is None else jax.device_put(state, self._split(state))
 
     def _program(self, spec: StepSpec, args: list[Any]) -> Future:
-        tree, state, *rest = jax.tree.map(shape_of, (self.tree, self._state, *args))
+        state = self._state_for(spec)
+        tree, state, *rest = jax.tree.map(shape_of, (self.tree, state, *args))
         structs = tree, cache_shapes(self._cache, self._formats), state, *rest
         leaves, structure = jax.tree.flatten(structs)
         shapes = tuple((x.shape, x.dtype.name) for x in leaves)
@@ -221,7 +230,7 @@ class Runner:
             try:
                 if self._mesh is not None:  # its devices are not written to disk
                     return compile_it()
-                results = step_results(spec, self._cache, self._state, batch=args[2])
+                results = step_results(spec, self._cache, state, batch=args[2])
                 return load_or_compile(repr(key), (structs, {}), results, compile_it)
             except BaseException:
                 del _programs[key]

@@ -138,9 +138,17 @@ def _available_memory() -> int:
         return 2 * CPU_CACHE_BYTES  # as on macOS, which tells otherwise
 
 
+KINDS = {
+    "greedy": SamplingParams(),
+    "sampled": SamplingParams(temperature=1.0),
+    "full": SamplingParams(logprobs=0),
+}
+
+
 def warm_up(engine: Engine | Replicas, *, progress: bool = True) -> list[str]:
     """Compiles, or reads from disk, the programs of all sizes that steps come in: for greedy and
-    for sampled tokens. What asks for penalties, biases or logprobs still compiles when it comes.
+    for sampled tokens, and for all else that may be asked of these. Logprobs of prompts, guesses
+    ahead, and more biases than fit a few still compile when they come.
 
     Returns:
       What each program is for.
@@ -152,8 +160,8 @@ def warm_up(engine: Engine | Replicas, *, progress: bool = True) -> list[str]:
     for each in engines:
         prepared = [
             (f"{name}, {kind}", each.runner.prepare(plan).program)
-            for kind, temperature in (("greedy", 0.0), ("sampled", 1.0))
-            for name, plan in _sizes(each, SamplingParams(temperature=temperature))
+            for kind, sampling in KINDS.items()
+            for name, plan in _sizes(each, sampling)
         ]
         for name, program in tqdm(prepared, desc="warming up", disable=None if progress else True):
             program.result()

@@ -36,16 +36,8 @@ class StepSpec:
     prefill: bool
     checks: bool = False
     greedy: bool = True
-    penalties: bool = False
-    bias: bool = False
-    mask: bool = False
-    logprobs: bool = False
+    full: bool = False  # with penalties, biases, masks and logprobs
     prompt_logprobs: bool = False
-
-    @property
-    def plain(self) -> bool:
-        """Whether the tokens depend on the logits alone."""
-        return self.greedy and not (self.penalties or self.bias or self.mask)
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +47,7 @@ class State:
 
     Attributes:
       last: int32 [slots], the newest token.
-      seen: bool [slots, V], tokens of the prompt; None until some request has penalties.
+      seen: bool [slots, V], tokens of the prompt; None in all but full steps.
       counts: int32 [slots, V], how often each token was generated; None likewise.
     """
 
@@ -134,7 +126,7 @@ def step(
         return StepOutput(picked[None], None, None), cache, state, None
     hidden = hidden[jnp.maximum(batch.query_start_loc[1:] - 1, 0)]
     logits = functional.logits(config, tree, hidden, batch)
-    if spec.penalties:
+    if spec.full:
         state = _count_prompt(state, tokens, given, batch, rows)
     picked, logprobs, state = _emit(logits, state, batch, rows, spec)
     picked, logprobs = jax.tree.map(lambda x: x[None], (picked, logprobs))
@@ -184,13 +176,12 @@ def _step_of_parts(
         return *found, None if following is None else replace(following, parallel=None)
 
     cached, kept = parts.cache_specs(cache), state_specs(state, parts)
-    *_, rows, _ = arguments
     return jax.shard_map(
         own,
         mesh=mesh,
         in_specs=(
             parts.specs(tree),
-            *(cached, kept, P(), P(), P(), _row_specs(rows, parts), P()),
+            *(cached, kept, P(), P(), P(), P(), P()),
         ),
         out_specs=(P(), cached, kept, P()),
         check_vma=False,
@@ -201,13 +192,6 @@ def state_specs(state: State, parts: Parts) -> State:
     """Which axes of the mesh a state is split over: it has a column for each token."""
     of_vocabulary = P(None, parts.vocabulary)
     return jax.tree.map(lambda x: of_vocabulary if len(x.shape) == 2 else P(), state)
-
-
-def _row_specs(rows: Rows, parts: Parts) -> Rows:
-    found = jax.tree.map(lambda _: P(), rows)
-    if rows.sampling is None or rows.sampling.bias is None:
-        return found
-    return replace(found, sampling=replace(found.sampling, bias=P(None, parts.vocabulary)))
 
 
 def _decode(
@@ -238,7 +222,7 @@ def _decode(
 
     size = len(batch.seq_lens)
     output = jnp.zeros((DECODE_STEPS, size), jnp.int32), None
-    if spec.logprobs:
+    if spec.full:
         shape = DECODE_STEPS, size
         numbers, ids = jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
         several = (*shape, MAX_LOGPROBS)
@@ -256,11 +240,11 @@ def _emit(
     vocabulary = Vocabulary.of(batch.parallel)
     picked = _pick(logits, state, batch, rows, spec, vocabulary)
     logprobs = None
-    if spec.logprobs:
+    if spec.full:
         logprobs = sampler.token_logprobs(logits, picked, MAX_LOGPROBS, vocabulary)
     emitting = jnp.where(rows.emits, rows.slot, state.last.shape[0])
     state = replace(state, last=state.last.at[emitting].set(picked, mode="drop"))
-    if spec.penalties:
+    if spec.full:
         own = vocabulary.own(picked, logits.shape[1])
         counts = state.counts.at[emitting, own].add(1, mode="drop")
         state = replace(state, counts=counts)
@@ -302,7 +286,7 @@ def step_results(spec: StepSpec, cache: Any, state: State, batch: Batch) -> Any:
     logprobs = TokenLogprobs(0, 0, 0, 0)
     output = StepOutput(
         tokens=0,
-        logprobs=logprobs if spec.logprobs else None,
+        logprobs=logprobs if spec.full else None,
         prompt_logprobs=logprobs if spec.prompt_logprobs else None,
     )
     return output, cache, state, None if spec.prefill else batch
@@ -316,20 +300,16 @@ def _pick(
     spec: StepSpec,
     vocabulary: Vocabulary,
 ) -> jax.Array:
-    if spec.plain:
+    if spec.greedy:
         return sampler.greedy(logits, vocabulary)
     # The new token stands right after the tokens so far.
     positions = batch.seq_lens
-    if spec.bias:
+    if spec.full:
         logits = sampler.add_bias(logits, rows.sampling, positions, vocabulary)
-    if spec.penalties:
         seen = state.seen.at[rows.slot].get(mode="clip")
         counts = state.counts.at[rows.slot].get(mode="clip")
         logits = sampler.penalize(logits, rows.sampling, seen, counts)
-    if spec.mask:
         logits = sampler.allow(logits, rows.sampling.mask, vocabulary)
-    if spec.greedy:
-        return sampler.greedy(logits, vocabulary)
     return sampler.sample(logits, rows.sampling, positions, vocabulary)
 
 

@@ -161,7 +161,7 @@ def _of_sampler(config: ModelConfig, parallel: Parallel, spec: StepSpec) -> Iter
         yield of_rows(_GATHER, "draw", n * blocks)
         yield of_rows(_REDUCE, "draw", size // blocks)
     for asked, of, per in (
-        (spec.logprobs, "logprobs", "sequence"),
+        (spec.full, "logprobs", "sequence"),
         (spec.prompt_logprobs, "prompt_logprobs", "token"),
     ):
         if asked:

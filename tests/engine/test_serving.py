@@ -49,17 +49,23 @@ def test_what_is_warm_compiles_nothing(
     params: qjax.Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = serving_engine(
-        params, max_num_seqs=2, max_model_len=64, max_num_batched_tokens=64, seed=0
+        params, max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, seed=0
     )
     names = warm_up(engine, progress=False)
-    sizes = ["decode of 1", "decode of 2", "prompts of 64 in 1", "prompts of 64 in 2"]
-    assert names == [f"{size}, {kind}" for kind in ("greedy", "sampled") for size in sizes]
+    sizes = ["decode of 1", "prompts of 64 in 1"]
+    assert names == [f"{size}, {kind}" for kind in ("greedy", "sampled", "full") for size in sizes]
     before = set(runner._programs)
-    for temperature in (0.0, 1.0):
-        sampling = qjax.SamplingParams(max_tokens=12, temperature=temperature, ignore_eos=True)
-        for count in (1, 2):
-            for i in range(count):
-                engine.add((5 + i, 6), sampling)
-            while engine.busy:
-                engine.step()
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "presence_penalty": 0.5},
+        {"logprobs": 3, "logit_bias": {3: 1.0}},
+        {"allowed_token_ids": [3, 4, 5], "min_tokens": 2},
+    ]
+    for kind in kinds:
+        sampling = qjax.SamplingParams(max_tokens=12, ignore_eos=True, **kind)
+        for i in range(2):
+            engine.add((5 + i, 6), sampling)
+        while engine.busy:
+            engine.step()
     assert set(runner._programs) == before

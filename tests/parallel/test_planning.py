@@ -113,8 +113,18 @@ def program(params: qjax.Params, spec: StepSpec, numerics: str) -> jax.stages.Co
     tokens = of("int32", TOKENS if spec.prefill else 4)
     batch = Batch(tokens, of("int32", 5), row, of("int32", 4, 16), numerics=numerics)
     sampling = None
-    if not spec.plain:
+    if not spec.greedy:
         sampling = SamplingRows(of("uint32", 4, 2), number, row, *[number] * 5)
+    if spec.full:
+        ids, words = of("int32", 4, 16), of("int32", 4, -(-params.config.vocab_size // 32))
+        sampling = replace(
+            sampling,
+            bias_ids=ids,
+            bias=of("float32", 4, 16),
+            stop_ids=ids,
+            min_length=row,
+            mask=words,
+        )
     rows = Rows(row, of(bool, 4), row, sampling)
     more = (tokens, tokens) if spec.prefill else (None, None)
     count = None if spec.prefill else of("int32")
@@ -125,7 +135,7 @@ def program(params: qjax.Params, spec: StepSpec, numerics: str) -> jax.stages.Co
     ("name", "tensor", "spec", "numerics", "all_reduce"),
     [
         ("gguf-Q4_1", 4, StepSpec(False, greedy=False), "exact", "float32"),
-        ("gptq-4b-g32-desc", 2, StepSpec(False, logprobs=True), "int8", "float32"),
+        ("gptq-4b-g32-desc", 2, StepSpec(False, greedy=False, full=True), "int8", "float32"),
         ("ct-int8-w8a8-dyn-asym", 2, StepSpec(True), "int8", "float32"),
         ("tiny-qwen2moe", 2, StepSpec(True), "int8", "bfloat16"),
         ("gguf-Q4_1", 2, StepSpec(False), "int16", "int8"),
