@@ -46,8 +46,8 @@ class SamplingParams:
       logit_bias: token id to the number added to its logit.
       allowed_token_ids: nothing but these can be generated.
       structured_outputs: a form that the text must have, see `StructuredOutputs`; or its field, as
-        a dict. The text ends where the form is complete. end-of-sequence and stop tokens that come
-        before min_tokens, or with ignore_eos, are left out as long as the form allows another.
+        a dict. The text ends where the form is complete. Tokens that end it are left out before
+        min_tokens, and those of the model with ignore_eos, as long as the form allows another.
 
     Raises:
       RequestError: a field is out of range or of the wrong type.

@@ -7,6 +7,7 @@ allowed: what comes out is a random text of the form.
 import asyncio
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,28 @@ def test_without_some_tokens() -> None:
     mask = np.asarray([0b1011, 1 << 31], np.uint32).view(np.int32)
     assert without(mask, [0, 1, 63]).view(np.uint32).tolist() == [0b1000, 0]
     assert without(mask, [3, 1, 0, 63, 5]) is mask  # nothing would be left
+
+
+def test_forms_are_compiled_once(params: qjax.Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Grammars(params.tokenizer, 512, eos_ids(params))
+    outputs = StructuredOutputs(regex="[ab]+")
+    one = found.matcher(outputs)
+    monkeypatch.setattr("qjax.engine.grammar.check", lambda grammar: "compiled again")
+    other = found.matcher(StructuredOutputs(regex="[ab]+"))
+    [c, *_] = np.flatnonzero(np.unpackbits(one.mask.view(np.uint8), bitorder="little"))
+    one.consume(int(c))
+    assert np.array_equal(found.matcher(outputs).mask, other.mask)  # at the beginning, all of them
+    assert not np.array_equal(one.mask, other.mask)
+    for i in range(100):  # so many are not kept
+        found.matcher(StructuredOutputs(choice=[str(i)]))
+    with pytest.raises(RequestError, match="compiled again"):
+        found.matcher(outputs)
+
+
+def test_without_llguidance(params: qjax.Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(qjax.UnsupportedError, match="pip install llguidance"):
+        Grammars(params.tokenizer, 512, eos_ids(params))
 
 
 def test_where_nothing_ends_a_sequence(params: qjax.Params) -> None:
