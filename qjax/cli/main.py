@@ -20,6 +20,7 @@ from qjax.cli import (
     pull,
     quantize,
     report,
+    serve,
     tune,
 )
 from qjax.errors import QjaxError
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    *(generate, chat, pull, inspect, plan, quantize, convert),
+    *(generate, chat, serve, pull, inspect, plan, quantize, convert),
     *(methods, tune, report, doctor),
 ):
     app.command()(command.command)

@@ -85,13 +85,17 @@ def joined(
 
 
 def mesh_of(
-    processes: "Processes | None", tensor_parallel_size: int | None, expert_parallel: bool
+    processes: "Processes | None",
+    tensor_parallel_size: int | None,
+    expert_parallel: bool,
+    data_parallel_size: int = 1,
 ) -> "Mesh | None":
     """The mesh that the options ask for; None for one device.
 
     Raises ShardingError where there are not so many devices, or a process would have none.
     """
-    if processes is None and tensor_parallel_size is None and not expert_parallel:
+    several = tensor_parallel_size is not None or expert_parallel or data_parallel_size > 1
+    if processes is None and not several:
         return None
     import jax
 
@@ -99,7 +103,8 @@ def mesh_of(
     from qjax.sharding import make_mesh
 
     size = tensor_parallel_size or (1 if processes is None else len(jax.devices()))
-    mesh = make_mesh(expert=size) if expert_parallel else make_mesh(size)
+    sizes = (1, size) if expert_parallel else (size, 1)
+    mesh = make_mesh(sizes[0], expert=sizes[1], data=data_parallel_size)
     missing = set(range(jax.process_count())) - {d.process_index for d in mesh.devices.flat}
     if missing:
         raise ShardingError(
