@@ -114,10 +114,10 @@ class _Boundary:
                 event["error"] = told.message[:500]
                 if "status" not in event:  # or the connection is closed in the middle
                     await _answer(told, scope)(scope, receive, noted)
-        event.pop("fields", None)
-        event["seconds"] = round(time.perf_counter() - started, 4)
-        level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
-        logger.log(level, "request", extra=event)
+            event.pop("fields", None)
+            event["seconds"] = round(time.perf_counter() - started, 4)
+            level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+            logger.log(level, "request", extra=event)
 
 
 def _answer(error: ApiError, scope: Scope) -> Response:

@@ -19,11 +19,15 @@ class ClientGone(Exception):
 
 
 class Bodies:
-    """Reads the bodies of requests, each within `MAX_BODY` bytes and `seconds`."""
+    """Reads the bodies of requests, each within `MAX_BODY` bytes and `seconds`.
+
+    Attributes:
+      held: bytes of those that are not whole yet.
+    """
 
     def __init__(self, seconds: float):
         self._seconds = seconds
-        self._held = 0
+        self.held = 0
         self._reading: set[asyncio.Timeout] = set()
         self._ending = False
 
@@ -82,15 +86,15 @@ class Bodies:
                 piece = message.get("body", b"")
                 size += len(piece)
                 if size > MAX_BODY:
-                    self._held -= len(body)
+                    self.held -= len(body)
                     body.clear()
                     continue
                 body += piece
-                self._held += len(piece)
-                if self._held > _MAX_BODIES:
+                self.held += len(piece)
+                if self.held > _MAX_BODIES:
                     raise queue_full("too many large requests are coming in.")
         finally:
-            self._held -= len(body)
+            self.held -= len(body)
         if size > MAX_BODY:
             raise _too_long()
         return bytes(body)

@@ -270,8 +270,9 @@ def _wrong_type(message: str) -> ApiError:
     path = path.removeprefix("$").removeprefix(".")
     what = what[:1].lower() + what[1:]
     if "missing required field " in what:
-        name = what.rpartition(" ")[2]
-        return invalid(f"{f'{path}.' if path else ''}{name} is required.", name)
+        path = f"{path}.{what.rpartition(' ')[2]}".removeprefix(".")
+        what = "is required"
     if not path:
         return invalid(f"the body is not a request: {what}.")
-    return invalid(f"{path}: {what}.", path.partition(".")[0].partition("[")[0])
+    param = path.partition(".")[0].partition("[")[0]
+    return invalid(f"{path}{' ' if what == 'is required' else ': '}{what}.", param)

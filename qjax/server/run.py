@@ -51,7 +51,7 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-class Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """Serves until the first SIGTERM or SIGINT, then drains; a second one ends the process at once.
 
     Args:
@@ -174,13 +174,13 @@ def serve(app: Starlette, host: str, port: int, drain_seconds: float, **tls: Any
 
     Args:
       host, port: see `bind`.
-      drain_seconds, tls: see `Server`.
+      drain_seconds, tls: see `DrainingServer`.
 
     Raises:
       RequestError: it cannot listen there.
       BaseException: what the model could not be loaded for, or the engine failed of.
     """
-    server = Server(app, drain_seconds, **tls)
+    server = DrainingServer(app, drain_seconds, **tls)
     listener = bind(host, port)
     service, address = server.service, listener.getsockname()
     scheme = "https" if tls.get("ssl_certfile") else "http"

@@ -114,6 +114,7 @@ class Service:
       settings: how to serve.
 
     Attributes:
+      requests: that are being answered; sequences: theirs that run or wait.
       ended: set when there is nothing left to serve: after a drain, or a failure.
       error: why it failed, or None.
     """
@@ -129,8 +130,8 @@ class Service:
         self._thread: threading.Thread | None = None
         self._model: Model | None = None
         self._generations: set[Generation] = set()
-        self._sequences = 0
-        self._requests = 0
+        self.sequences = 0
+        self.requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -170,13 +171,13 @@ class Service:
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
         """Counts a request from its head to the end of its answer."""
-        self._requests += 1
+        self.requests += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._requests -= 1
-            if self._requests == 0:
+            self.requests -= 1
+            if self.requests == 0:
                 self._idle.set()
 
     @contextlib.contextmanager
@@ -191,16 +192,16 @@ class Service:
             raise invalid(
                 f"n times the number of prompts must be at most {most}, got {sequences}.", "n"
             )
-        if self._sequences + sequences > most:
+        if self.sequences + sequences > most:
             raise queue_full(
                 f"the queue is full: at most {self.settings.max_queue} sequences may wait."
             )
-        self._sequences += sequences
+        self.sequences += sequences
         self._generations.add(generation)
         try:
             yield
         finally:
-            self._sequences -= sequences
+            self.sequences -= sequences
             self._generations.discard(generation)
 
     def fail(self, error: BaseException) -> None:
@@ -216,9 +217,9 @@ class Service:
         is told. Sets `ended`."""
         if self.phase is not Phase.failed:
             self.phase = Phase.draining
-        logger.info("draining", extra={"requests": self._requests, "seconds": seconds})
+        logger.info("draining", extra={"requests": self.requests, "seconds": seconds})
         if not await self._idle_within(seconds):
-            logger.warning("drain deadline passed", extra={"requests": self._requests})
+            logger.warning("drain deadline passed", extra={"requests": self.requests})
             for generation in list(self._generations):
                 generation.interrupt(unavailable("the server is shutting down."))
             self.bodies.end()

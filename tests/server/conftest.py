@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +14,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import qjax
 from qjax.server.app import create_app
-from qjax.server.run import Server, bind
+from qjax.server.run import DrainingServer, bind
 from qjax.server.service import Service, Settings
 
 PAGES = 40
@@ -28,7 +30,7 @@ NAME = "tiny"
 class Running:
     """A server in a thread: its address, and what it is made of."""
 
-    server: Server
+    server: DrainingServer
     port: int
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
@@ -42,9 +44,8 @@ class Running:
         return self.server.service
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=httpx.Timeout(60)
-        )
+        url = f"{self.url}/v1"
+        return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60)
 
     def post(self, path: str, content: Any, **options: Any) -> httpx.Response:
         """What comes of JSON, or of bytes as they are."""
@@ -73,17 +74,37 @@ class Running:
 
         self.until(unused)
 
+    def ended(self, reason: str) -> float:
+        """How many sequences ended so, by the server's metrics."""
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        wanted = "qjax:request_success_total"
+        return sum(
+            sample.value
+            for sample in samples
+            if sample.name == wanted and sample.labels["finished_reason"] == reason
+        )
+
     def drain(self) -> None:
         self.loop.call_soon_threadsafe(self.server.drain)
 
 
 @contextlib.contextmanager
 def serving(
-    load: Callable[[], qjax.Engine], drain_seconds: float = 0.0, wait: bool = True, **settings: Any
+    load: Callable[[], qjax.Engine],
+    drain_seconds: float = 0.0,
+    wait: bool = True,
+    buffer: int | None = None,
+    **settings: Any,
 ) -> Iterator[Running]:
-    """A server until the block ends; from its beginning on it is ready, unless told otherwise."""
-    server = Server(create_app(load, Settings(names=(NAME,), **settings)), drain_seconds)
+    """A server until the block ends; from its beginning on it is ready, unless told otherwise.
+
+    `buffer` is how many bytes a connection takes that nobody reads, about.
+    """
+    server = DrainingServer(create_app(load, Settings(names=(NAME,), **settings)), drain_seconds)
     listener = bind("127.0.0.1", 0)
+    if buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     loop = asyncio.new_event_loop()
 
     def run() -> None:
@@ -105,16 +126,19 @@ def serving(
 
 
 @pytest.fixture(scope="session")
-def engine(golden: Path) -> qjax.Engine:
-    """Of a model that transformers ran, too: see its reference.npz."""
-    params = qjax.load(golden / "base-tiny-llama")
+def params(golden: Path) -> qjax.Params:
+    """A model that transformers ran, too: see its reference.npz."""
+    return qjax.load(golden / "base-tiny-llama")
+
+
+def engine_of(params: qjax.Params) -> qjax.Engine:
     options: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "numerics": "exact"}
     return qjax.Engine(params, num_blocks=PAGES, max_num_seqs=4, **options)
 
 
 @pytest.fixture(scope="module")
-def running(engine: qjax.Engine) -> Iterator[Running]:
-    with serving(lambda: engine, max_num_seqs=4, max_queue=28) as running:
+def running(params: qjax.Params) -> Iterator[Running]:
+    with serving(lambda: engine_of(params), max_num_seqs=4, max_queue=28) as running:
         yield running
 
 
@@ -122,3 +146,54 @@ def running(engine: qjax.Engine) -> Iterator[Running]:
 def client(running: Running) -> Iterator[openai.OpenAI]:
     with running.client() as client:
         yield client
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is not set, no engine gets on."""
+    step, gate = qjax.Engine.step, threading.Event()
+
+    def held(self: qjax.Engine) -> list[Any]:
+        assert gate.wait(60)
+        return step(self)
+
+    gate.set()
+    monkeypatch.setattr(qjax.Engine, "step", held)
+    yield gate
+    gate.set()
+
+
+class Raw:
+    """A connection that does what no HTTP client would."""
+
+    def __init__(self, running: Running, buffer: int | None = None):
+        self.socket = socket.socket()
+        if buffer is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        self.socket.settimeout(60)
+        self.socket.connect(("127.0.0.1", running.port))
+
+    def __enter__(self) -> "Raw":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def post(self, path: str, body: bytes, length: int | None = None) -> None:
+        """Sends a request, of whose body `length` bytes are announced."""
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += "Connection: close\r\n"
+        head += f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
+        self.socket.sendall(head.encode() + body)
+
+    def rest(self) -> bytes:
+        """All that comes until the connection is closed."""
+        found = b""
+        while piece := self.socket.recv(65536):
+            found += piece
+        return found
+
+    def answer(self) -> tuple[int, dict[str, Any]]:
+        """Status and JSON of an answer that ends with the connection."""
+        head, _, body = self.rest().partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(body)
