@@ -106,14 +106,14 @@ def serve(
     ] = False,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--max-num-seqs",
-            help="Most sequences that run at a time.",
+            help="Most sequences that run at a time; default 32, on an accelerator 128.",
             min=1,
             rich_help_panel=ENGINE,
         ),
-    ] = 32,
+    ] = None,
     max_num_batched_tokens: Annotated[
         int,
         typer.Option(
@@ -182,7 +182,7 @@ def serve(
     """Serve a model behind OpenAI's endpoints, and a page to chat with it."""
     _check_installed()
     import qjax
-    from qjax.engine.serving import serving_engine
+    from qjax.engine import serving
     from qjax.server import logs, run
     from qjax.server.app import create_app
     from qjax.server.service import Settings
@@ -195,7 +195,6 @@ def serve(
     settings = Settings(
         names=tuple(served_model_name or [model]),
         api_keys=tuple(api_key or ()),
-        max_num_seqs=max_num_seqs * data_parallel_size,
         max_queue=max_queue,
         log_prompts=log_prompts,
     )
@@ -212,7 +211,7 @@ def serve(
         def make() -> "Engine | Replicas":
             params = load()
             assert params is not None
-            engine = serving_engine(
+            engine = serving.serving_engine(
                 params,
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
@@ -226,7 +225,7 @@ def serve(
                 seed=seed,
             )
             if warm_up:
-                engine.warm_up()
+                serving.warm_up(engine)
             return engine
 
         if group is not None and group.process_id > 0:

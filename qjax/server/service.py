@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import qjax
 from qjax.api import sampling_defaults
 from qjax.engine.async_engine import AsyncEngine
-from qjax.engine.engine import Engine, EngineStats
+from qjax.engine.engine import Engine
 from qjax.engine.replicas import Replicas
+from qjax.engine.stats import EngineStats
 from qjax.params import Params
 from qjax.server.errors import ApiError, invalid, queue_full, unavailable
 from qjax.server.limits import Bodies
@@ -36,8 +37,7 @@ class Settings:
     Attributes:
       names: of the model, in requests; the first is the one in answers.
       api_keys: that open all paths but /health; none for no guard.
-      max_num_seqs: sequences that the engine runs at a time.
-      max_queue: sequences that may wait beside them; more are refused (429).
+      max_queue: sequences that may wait; more are refused (429).
       body_seconds: within which the body of a request must arrive.
       stall_seconds: that a client may take to read a piece of a stream.
       log_prompts: whether prompts and answers are written to the log.
@@ -45,7 +45,6 @@ class Settings:
 
     names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
-    max_num_seqs: int = 32
     max_queue: int = 1024
     body_seconds: float = 30.0
     stall_seconds: float = 30.0
@@ -67,6 +66,7 @@ class Model:
       params: of one copy.
       engine: of all copies.
       max_model_len: most tokens of prompt and output.
+      max_num_seqs: sequences that run at a time, on all copies.
       defaults: sampling parameters by its generation_config.json.
       quantization: of its weights: {"method", "qtype", "bits_per_weight"}.
       created: seconds since 1970.
@@ -75,6 +75,7 @@ class Model:
     params: Params
     engine: AsyncEngine
     max_model_len: int
+    max_num_seqs: int
     defaults: dict[str, Any]
     quantization: dict[str, Any]
     created: int = field(default_factory=lambda: int(time.time()))
@@ -82,8 +83,8 @@ class Model:
     @classmethod
     def of(cls, engine: Engine | Replicas) -> "Model":
         """A model whose engine is not used by anybody else."""
-        first = engine.engines[0] if isinstance(engine, Replicas) else engine
-        params = first.params
+        engines = engine.engines if isinstance(engine, Replicas) else [engine]
+        params = engines[0].params
         summary = params.summary()
         most = summary.uses[0]
         defaults = sampling_defaults(params)
@@ -92,7 +93,8 @@ class Model:
         return cls(
             params=params,
             engine=AsyncEngine(engine),
-            max_model_len=first.max_model_len,
+            max_model_len=engines[0].max_model_len,
+            max_num_seqs=sum(each.scheduler.max_num_seqs for each in engines),
             defaults=defaults,
             quantization={
                 "method": most.method or None,
@@ -187,7 +189,7 @@ class Service:
         Raises:
           ApiError: there is none now (429), or never will be (400).
         """
-        most = self.settings.max_num_seqs + self.settings.max_queue
+        most = self.model.max_num_seqs + self.settings.max_queue
         if sequences > most:
             raise invalid(
                 f"n times the number of prompts must be at most {most}, got {sequences}.", "n"

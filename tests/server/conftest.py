@@ -131,14 +131,14 @@ def params(golden: Path) -> qjax.Params:
     return qjax.load(golden / "base-tiny-llama")
 
 
-def engine_of(params: qjax.Params) -> qjax.Engine:
+def engine_of(params: qjax.Params, max_num_seqs: int = 4) -> qjax.Engine:
     options: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "numerics": "exact"}
-    return qjax.Engine(params, num_blocks=PAGES, max_num_seqs=4, **options)
+    return qjax.Engine(params, num_blocks=PAGES, max_num_seqs=max_num_seqs, **options)
 
 
 @pytest.fixture(scope="module")
 def running(params: qjax.Params) -> Iterator[Running]:
-    with serving(lambda: engine_of(params), max_num_seqs=4, max_queue=28) as running:
+    with serving(lambda: engine_of(params), max_queue=28) as running:
         yield running
 
 

@@ -114,8 +114,7 @@ def test_slow_heads(running: Running, monkeypatch: pytest.MonkeyPatch, sent: byt
 def hasty(params: qjax.Params) -> Iterator[Running]:
     """A server without patience."""
     with serving(
-        lambda: engine_of(params),
-        max_num_seqs=1,
+        lambda: engine_of(params, max_num_seqs=1),
         max_queue=0,
         body_seconds=0.3,
         stall_seconds=0.3,
@@ -226,7 +225,7 @@ def test_readers_that_are_slower_than_the_model(
     params: qjax.Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation, "_BACKLOG", 0)
-    with serving(lambda: engine_of(params), max_num_seqs=4, buffer=4096) as patient:
+    with serving(lambda: engine_of(params), buffer=4096) as patient:
         with Raw(patient, buffer=4096) as raw:
             raw.post("/v1/completions", STREAM)
             patient.until(lambda: patient.ended("abort") == 1)

@@ -225,7 +225,7 @@ def test_whatever_comes_is_understood_or_refused(model: Model, kind: Any, data: 
     first = {"prompt": "a"} if kind is CompletionRequest else {"messages": HELLO}
     body = json.dumps({**first, **fields}).encode()
     try:
-        request = protocol.decode(body, kind)
+        request: Any = protocol.decode(body, kind)
         protocol.check(request)
         work = (Chat if kind is ChatRequest else Completion)(request, model).work
     except (ApiError, RequestError, CheckpointError) as error:
