@@ -69,6 +69,7 @@ class Model:
       max_num_seqs: sequences that run at a time, on all copies.
       defaults: sampling parameters by its generation_config.json.
       quantization: of its weights: {"method", "qtype", "bits_per_weight"}.
+      cache_tokens: that the caches of all copies hold.
       created: seconds since 1970.
     """
 
@@ -78,6 +79,7 @@ class Model:
     max_num_seqs: int
     defaults: dict[str, Any]
     quantization: dict[str, Any]
+    cache_tokens: int
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -101,6 +103,7 @@ class Model:
                 "qtype": most.qtype,
                 "bits_per_weight": round(summary.total.bits_per_weight, 2),
             },
+            cache_tokens=engine.stats().num_blocks * engines[0].scheduler.blocks.block_size,
         )
 
     @property
@@ -260,4 +263,12 @@ class Service:
         self._model = model
         if self.phase is Phase.loading:
             self.phase = Phase.ready
-            logger.info("ready", extra={"model": self.settings.names[0]})
+            told = {
+                "model": self.settings.names[0],
+                "weights_bytes": model.params.nbytes,
+                **model.quantization,
+                "max_model_len": model.max_model_len,
+                "max_num_seqs": model.max_num_seqs,
+                "cache_tokens": model.cache_tokens,
+            }
+            logger.info("ready", extra={k: v for k, v in told.items() if v is not None})
