@@ -44,8 +44,8 @@ class Work:
             wanted = self.params.max_tokens
             if wanted is not None and len(ids) + wanted > max_model_len:
                 raise invalid(
-                    f"max_tokens must be at most {max_model_len - len(ids)} after {param} of "
-                    f"{len(ids)} tokens (max_model_len is {max_model_len}), got {wanted}.",
+                    f"max_tokens must be at most {max_model_len - len(ids)} after a prompt of "
+                    f"{len(ids)} tokens, as max_model_len is {max_model_len}, got {wanted}.",
                     "max_tokens",
                     "context_length_exceeded",
                 )

@@ -29,7 +29,7 @@ def encode_within(
 def too_long(count: str, max_model_len: int, param: str) -> ApiError:
     """A prompt has so many tokens, and no room is left for another."""
     return invalid(
-        f"{param} has {count} tokens, but must have less than max_model_len, which is "
+        f"{param}: the prompt has {count} tokens, but must have less than max_model_len, which is "
         f"{max_model_len}.",
         param,
         "context_length_exceeded",

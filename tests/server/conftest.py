@@ -22,7 +22,7 @@ from qjax.server.run import DrainingServer, bind
 from qjax.server.service import Service, Settings
 
 PAGES = 40
-MAX_MODEL_LEN = 256
+MAX_MODEL_LEN = 512
 NAME = "tiny"
 
 

@@ -168,6 +168,7 @@ def test_what_is_logged(
     guarded: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "_warned", set())
+    guarded.until(lambda: guarded.service.requests == 0)
     caplog.set_level(logging.INFO, "qjax.server")
     asked = {"messages": HELLO, "max_tokens": 3, "ignore_eos": True, "temperature": 0}
     headers = bearer(KEYS[0])
@@ -194,9 +195,10 @@ def test_what_is_logged(
 
 
 def test_prompts_are_not_logged_unasked(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    running.until(lambda: running.service.requests == 0)
     caplog.set_level(logging.DEBUG, "qjax.server")
     secret = "xylophone"
-    running.post("/v1/completions", {"prompt": secret, "max_tokens": 1})
+    running.post("/v1/completions", {"prompt": secret, "max_tokens": 1, "temperature": 0})
     running.post("/v1/completions", {"prompt": f"{secret} " * 300})
     running.until(lambda: running.service.requests == 0)
     records = [vars(record) for record in caplog.records]
