@@ -5,17 +5,26 @@ in under the name of the built-in one, and, with --slow, with the real one where
 The two install commands are what CI runs, and are compared with it instead.
 """
 
+import logging
+import os
 import re
 import shlex
 import shutil
+import signal
+import socket
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from pallas_kernels.unpack import BLOCKS
 from qjax.checkpoint import builtin
 from qjax.cli.main import main
+from qjax.server import run
+from qjax.server.run import bind
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -31,7 +40,12 @@ def commands() -> list[str]:
     return [part.strip() for line in lines for part in line.split("&&")]
 
 
-QJAX_COMMANDS = [command for command in commands() if command.startswith("qjax ")]
+SERVE_COMMANDS = [command for command in commands() if command.startswith("qjax serve")]
+QJAX_COMMANDS = [
+    command
+    for command in commands()
+    if command.startswith("qjax ") and command not in SERVE_COMMANDS
+]
 NEED_LM_EVAL = ("qjax eval tasks",)
 
 
@@ -90,8 +104,49 @@ def test_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (output.out + output.err).strip()
 
 
+@pytest.mark.usefixtures("default_model")
+def test_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said to begin it, until its client is through; at a port that is free here."""
+    (command,) = SERVE_COMMANDS
+    (client,) = (block for block in blocks("py") if "base_url" in block)
+    printed: list[str] = []
+
+    def listen(host: str, port: int) -> socket.socket:
+        assert f'"http://{host}:{port}/v1"' in client
+        listener = bind(host, 0)
+        found = client.replace(str(port), str(listener.getsockname()[1]))
+        threading.Thread(target=talk, args=(found, listener.getsockname()), daemon=True).start()
+        return listener
+
+    def talk(client: str, address: tuple[str, int]) -> None:
+        try:
+            deadline = time.monotonic() + 120
+            health = f"http://{address[0]}:{address[1]}/health"
+            while httpx.get(health, timeout=120).status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            names = {"print": lambda text, end: printed.append(text)}
+            exec(compile(client, "README.md", "exec"), names)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "bind", listen)
+    loggers = [logging.getLogger(name) for name in ("qjax.server", "uvicorn", "uvicorn.error")]
+    before = [dict(vars(logger)) for logger in loggers]
+    try:
+        with pytest.raises(SystemExit) as end:
+            main([*shlex.split(command)[1:], "--no-warm-up"])
+    finally:
+        for logger, attributes in zip(loggers, before, strict=True):
+            vars(logger).update(attributes)
+    assert not end.value.code
+    assert len(printed) > 1
+    assert "draining" in capsys.readouterr().err
+
+
 def test_every_command_is_covered() -> None:
-    others = [command for command in commands() if command not in QJAX_COMMANDS]
+    covered = (*QJAX_COMMANDS, *SERVE_COMMANDS)
+    others = [command for command in commands() if command not in covered]
     installs = [command for command in others if command.startswith(INSTALL)]
     assert QJAX_COMMANDS
     assert installs == [f"{INSTALL} -e .", f"{INSTALL} -e '.[dev]'"]

@@ -3,7 +3,8 @@
     model: org/name
     tensor-parallel-size: 8
 
-Keys are the long names of the command's options. What stands on the command line goes first.
+Keys are the long names of the command's options, and of arguments that may be left out. What stands
+on the command line goes first.
 """
 
 import inspect
@@ -13,7 +14,7 @@ from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from typer.models import OptionInfo
+from typer.models import ArgumentInfo, OptionInfo
 
 from qjax.errors import RequestError, nearest
 
@@ -70,7 +71,7 @@ def defaults(path: Path, command: Any) -> dict[str, Any]:
     return values
 
 
-def _options(command: Any) -> dict[str, tuple[str, Any, OptionInfo]]:
+def _options(command: Any) -> dict[str, tuple[str, Any, ArgumentInfo | OptionInfo]]:
     """{long name: (name of the parameter, its type, what typer was told of it)}."""
     annotations = inspect.signature(command.callback, eval_str=True).parameters
     found = {}
@@ -81,10 +82,12 @@ def _options(command: Any) -> dict[str, tuple[str, Any, OptionInfo]]:
         for info in notes:
             if isinstance(info, OptionInfo) and not info.is_eager:
                 found[long[0]] = option.name, kind, info
+            elif isinstance(info, ArgumentInfo) and not option.required:
+                found[option.name] = option.name, kind, info
     return found
 
 
-def _checked(value: Any, kind: Any, info: OptionInfo) -> Any:
+def _checked(value: Any, kind: Any, info: ArgumentInfo | OptionInfo) -> Any:
     """A value as typer takes it; raises ValueError where it is of another kind, or out of range."""
     choices = [each for each in get_args(kind) if each is not NoneType]
     if get_origin(kind) is list:

@@ -80,7 +80,7 @@ class Chat:
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
         )
-        self.work.check(model.max_model_len, "messages")
+        self.work.check(model, "messages")
         self._parsers = [
             None
             if self._tools is None

@@ -59,7 +59,7 @@ class Completion:
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
         )
-        self.work.check(model.max_model_len, "prompt")
+        self.work.check(model, "prompt")
         skip = self.work.params.skip_special_tokens
         self._texts = [
             each if isinstance(each, str) else tokenizer.decode(each, skip)

@@ -34,8 +34,15 @@ class Work:
     priority: int = 0
     cache_salt: str = ""
 
-    def check(self, max_model_len: int, param: str) -> None:
-        """Raises ApiError for prompts that do not fit; `param` is the field that has them."""
+    def check(self, model: Model, param: str) -> None:
+        """Raises ApiError for what the model has no room for; `param` is the prompts' field."""
+        vocab_size, max_model_len = model.params.config.vocab_size, model.max_model_len
+        for name in ("logit_bias", "allowed_token_ids"):
+            count = len(getattr(self.params, name) or ())
+            if count > vocab_size:
+                raise invalid(
+                    f"{name} must hold at most {vocab_size} token ids, got {count}.", name
+                )
         for ids in self.prompts:
             if not ids:
                 raise invalid(f"{param} is empty: give at least one token.", param)

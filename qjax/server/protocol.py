@@ -14,7 +14,7 @@ from qjax.server.errors import ApiError, invalid
 logger = logging.getLogger("qjax.server")
 T = TypeVar("T", bound=msgspec.Struct)
 
-_MOST_STOPS = 64  # each is looked for in each new piece of text
+_MOST_STOPS = 64  # each is looked for after each token
 _LONGEST_STOP = 1024
 _MOST_N = 128
 
@@ -244,6 +244,12 @@ def check(request: Sampling) -> None:
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > _MOST_STOPS:
         raise invalid(f"stop must hold at most {_MOST_STOPS} strings, got {len(stops)}.", "stop")
+    ids = request.stop_token_ids or []
+    if len(ids) > _MOST_STOPS:
+        raise invalid(
+            f"stop_token_ids must hold at most {_MOST_STOPS} ids, got {len(ids)}.",
+            "stop_token_ids",
+        )
     longest = max(map(len, stops), default=0)
     if longest > _LONGEST_STOP:
         raise invalid(

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import socket
 import sys
 from ipaddress import ip_address
@@ -28,6 +29,7 @@ _HEAD_SECONDS = 30.0
 _KEEP_ALIVE = 30
 # Milliseconds that a peer may leave unread what it was sent, before the connection is given up.
 _UNREAD = 60_000
+_MOST_FILES = 65_536
 # Seconds from the end of the drain until connections are cut.
 _LAST = 5
 
@@ -180,6 +182,7 @@ def serve(app: Starlette, host: str, port: int, drain_seconds: float, **tls: Any
       RequestError: it cannot listen there.
       BaseException: what the model could not be loaded for, or the engine failed of.
     """
+    _allow_connections()
     server = DrainingServer(app, drain_seconds, **tls)
     listener = bind(host, port)
     service, address = server.service, listener.getsockname()
@@ -195,3 +198,11 @@ def serve(app: Starlette, host: str, port: int, drain_seconds: float, **tls: Any
         # Its thread may be deep inside of the compiler, which does not end well with Python.
         sys.stderr.flush()
         os._exit(0)
+
+
+def _allow_connections() -> None:
+    """As many open connections as the system lets this process have: often 1,024 unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

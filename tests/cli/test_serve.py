@@ -71,13 +71,16 @@ def start() -> Iterator[Start]:
 
 def test_it_serves_until_it_is_told_to_end(start: Start, golden: Path) -> None:
     model = str(golden / "gguf-Q4_1" / "model.gguf")
-    served = start(model, "--served-model-name", "tiny", "--max-queue", "3", QJAX_API_KEY=KEY)
+    config = str(ROOT / "configs/serve/cpu.yaml")
+    options = "--config", config, "--max-model-len", "64", "--served-model-name", "tiny"
+    served = start(model, *options, QJAX_API_KEY=KEY)
     url = served.event("listening")["address"]
     assert url.startswith("http://127.0.0.1:")
     ready = served.event("ready")
     assert (ready["model"], ready["method"], ready["qtype"]) == ("tiny", "gguf", "q4_1")
     assert ready["weights_bytes"] == qjax.load(model).nbytes
-    assert ready["cache_tokens"] >= ready["max_model_len"]
+    assert (ready["max_model_len"], ready["max_num_seqs"]) == (64, 32)
+    assert ready["cache_tokens"] >= 64
     headers = {"Authorization": f"Bearer {KEY}"}
     asked = {"model": "tiny", "prompt": "hello", "max_tokens": 8, "temperature": 0}
     assert httpx.post(f"{url}/v1/completions", json=asked, timeout=60).status_code == 401
@@ -106,6 +109,26 @@ def test_a_second_signal_ends_it_at_once(start: Start, golden: Path) -> None:
         assert served.event("draining")["requests"] == 1
         served.process.send_signal(signal.SIGTERM)
         assert served.end() == 128 + signal.SIGTERM
+
+
+def test_the_end_does_not_wait_for_a_model_that_is_loading() -> None:
+    program = """
+import time
+from qjax.server import logs, run
+from qjax.server.app import create_app
+from qjax.server.service import Settings
+
+logs.configure("json", "info")
+run.serve(create_app(lambda: time.sleep(600), Settings(names=("never",))), "127.0.0.1", 0, 30)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = json.loads(process.stderr.readline())["address"]
+        assert httpx.get(f"{url}/health", timeout=60).json() == {"status": "loading"}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
 
 
 def test_a_model_that_is_not_there(start: Start, tmp_path: Path) -> None:

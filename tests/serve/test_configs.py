@@ -19,9 +19,12 @@ from qjax.planning import plan
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
-    path for path in (ROOT / "configs/serve").glob("*.yaml") if "kubernetes" not in path.name
+    path
+    for path in (ROOT / "configs/serve").glob("*.yaml")
+    if "kubernetes" not in path.name and path.stem != "cpu"
 )
-GENERATE: Any = get_command(main.app).commands["generate"]  # type: ignore[attr-defined]
+COMMANDS: Any = get_command(main.app).commands  # type: ignore[attr-defined]
+GENERATE = COMMANDS["generate"]
 
 SHORT = ["--max-model-len", "64", "--max-tokens", "8", "--raw", "--json"]
 SHORT += ["--ignore-eos", "--numerics", "exact"]
@@ -38,6 +41,13 @@ def test_every_key_is_an_option(path: Path) -> None:
     found = config_file.defaults(path, GENERATE)
     assert found["tensor_parallel_size"] in (8, 16)
     assert "/" in found["model"]
+
+
+def test_every_key_of_a_server_is_an_option() -> None:
+    """tests/cli/test_serve.py runs it."""
+    found = config_file.defaults(ROOT / "configs/serve/cpu.yaml", COMMANDS["serve"])
+    assert found["model"] in found["served_model_name"]
+    assert found["kv_cache_memory_bytes"] == 1 << 30
 
 
 # The models' own config.json, in short.

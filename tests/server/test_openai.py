@@ -268,6 +268,8 @@ def test_stop(client: openai.OpenAI, reference: Reference, tokenizer: Tokenizer)
         ("seed", 2**64, "seed must be in"),
         ("stop", [""], "stop must hold non-empty strings"),
         ("stop", ["x"] * 65, "stop must hold at most 64 strings, got 65."),
+        ("stop_token_ids", [3] * 65, "stop_token_ids must hold at most 64 ids, got 65."),
+        ("allowed_token_ids", [3] * 513, "allowed_token_ids must hold at most 512 token ids"),
         ("logit_bias", {"hello": 1}, "logit_bias must have token ids as keys"),
         ("logit_bias", {"9999": 1}, "logit_bias has token id 9999"),
         ("logit_bias", {"9": 101}, "logit_bias must be in [-100, 100], got 101."),
@@ -287,9 +289,9 @@ def test_stop(client: openai.OpenAI, reference: Reference, tokenizer: Tokenizer)
     ],
 )
 def test_errors_name_the_field(client: openai.OpenAI, param: str, value: Any, message: str) -> None:
-    options: Any = {"model": NAME, "messages": HELLO, "logprobs": True, param: value}
+    body = {"logprobs": True, param: value}  # some are vLLM's
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**options)
+        client.chat.completions.create(model=NAME, messages=HELLO, extra_body=body)
     error = caught.value
     assert error.param == param
     assert error.type == "invalid_request_error"
