@@ -1,8 +1,9 @@
 """`qjax serve`: a model behind OpenAI's endpoints."""
 
+import json
 import os
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -147,6 +148,14 @@ def serve(
             rich_help_panel=ENGINE,
         ),
     ] = True,
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(
+            "--speculative-config",
+            help='Guess tokens ahead: JSON such as {"method": "ngram"} or {"model": "org/name"}.',
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
     quantization: Annotated[
         str | None,
         typer.Option("--quantization", help='Quantize full-precision weights, such as to "fp8".'),
@@ -183,6 +192,7 @@ def serve(
     _check_installed()
     import qjax
     from qjax.engine import serving
+    from qjax.llm import speculative
     from qjax.server import logs, run
     from qjax.server.app import create_app
     from qjax.server.service import Settings
@@ -191,6 +201,7 @@ def serve(
         raise qjax.RequestError("--api-key (QJAX_API_KEY) must not be empty.")
     if (ssl_keyfile or ssl_ca_certs) and not ssl_certfile:
         raise qjax.RequestError("--ssl-keyfile and --ssl-ca-certs go with --ssl-certfile.")
+    guessing = _object(speculative_config)
     logs.configure(log_format.value, log_level.value)
     settings = Settings(
         names=tuple(served_model_name or [model]),
@@ -222,6 +233,7 @@ def serve(
                 numerics=numerics.value,
                 kv_cache_dtype=kv_cache_dtype,
                 kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers or (),
+                speculative=speculative(guessing),
                 seed=seed,
             )
             if warm_up:
@@ -246,6 +258,21 @@ def _check_installed() -> None:
         raise UnsupportedError(
             f"qjax serve needs {', '.join(missing)}: run `pip install 'qjax[server]'`."
         )
+
+
+def _object(text: str | None) -> dict[str, Any] | None:
+    """What --speculative-config says."""
+    from qjax.errors import RequestError
+
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RequestError(f"--speculative-config must be a JSON object, got {text[:80]!r}.")
+    return found
 
 
 command = serve

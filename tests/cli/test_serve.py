@@ -97,7 +97,8 @@ def test_it_serves_until_it_is_told_to_end(start: Start, golden: Path) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(start: Start, golden: Path) -> None:
-    served = start(str(golden / "base-tiny-llama"), "--drain-timeout", "600")
+    model, guess = str(golden / "base-tiny-llama"), '{"method": "ngram"}'
+    served = start(model, "--drain-timeout", "600", "--speculative-config", guess)
     url = httpx.URL(served.event("listening")["address"])
     served.event("ready")
     with socket.create_connection((url.host, url.port)) as client:
@@ -178,6 +179,10 @@ def test_what_it_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
             (["--port", str(port)], f"cannot listen on 127.0.0.1:{port}: Address already in use"),
             (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1:8000: "),
             (["--api-key", ""], "--api-key (QJAX_API_KEY) must not be empty."),
+            (
+                ["--speculative-config", "[]"],
+                "--speculative-config must be a JSON object, got '[]'",
+            ),
             (["--ssl-keyfile", "x"], "--ssl-keyfile and --ssl-ca-certs go with --ssl-certfile."),
             (["--ssl-certfile", str(tmp_path / "x")], f"cannot use {tmp_path / 'x'} for TLS: "),
         ):
