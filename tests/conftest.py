@@ -1,6 +1,8 @@
 """How the suite runs: on the CPU unless asked, without the network, the same on every machine."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def golden() -> Path:
     """The folder of small checkpoints and references that other tools wrote."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def own_loggers() -> Iterator[None]:
+    """Puts back what a server sets of its loggers, which outlive it."""
+    loggers = [logging.getLogger(name) for name in ("qjax.server", "uvicorn", "uvicorn.error")]
+    before = [dict(vars(logger)) for logger in loggers]
+    yield
+    for logger, attributes in zip(loggers, before, strict=True):
+        vars(logger).update(attributes)
+        logger.manager._clear_cache()  # type: ignore[attr-defined]  # of what is enabled

@@ -5,7 +5,6 @@ in under the name of the built-in one, and, with --slow, with the real one where
 The two install commands are what CI runs, and are compared with it instead.
 """
 
-import logging
 import os
 import re
 import shlex
@@ -104,7 +103,7 @@ def test_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (output.out + output.err).strip()
 
 
-@pytest.mark.usefixtures("default_model")
+@pytest.mark.usefixtures("default_model", "own_loggers")
 def test_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What is said to begin it, until its client is through; at a port that is free here."""
     (command,) = SERVE_COMMANDS
@@ -131,14 +130,8 @@ def test_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(run, "bind", listen)
-    loggers = [logging.getLogger(name) for name in ("qjax.server", "uvicorn", "uvicorn.error")]
-    before = [dict(vars(logger)) for logger in loggers]
-    try:
-        with pytest.raises(SystemExit) as end:
-            main([*shlex.split(command)[1:], "--no-warm-up"])
-    finally:
-        for logger, attributes in zip(loggers, before, strict=True):
-            vars(logger).update(attributes)
+    with pytest.raises(SystemExit) as end:
+        main([*shlex.split(command)[1:], "--no-warm-up"])
     assert not end.value.code
     assert len(printed) > 1
     assert "draining" in capsys.readouterr().err

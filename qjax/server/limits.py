@@ -64,7 +64,8 @@ class Bodies:
         self._ending = True
         now = asyncio.get_running_loop().time()
         for timeout in self._reading:
-            timeout.reschedule(now)
+            if not timeout.expired():
+                timeout.reschedule(now)
 
     @contextmanager
     def _timed(self) -> Iterator[asyncio.Timeout]:

@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import socket
+import ssl
 import sys
 from ipaddress import ip_address
 from types import FrameType
@@ -49,7 +50,6 @@ def bind(host: str, port: int) -> socket.socket:
         raise RequestError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD)
-    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return found
 
 
@@ -59,7 +59,8 @@ class DrainingServer(uvicorn.Server):
     Args:
       app: from `qjax.server.app.create_app`.
       drain_seconds: see `Service.drain`.
-      tls: uvicorn's options, all beginning with `ssl_`.
+      tls: uvicorn's `ssl_keyfile`, `ssl_certfile` and `ssl_ca_certs`; with the last one, clients
+        must have a certificate that one of these has signed.
 
     Raises:
       RequestError: the TLS files cannot be read.
@@ -78,6 +79,7 @@ class DrainingServer(uvicorn.Server):
             h11_max_incomplete_event_size=_MOST_HEAD,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=_LAST,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls.get("ssl_ca_certs") else ssl.CERT_NONE,
             **tls,
         )
         try:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import qjax
@@ -162,6 +163,10 @@ class Service:
             raise unavailable("the server is shutting down.")
         raise unavailable("the engine has failed.")
 
+    def stats(self) -> EngineStats | None:
+        """Of the engine; None while there is none."""
+        return None if self._model is None else self._model.engine.stats()
+
     def check_name(self, name: str | None) -> None:
         """Raises ApiError (404) for a model that is not served here."""
         if name is not None and name not in self.settings.names:
@@ -244,18 +249,12 @@ class Service:
             return False
         return True
 
-    def stats(self) -> EngineStats | None:
-        return None if self._model is None else self._model.engine.stats()
-
     def _make(self, loop: asyncio.AbstractEventLoop) -> None:
         """Runs in a thread of its own."""
-        done: Callable[[], None]
         try:
-            model = Model.of(self._load())
+            done = partial(self._made, Model.of(self._load()))
         except BaseException as error:
-            done = lambda error=error: self.fail(error)  # noqa: E731
-        else:
-            done = lambda: self._made(model)  # noqa: E731
+            done = partial(self.fail, error)
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
             loop.call_soon_threadsafe(done)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import pytest
 
 import qjax
 from qjax.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("own_loggers")
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-that-nobody-sees"
@@ -149,22 +152,20 @@ def test_https(start: Start, golden: Path, tmp_path: Path) -> None:
     command += ["-nodes", "-keyout", key, "-out", certificate, "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1"]
     subprocess.run(command, check=True, capture_output=True)
-    served = start(
-        str(golden / "base-tiny-llama"), "--ssl-keyfile", key, "--ssl-certfile", certificate
-    )
+    options = "--ssl-keyfile", key, "--ssl-certfile", certificate
+    served = start(str(golden / "base-tiny-llama"), *options, "--ssl-ca-certs", certificate)
     url = served.event("listening")["address"]
     served.event("ready")
     assert url.startswith("https://127.0.0.1:")
-    with httpx.Client(verify=ssl_context(certificate), timeout=60) as client:
+    stranger = ssl.create_default_context(cafile=certificate)
+    known = ssl.create_default_context(cafile=certificate)
+    known.load_cert_chain(certificate, key)
+    with httpx.Client(verify=known, timeout=60) as client:
         assert client.get(f"{url}/health").json() == {"status": "ready"}
+    with httpx.Client(verify=stranger, timeout=60) as client, pytest.raises(httpx.TransportError):
+        client.get(f"{url}/health")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
-
-
-def ssl_context(certificate: str) -> Any:
-    import ssl
-
-    return ssl.create_default_context(cafile=certificate)
 
 
 @contextmanager

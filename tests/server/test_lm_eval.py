@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def test_loglikelihood(lm: Any, params: qjax.Params, golden: Path) -> None:
     for (context, continuation), (total, is_greedy) in zip(pairs, found, strict=True):
         ids = tokenizer.encode(context + continuation)
         start = len(tokenizer.encode(context))
-        logits = np.asarray(qjax.forward(params, np.array([ids]), numerics="exact"))[0]
+        logits = np.asarray(qjax.forward(params, jnp.array([ids]), numerics="exact"))[0]
         exact = logits.astype(np.float64)
         exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
         rows, targets = exact[start - 1 : -1], ids[start:]

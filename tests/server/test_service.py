@@ -206,17 +206,12 @@ def test_prompts_are_not_logged_unasked(running: Running, caplog: pytest.LogCapt
     assert secret not in str(records)
 
 
+@pytest.mark.usefixtures("own_loggers")
 @pytest.mark.parametrize("form", logs.FORMATS)
 def test_lines_of_the_log(form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = "qjax.server", "uvicorn", "uvicorn.error"
-    before = [(logging.getLogger(n), *vars(logging.getLogger(n)).items()) for n in names]
-    try:
-        logs.configure(form, "info")
-        logging.getLogger("qjax.server").info("request", extra={"path": "/\nfake", "status": 404})
-        line, end = capsys.readouterr().err.split("\n")
-    finally:
-        for logger, *attributes in before:
-            vars(logger).update(attributes)
+    logs.configure(form, "info")
+    logging.getLogger("qjax.server").info("request", extra={"path": "/\nfake", "status": 404})
+    line, end = capsys.readouterr().err.split("\n")
     assert end == ""
     if form == "json":
         found = json.loads(line)
