@@ -13,8 +13,9 @@ from typing import Any
 
 import h11
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
+from uvicorn import Config
+from uvicorn import Server as Uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qjax.errors import RequestError
@@ -53,7 +54,7 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-class DrainingServer(uvicorn.Server):
+class DrainingServer(Uvicorn):
     """Serves until the first SIGTERM or SIGINT, then drains; a second one ends the process at once.
 
     Args:
@@ -67,7 +68,7 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app: Starlette, drain_seconds: float = 30.0, **tls: Any):
-        config = uvicorn.Config(
+        config = Config(
             app,
             http=Connection,
             ws="none",
