@@ -40,6 +40,23 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> None:
+    """Frees what earlier modules compiled, once there is much of it: the memory of a CPU's programs
+    comes in many small maps, of which a process may have some 65,000, and a program takes hundreds.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") < 15_000:
+        return
+    import jax
+
+    from qjax.engine import runner
+
+    runner._programs.clear()
+    jax.clear_caches()
+    gc.collect()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         for name, reason in OPTIONAL_MARKERS.items():

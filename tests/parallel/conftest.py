@@ -16,9 +16,9 @@ collect_ignore_glob = [] if FLAG in os.environ.get("XLA_FLAGS", "") else ["test_
 
 
 @pytest.fixture(autouse=True)
-def forget_programs() -> Iterator[None]:
-    """Frees what was compiled: the memory of a CPU's programs comes in many small maps, of which a
-    process may have some 65,000, and a program takes hundreds."""
+def forget_each_program() -> Iterator[None]:
+    """Frees what a test compiled: a program of eight devices takes most maps, see the conftest
+    above."""
     yield
     from qjax.engine import runner
 
