@@ -1,5 +1,6 @@
 """How the suite runs: on the CPU unless asked, without the network, the same on every machine."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
