@@ -68,7 +68,11 @@ def require_public(spec: WeightSpec) -> None:
 
 def _round(x: jax.Array, activation_dtype: str) -> jax.Array:
     """float32 [T, K] -> the values that `activation_dtype` stands for (see api), as float32; as
-    bfloat16 where that is meant, so that products are of bfloat16."""
+    bfloat16 where that is meant, so that products are of bfloat16. Not so on a CPU: some have units
+    for them, and XLA's choice of these goes by the number of rows, which a row must not depend on.
+    """
+    if activation_dtype == "bfloat16" and platform.device_kind() == "cpu":
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     if activation_dtype in ("float32", "bfloat16"):
         return x.astype(activation_dtype)
     rows, k = x.shape
