@@ -15,6 +15,7 @@ from qjax.engine.replicas import Replicas, one_or_replicas
 from qjax.engine.request import GenerationResult, Request
 from qjax.engine.runner import numerics_for
 from qjax.engine.sampling_params import SamplingParams
+from qjax.engine.serving import MAX_NUM_SEQS
 from qjax.errors import RequestError
 from qjax.kv_cache import bytes_per_token, cache_dtypes
 from qjax.params import Params
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 
-MAX_NUM_SEQS = 32
 # Past this, sequences wait for pages instead of the cache growing.
 CACHE_BYTES = 1 << 30
 

@@ -97,7 +97,7 @@ def make_tokens(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
             tokens[start] = -1
             start += 1
             continue
-        ids = (*request.known_ids, *request.draft)
+        ids = request.known_ids + request.draft
         tokens[start : start + count] = ids[end - count : end]
         following = ids[end - count + 1 : end + 1]
         targets[start : start + len(following)] = following

@@ -72,13 +72,13 @@ class DraftModel:
 
     def propose(self, requests: Sequence[Request], most: Sequence[int]) -> list[tuple[int, ...]]:
         """See `qjax.engine.speculation.Proposer`."""
-        for gone in [r for r in self._shadows if r not in requests]:
-            self._drop(gone)
+        for ended in [r for r in self._shadows if r.finish_reason is not None]:
+            self._drop(ended)
         count = min(most)
         room = [r for r in requests if len(r.known_ids) + count <= self._limit]
         if not room:
             return [()] * len(requests)
-        shadows = [self._follow(request) for request in room]
+        shadows = [self._follow(request, room) for request in room]
         first = self._read_known(shadows)
         drafts = [[token] for token in first]
         if count > 1:
@@ -93,8 +93,9 @@ class DraftModel:
         found = dict(zip(room, map(tuple, drafts), strict=True))
         return [found.get(request, ()) for request in requests]
 
-    def _follow(self, request: Request) -> _Shadow:
-        """The shadow of a sequence, which forgets what was guessed wrong."""
+    def _follow(self, request: Request, beside: Sequence[Request]) -> _Shadow:
+        """The shadow of a sequence, which forgets what was guessed wrong. A new one may take the
+        place of a sequence that nobody asks for now."""
         shadow = self._shadows.get(request)
         if shadow is None:
             own = Request(
@@ -105,6 +106,8 @@ class DraftModel:
                 max_tokens=request.max_tokens,
                 key=request.key,
             )
+            if not self._slots:
+                self._drop(next(each for each in self._shadows if each not in beside))
             own.slot = self._slots.pop()
             shadow = self._shadows[request] = _Shadow(own)
         own, known = shadow.request, request.known_ids

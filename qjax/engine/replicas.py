@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from qjax.engine.engine import Engine
-from qjax.engine.grammar import Matcher
 from qjax.engine.request import Request
 from qjax.engine.sampling_params import SamplingParams
 from qjax.engine.stats import EngineStats
@@ -84,15 +83,10 @@ class Replicas:
         prompt_ids: tuple[int, ...],
         params: SamplingParams,
         sample: int = 0,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-        matcher: Matcher | None = None,
+        **options: Any,
     ) -> Request:
         """See `Engine.add`."""
         engine = min(self.engines, key=_load)
-        options: dict[str, Any]
-        options = {"priority": priority, "cache_salt": cache_salt, "matcher": matcher}
         request = engine.add(prompt_ids, params, sample, **options)
         self._owner[id(request)] = engine
         return request

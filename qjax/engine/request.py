@@ -149,7 +149,7 @@ class Request:
 
     @property
     def known_ids(self) -> tuple[int, ...]:
-        return (*self.prompt_ids, *self.output_ids)
+        return self.prompt_ids + tuple(self.output_ids)  # no copy of a prompt alone
 
     @property
     def wants_prefill(self) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.engine.draft_model import DraftModel
 from qjax.engine.request import Request
 from qjax.engine.speculation import PromptLookup, SpeculativeConfig
 from tests.engine.test_scheduler import request_of
@@ -100,6 +101,16 @@ def test_a_draft_model(params: qjax.Params, golden: Path, name: str) -> None:
     assert speculator.num_draft_tokens > 0
     if name == "gguf-Q4_1":
         assert speculator.num_accepted_tokens == speculator.num_draft_tokens
+
+
+def test_a_draft_model_with_one_place(params: qjax.Params) -> None:
+    """Who was asked for before gives way, and comes to the same when it is back."""
+    sizes = {"block_size": 32, "max_num_seqs": 1, "max_model_len": 128}
+    draft = DraftModel(params, 512, numerics="exact", kv_cache_dtype="auto", **sizes)
+    first, second = request_of((5, 6, 7)), request_of((8, 9))
+    guessed = draft.propose([first], [3])
+    assert draft.propose([second], [3]) != guessed
+    assert draft.propose([first], [3]) == guessed
 
 
 def test_scarce_pages(params: qjax.Params) -> None:
