@@ -71,6 +71,25 @@ def golden() -> Path:
     return Path(__file__).parent / "golden"
 
 
+@pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
+def default_model(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    golden: Path,
+) -> None:
+    """Has the default model in the cache: a tiny one in a cache of its own, or the real one; and a
+    folder that looks like the checkout for the current one."""
+    from qjax.checkpoint import builtin
+    from tests import markdown
+
+    markdown.checkout(monkeypatch, tmp_path / "checkout")
+    if request.param == "tiny":
+        markdown.stand_in(monkeypatch, tmp_path, golden)
+    elif not builtin.cached_path(builtin.DEFAULT).is_file():
+        pytest.skip(f"{builtin.DEFAULT} is not in the cache: run `qjax pull {builtin.DEFAULT}`")
+
+
 @pytest.fixture
 def own_loggers() -> Iterator[None]:
     """Puts back what a server sets of its loggers, which outlive it."""
