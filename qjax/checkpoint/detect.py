@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qjax.checkpoint.mapped import TensorFiles
-from qjax.errors import CheckpointError
+from qjax.errors import CheckpointError, UnsupportedError
 from qjax.formats.base import Checkpoint, Dense, QuantizationConfig
 from qjax.registry import quantization_config
 
@@ -60,7 +60,13 @@ def quantization(
         str(fields.get("model_type", "")),
         str(dtype).removeprefix("torch."),
     )
-    return quantization_config(method, str(file)).from_config(found or {}, checkpoint)
+    read = quantization_config(method, str(file)).from_config(found or {}, checkpoint)
+    if found is None and not read.quantizes_weights:
+        raise UnsupportedError(
+            f"quantization={online!r}: a checkpoint must say what {online} is to do; 'fp8' says it "
+            "all, and `qjax quantize` makes the others"
+        )
+    return read
 
 
 def find(folder: Path, fields: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Path]:
@@ -125,6 +131,11 @@ def _method(config: Mapping[str, Any], file: Path) -> str:
             return "gptq"
         if file.name == "quant_config.json" and {"w_bit", "bits"} & config.keys():
             return "awq"
+        if "group_size" in config and {"bits", "mode"} & config.keys():
+            raise UnsupportedError(
+                f"{file}: a checkpoint that mlx-lm has quantized, which qjax does not read; take "
+                "the model that it was made of, or what `mlx_lm.convert --dequantize` makes of it"
+            )
     if not isinstance(method, str):
         raise CheckpointError(
             f"{method!r:.80} does not name a method", file=file, field="quant_method"

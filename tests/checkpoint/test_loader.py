@@ -169,6 +169,19 @@ def test_quantized_safetensors_name_their_method(plain):
         load(plain)
 
 
+def test_checkpoint_of_mlx_is_refused_by_its_name(plain):
+    settings = {"group_size": 64, "bits": 4, "mode": "affine"}  # as mlx-lm writes it, twice
+    change_config(plain, quantization=settings, quantization_config=settings)
+    with pytest.raises(UnsupportedError, match=r"mlx-lm .* `mlx_lm\.convert --dequantize`"):
+        load(plain)
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "quark"])
+def test_method_that_only_a_checkpoint_can_explain_is_no_way_to_load_another(plain, method):
+    with pytest.raises(UnsupportedError, match=f"quantization='{method}'.*'fp8' says it all"):
+        load(plain, quantization=method)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_config_that_is_no_json_object(plain, content):
     (plain / "config.json").write_bytes(content)
