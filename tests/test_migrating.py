@@ -1,7 +1,7 @@
 """The tables of docs/migrating and docs/comparison.md name nothing of qjax's that there is not.
 
-In a column "qjax" each piece of code is a command, an option, a path, a variable or a name of Python,
-and is looked up; "same" in it stands for the names of the column before.
+In a column "qjax" each piece of code is a command, an option, a path, a variable or a name of
+Python, and is looked up; "same" in it stands for the names of the column before.
 """
 
 import ast
@@ -122,6 +122,7 @@ def check_python(code: str) -> None:
             case ast.Attribute(value=ast.Name("qjax"), attr=name):
                 assert name in (*qjax.__all__, "distributed"), code
             case ast.Call(func=ast.Attribute(value=ast.Name("qjax"), attr=name), keywords=keywords):
+                assert name in qjax.__all__, code
                 taken = {*inspect.signature(getattr(qjax, name)).parameters}
                 taken |= SAMPLING if name == "generate" else set()
                 assert {word.arg for word in keywords} <= taken, code
@@ -184,3 +185,19 @@ def test_what_is_said_to_be_in_qjax_is_there(path: Path) -> None:
 def test_names_that_are_not_there_are_found(code: str) -> None:
     with pytest.raises(AssertionError):
         check(code)
+
+
+def test_comparison_names_what_qjax_runs_and_lacks() -> None:
+    """The lists that the comparison gives of qjax, beside what the code says."""
+    path = DOCS / "comparison.md"
+    rows = {row[0]: row[1] for _, *table in tables(path) for row in table}
+    named = re.search(r"values of `model_type`: (.+?)\.\n", path.read_text("utf-8"), re.DOTALL)
+    assert named
+    plain = re.sub(r"\(.+?\)", "", named[1], flags=re.DOTALL)
+    assert re.findall(r"\w+", plain) == list(MODEL_TYPES)
+    assert rows["How many"] == f"{len(MODEL_TYPES)} model types"
+    cache = rows["Types of keys and values"].lower()
+    held = set(re.findall(r"\w+", cache))
+    assert {"fp8" if each in ("e4m3", "e5m2") else each for each in held} == {
+        each.partition("_")[0] for each in KV_CACHE_DTYPES if each != "auto"
+    }
