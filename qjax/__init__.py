@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from qjax.llm import LLM
     from qjax.params import Params
     from qjax.qarray import QArray
+    from qjax.recommend import recommend
     from qjax.registry import register_quantization_config
     from qjax.report import report
     from qjax.scheme import QuantizationArgs, QuantizationScheme
@@ -84,6 +85,7 @@ _HOMES = {
     "load": "qjax.api",
     "make_mesh": "qjax.sharding",
     "oneshot": "qjax.compress.oneshot",
+    "recommend": "qjax.recommend",
     "register_quantization_config": "qjax.registry",
     "report": "qjax.report",
     "sampling_defaults": "qjax.api",
@@ -122,6 +124,7 @@ __all__ = [
     "load",
     "make_mesh",
     "oneshot",
+    "recommend",
     "register_quantization_config",
     "report",
     "sampling_defaults",

@@ -19,6 +19,7 @@ from qjax.cli import (
     plan,
     pull,
     quantize,
+    recommend,
     report,
     serve,
     tune,
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    *(generate, chat, serve, pull, inspect, plan, quantize, convert),
+    *(generate, chat, serve, pull, inspect, plan, recommend, quantize, convert),
     *(methods, tune, report, doctor),
 ):
     app.command()(command.command)

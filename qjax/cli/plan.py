@@ -177,7 +177,8 @@ def _fields(found: "Plan") -> dict:
     def outcome(each: "Outcome | None") -> dict | None:
         if each is None:
             return None
-        fields = asdict(each)
+        fields = asdict(replace(each, load=None))
+        del fields["load"]
         fields["split"] |= {"devices": each.split.devices, "flags": each.split.flags}
         fields["memory"] |= {"total": each.memory.total, "fits": each.memory.fits}
         for row, one in zip(fields["speeds"], each.speeds, strict=True):

@@ -35,12 +35,15 @@ from qjax.scheme import QuantizationScheme
 _DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-def by_scheme(source: str | os.PathLike[str], scheme: str) -> tuple[ModelConfig, dict[str, Any]]:
+def by_scheme(
+    source: str | os.PathLike[str], scheme: str, group_size: int | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
     """A model's config, and its `hollow_tree`, quantized to nearest by a preset.
 
     Args:
       source: as of `qjax.load`, or a config.json; of a name on the hub only that is fetched.
       scheme: "W4A16", "FP8_DYNAMIC", "Q4_K_M" ..., or "UNQUANTIZED".
+      group_size: of the scheme's groups, where it is another.
 
     Raises:
       RecipeError: there is no such scheme, or it does not divide a layer.
@@ -57,7 +60,7 @@ def by_scheme(source: str | os.PathLike[str], scheme: str) -> tuple[ModelConfig,
     inner = fields.get("text_config") or {}
     told = [each.get(name) for each in (fields, inner) for name in ("dtype", "torch_dtype")]
     dtype = next((each for each in told if each in _DENSE), "bfloat16")
-    (step,) = plan(parse(modifiers_for(scheme)), config)
+    (step,) = plan(parse(modifiers_for(scheme, group_size=group_size)), config)
     tree: dict[str, Any] = {}
     known: dict[tuple, QArray] = {}
     for name, shape in parameter_shapes(config).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ class Held:
       elements: weights that meet inputs in a product; none in a vector.
       experts: how many of them are in it; 0 where it is of none.
       cut: (group, smaller group) where groups of inputs are cut, and their scales repeated.
+      weight: as it is stored, whole; None for what is no weight.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Held:
     elements: int
     experts: int = 0
     cut: tuple[int, int] | None = None
+    weight: QArray | None = field(default=None, compare=False, repr=False)
 
 
 def held(tree: Mapping[str, Any], config: ModelConfig, parallel: Parallel) -> tuple[Held, ...]:
@@ -91,6 +93,7 @@ def _held(
             math.prod((*outer, *weight.shape)),
             outer[0] if outer and ".experts." in name else 0,
             cut,
+            leaf,
         )
     return replace(known[key], name=name)
 

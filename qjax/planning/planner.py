@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class Outcome:
     collectives: tuple[Collective, ...]
     speeds: tuple[Speed, ...]
     warnings: tuple[str, ...]
+    load: Load | None = field(default=None, compare=False, repr=False)
 
     @property
     def best_decode(self) -> float:
@@ -178,7 +179,7 @@ def plan(
         raise RequestError(f"all_reduce must be one of {known}, got {all_reduce!r:.80}.")
     usable = int((memory or (found.memory if found else 0)) * gpu_memory_utilization)
     with platform.assume(found.kind if found else None, found.name if found else ""):
-        config, tree = _stored(source) if scheme is None else by_scheme(source, scheme)
+        config, tree = stored(source) if scheme is None else by_scheme(source, scheme)
         chosen = numerics_for(numerics, max_num_seqs)
         limit = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= limit:
@@ -190,7 +191,7 @@ def plan(
             cache_dtypes(config, kv_cache_dtype, chosen.cache_dtype, kv_cache_dtype_skip_layers),
             chosen.decode,
         )
-        planner = _Planner(config, tree, found, usable, all_reduce)
+        planner = Planner(config, tree, found, usable, all_reduce)
         if devices is not None:
             outcome, others, refused = planner.best(devices, work)
         else:
@@ -202,7 +203,7 @@ def plan(
     return Plan(name, found, outcome, others, refused, smallest)
 
 
-def _stored(source: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
+def stored(source: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
     """A checkpoint's config and its `hollow_tree`."""
     try:
         found = resolve(source)
@@ -226,7 +227,7 @@ def _stored(source: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Planner:
+class Planner:
     """A model, and the devices that it is planned for."""
 
     config: ModelConfig
@@ -234,13 +235,16 @@ class _Planner:
     device: Device | None
     usable: int
     all_reduce: str
+    held: dict[Parallel, tuple[Held, ...]] = field(default_factory=dict)  # as it was worked out
 
     def outcome(self, split: Split, work: Workload) -> Outcome:
         """Raises ShardingError where the model cannot be split so."""
         if split.expert > 1 and self.config.moe is None:
             raise RequestError("enable_expert_parallel takes a model with experts.")
         parallel = Parallel.over(split.expert, split.tensor, self.config, self.all_reduce)
-        weights = held(self.tree, self.config, parallel)
+        if parallel not in self.held:
+            self.held[parallel] = held(self.tree, self.config, parallel)
+        weights = self.held[parallel]
         local = local_config(self.config, parallel)
         found = memory(
             local,
@@ -252,9 +256,11 @@ class _Planner:
             max_num_batched_tokens=work.max_num_batched_tokens,
         )
         told = collectives(self.config, self.tree, parallel, numerics=work.numerics)
-        speeds = tuple(self._speeds(split, work, local, weights, told))
+        pages = Cache.of(local, work.cache_dtypes).pages
+        load = Load(local, weights, [n / BLOCK_SIZE for n in pages], told, split.data)
+        speeds = tuple(self._speeds(work, load))
         warned = tuple(warnings(self.config, parallel, weights, speeds, self.device))
-        return Outcome(split, work, found, told, speeds, warned)
+        return Outcome(split, work, found, told, speeds, warned, load)
 
     def best(
         self, devices: int, work: Workload
@@ -288,19 +294,9 @@ class _Planner:
                 return found
         return None
 
-    def _speeds(
-        self,
-        split: Split,
-        work: Workload,
-        local: ModelConfig,
-        weights: Sequence[Held],
-        told: tuple[Collective, ...],
-    ) -> Iterator[Speed]:
+    def _speeds(self, work: Workload, load: Load) -> Iterator[Speed]:
         if self.device is None:
             return
-        pages = Cache.of(local, work.cache_dtypes).pages
-        per_token = [nbytes / BLOCK_SIZE for nbytes in pages]
-        load = Load(local, weights, per_token, told, split.data)
         prompt = min(work.max_num_batched_tokens, work.max_model_len)
         yield speed("prefill", load, self.device, sequences=1, tokens=prompt, context=0)
         fewer = [size for size in DECODE_ROWS if size < work.max_num_seqs]

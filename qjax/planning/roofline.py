@@ -72,29 +72,57 @@ class Load:
     copies: int = 1
 
 
-def speed(
-    phase: str, load: Load, device: Device, *, sequences: int, tokens: int, context: int
-) -> Speed:
+@dataclass(frozen=True)
+class Work:
+    """What one device does in a step.
+
+    Attributes:
+      products: of each weight: the rows of inputs that meet it, bytes read, operations.
+      cached: bytes of cache that are read.
+      attending: operations of attention.
+    """
+
+    products: tuple[tuple[Held, float, float, float], ...]
+    cached: float
+    attending: float
+
+
+def work(load: Load, *, sequences: int, tokens: int, context: int) -> Work:
     """Of a step with `tokens` new tokens of `sequences` sequences, each with `context` cached
     before."""
     local = load.local
-    nbytes, operations = 0.0, 0.0
+    products = []
     for each in load.weights:
         rows, share = _rows_and_share(each, local, sequences, tokens)
-        nbytes += each.nbytes * share
-        operations += 2 * each.elements * rows
+        products.append((each, rows, each.nbytes * share, 2.0 * each.elements * rows))
     new = tokens / sequences
+    cached, attending = 0.0, 0.0
     for layer, per_token in enumerate(load.cache_per_token):
         window = local.window_for(layer) or context + new
         # Each new token sees what is cached and, of the new ones, those before it: half of them.
         read = min(context, window) + new
         seen = min(context + (new + 1) / 2, window)
-        nbytes += sequences * read * per_token
-        operations += 4 * tokens * seen * local.num_heads * local.head_dim
-    telling = sum(
+        cached += sequences * read * per_token
+        attending += 4 * tokens * seen * local.num_heads * local.head_dim
+    return Work(tuple(products), cached, attending)
+
+
+def telling_seconds(load: Load, device: Device, *, sequences: int, tokens: int) -> float:
+    """Of a step's collectives."""
+    return sum(
         each.count * _seconds(each, device, tokens if each.per == "token" else sequences)
         for each in load.collectives
     )
+
+
+def speed(
+    phase: str, load: Load, device: Device, *, sequences: int, tokens: int, context: int
+) -> Speed:
+    """Of a step as of `work`, at its best."""
+    done = work(load, sequences=sequences, tokens=tokens, context=context)
+    nbytes = sum(each[2] for each in done.products) + done.cached
+    operations = sum(each[3] for each in done.products) + done.attending
+    telling = telling_seconds(load, device, sequences=sequences, tokens=tokens)
     reading, computing = nbytes / device.bandwidth, operations / device.peak
     seconds = max(reading, computing) + telling
     per_second = load.copies * tokens / seconds
