@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qjax.planning.roofline import Load, telling_seconds, work
 from qjax.qarray import QArray
-from qjax.recommend.figures import Speeds, bytes_beside, kind_of, share
+from qjax.recommend.figures import NEAREST, Speeds, bytes_beside, kind_of, share
 from qjax.recommend.hardware import Hardware
 
 _BYTES_WIDE = {"int8": "int8", "fp8_e4m3": "fp8", "fp4_e2m1": "fp4"}
@@ -36,7 +36,8 @@ def step(
     """Of one with `tokens` new tokens of `sequences` sequences, `context` cached of each before.
 
     seconds = sum over weights of max(bytes / bandwidth, operations / peak) / share(kind, rows), the
-    same of attention, and what devices tell each other. Without measured figures shares are 1 and
+    same of attention, and what devices tell each other. What was not measured on a device that was
+    has the least share of what was. Without any measured figures shares are 1 and
     operations on rounded inputs count half where the device's units multiply them (int8 and FP8
     have twice the rate of bfloat16 in every data sheet of `qjax.planning.devices`, FP4 four times).
     """
@@ -46,19 +47,14 @@ def step(
     done = work(load, sequences=sequences, tokens=tokens, context=context)
     seconds, unmeasured = 0.0, set()
     for each, rows, nbytes, operations in done.products:
-        kind, part, rate = kind_of(each.weight), 1.0, 1.0
+        part, rate = 1.0, 1.0
         if rows and each.weight is not None:
-            if found is not None and kind is not None and kind in found.products:
-                part = share(found.products[kind], rows) * bytes_beside(each.weight)
-                if (
-                    each.weight.qtype.upper() != kind
-                    and each.weight.group is None
-                    and kind != "BF16"
-                ):
-                    unmeasured.add(f"{each.weight.qtype.upper()} (as long for a weight as {kind})")
-            else:
-                unmeasured.add(kind or each.weight.qtype)
+            if found is None:
+                unmeasured.add(kind_of(each.weight) or each.weight.qtype)
                 rate = _rate(each.weight, hardware)
+            else:
+                part, known = _share(found, each.weight, rows)
+                unmeasured |= known
         seconds += max(nbytes / bandwidth, operations / peak / rate) / part
     decoding, part = tokens == sequences, 1.0
     curves = {} if found is None else found.attention if decoding else found.prompt_attention
@@ -72,6 +68,17 @@ def step(
     seconds += max(done.cached / bandwidth, done.attending / peak) / part
     seconds += telling_seconds(load, device, sequences=sequences, tokens=tokens)
     return Step(seconds, frozenset(unmeasured))
+
+
+def _share(found: Speeds, weight: QArray, rows: float) -> tuple[float, set[str]]:
+    """Of the roofline, by what was measured; and what was not, which is taken for the slowest."""
+    kind = kind_of(weight)
+    if kind is None or kind not in found.products:
+        slowest = min(share(curve, rows) for curve in found.products.values())
+        return slowest, {kind or weight.qtype.upper()}
+    beside = bytes_beside(weight)
+    own = {weight.qtype.upper()} if weight.qtype in NEAREST else set()
+    return share(found.products[kind], rows) * beside, own
 
 
 def _rate(weight: QArray, hardware: Hardware) -> float:

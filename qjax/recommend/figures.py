@@ -21,7 +21,7 @@ Curve = Sequence[tuple[float, float]]
 """(size, share of the roofline), by size."""
 
 # Kinds of GGUF's blocks that were not measured, and the nearest that was.
-_NEAREST = {
+NEAREST = {
     **dict.fromkeys(("q4_1", "q5_0", "q5_1", "iq4_nl"), "Q4_0"),
     **dict.fromkeys(("q2_k", "q3_k", "q5_k", "iq4_xs", "iq3_s", "iq3_xxs"), "Q4_K"),
 }
@@ -116,8 +116,8 @@ def kind_of(weight: QArray | None) -> str | None:
     qtype = weight.qtype
     if qtype in ("bf16", "f16", "f32"):
         return "BF16"
-    if qtype in _NEAREST:
-        return _NEAREST[qtype]
+    if qtype in NEAREST:
+        return NEAREST[qtype]
     if weight.group is None:
         return next((name for name, kind in KINDS.items() if kind.qtype == qtype), None)
     rounds = None if weight.act is None else weight.act.dtype
@@ -135,9 +135,9 @@ def kind_of(weight: QArray | None) -> str | None:
 
 
 def bytes_beside(weight: QArray | None) -> float:
-    """Of a weight whose kind was not measured: its bytes, to those of the nearest kind, or one where
-    it has more. Fewer bits take no less time as long as nobody has seen it."""
-    nearest = None if weight is None else _NEAREST.get(weight.qtype)
+    """Of a weight whose kind was not measured: its bytes to those of the nearest kind, at most one.
+    Fewer bits take no less time as long as nobody has seen it."""
+    nearest = None if weight is None else NEAREST.get(weight.qtype)
     if weight is None or nearest is None:
         return 1.0
     own, other = (QTYPES[name].row_bytes(256) for name in (weight.qtype, nearest.lower()))

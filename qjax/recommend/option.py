@@ -26,7 +26,7 @@ class Option:
       tokens_per_second: of all sequences together, while they decode.
       total_tokens_per_second: generated tokens, with the time for their prompts.
       divergence: KL divergence that weights and cache have cost a model, nats; None: not measured.
-      unmeasured: kinds of weights and caches whose speed counts as the roofline.
+      unmeasured: kinds of weights and caches whose speed was not measured.
       reasons: sentences.
       commands: that make it and run it.
     """

@@ -151,7 +151,7 @@ def _notes(found: Recommendation) -> Iterator[str]:
     if best is None:
         return
     if speeds is not None and best.unmeasured:
-        yield f"not measured there, at the roofline where nothing else is said: {', '.join(best.unmeasured)}"
+        yield f"not measured there, taken as the slowest that was: {', '.join(best.unmeasured)}"
     layers = best.layers
     if hardware.device.kind != "cpu" and best.step_seconds / layers < _SHORT:
         yield (
