@@ -210,8 +210,9 @@ class _Trial:
 
     def _made(self, candidate: Candidate) -> Iterator[Option]:
         try:
-            made = by_scheme(self.model, candidate.scheme or "UNQUANTIZED", candidate.group_size)
-            yield from self._of(candidate, *made)
+            scheme = candidate.scheme or "UNQUANTIZED"
+            config, tree = by_scheme(self.model, scheme, candidate.group_size)
+            yield from self._of(candidate, config, tree)
         except (RecipeError, ShardingError) as error:
             self.left_out.append((candidate.name, str(error)))
 

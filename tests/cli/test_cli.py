@@ -152,21 +152,6 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(run: Run, model: str, monkey
     assert len(calls) > 4
 
 
-def test_doctor(run: Run) -> None:
-    code, out, _ = run("doctor")
-    assert code == 0
-    for word in ("python", "jax", "devices", "kernel", "compiler", "cache"):
-        assert word in out
-
-
-def test_doctor_without_native_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QJAX_IMPLEMENTATION", "xla")
-    code, out, _ = run("doctor")
-    assert code == 0
-    for op in ("matmul q4_1", "embedding q4_1", "paged_attention"):
-        assert f"{op}: xla" in out
-
-
 def test_inspect(run: Run, model: str) -> None:
     code, out, _ = run("inspect", model)
     assert code == 0
