@@ -110,6 +110,10 @@ def recommend(
     """Recommend a quantization, a cache and a split for a model on this or other hardware."""
     length = None if max_model_len is None else sizes.tokens(max_model_len, "--max-model-len")
     nbytes = None if memory is None else sizes.nbytes(memory, "--memory")
+    if device is not None and device.lower() != "cpu":
+        from qjax.planning import devices as table
+
+        table.device(device)  # before jax is imported
 
     from qjax.recommend import recommend
 

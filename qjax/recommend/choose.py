@@ -189,8 +189,8 @@ class _Trial:
         )
 
     def _options(self) -> Iterator[Option]:
-        unmade, *model = self._unmade
-        yield from self._of(unmade, *model)
+        unmade, config, tree = self._unmade
+        yield from self._of(unmade, config, tree)
         small: list[tuple[Candidate, str]] = []
         for candidate in QUANTIZED:
             why = refusal(candidate, self.hardware, self.goal, self.speeds)

@@ -42,7 +42,7 @@ def step(
     have twice the rate of bfloat16 in every data sheet of `qjax.planning.devices`, FP4 four times).
     """
     device = hardware.device
-    reach = (1.0, 1.0) if found is None else found.reach
+    reach = (1.0, 1.0) if found is None or hardware.reached else found.reach
     bandwidth, peak = device.bandwidth * reach[0], device.peak * reach[1]
     done = work(load, sequences=sequences, tokens=tokens, context=context)
     seconds, unmeasured = 0.0, set()

@@ -47,6 +47,7 @@ class Hardware:
     architecture: "Hopper", "Ampere", "CDNA3", "TPU", "CPU" ...: what shares measured figures.
     multiplies: of "int8", "fp8" and "fp4" those that its units multiply as they are.
     capability: compute capability of an NVIDIA GPU.
+    reached: whether bandwidth and products were measured, and not published.
     notes: sentences: where figures come from.
     """
 
@@ -55,6 +56,7 @@ class Hardware:
     architecture: str
     multiplies: frozenset[str]
     capability: tuple[int, int] | None = None
+    reached: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -137,13 +139,13 @@ def measured(found: Hardware) -> Hardware:
     if found.device.kind != here:
         raise RequestError(f"measure takes figures of this machine, a {here}: leave out the device")
     if here == "cpu":
-        own = replace(found.device, bandwidth=memory_bandwidth(repeats=3))
+        own = replace(found.device, bandwidth=memory_bandwidth())
     else:
         took = limits(Timing())
         own = replace(found.device, bandwidth=took.bandwidth, peak=took.peaks["bfloat16"])
     kept = tuple(note for note in found.notes if not note.startswith("bandwidth"))
     note = f"bandwidth measured here just now: {own.bandwidth / 1e9:,.1f} GB/s"
-    return replace(found, device=own, notes=(*kept, note))
+    return replace(found, device=own, reached=True, notes=(*kept, note))
 
 
 def _hardware(found: Device, count: int, capability: tuple[int, int] | None = None) -> Hardware:
@@ -197,7 +199,7 @@ def _cpu(count: int) -> Hardware:
         f"bandwidth and products a core are those of {limit.name}, where kernels were measured: "
         "measuring this machine takes its own bandwidth",
     )
-    return Hardware(here, 1, *abilities(here), None, notes)
+    return Hardware(here, 1, *abilities(here), None, True, notes)
 
 
 def available_memory(root: Path = Path("/")) -> float:
