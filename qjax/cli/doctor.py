@@ -16,7 +16,7 @@ def doctor(
     found = doctor.examine(doctor.here())
     if as_json:
         typer.echo(json.dumps({**asdict(found), "faults": found.faults}, indent=2))
-        raise typer.Exit(bool(found.faults))
+        raise typer.Exit(int(found.faults > 0))
     for name, value in found.facts:
         typer.echo(f"{name:<14}{value}")
     for op, name in found.kernels.items():
@@ -28,7 +28,7 @@ def doctor(
         f"\n{found.faults or 'No'} fault{'' if found.faults == 1 else 's'} found."
         + ("" if found.faults else " `qjax methods` shows what runs each kind of weight.")
     )
-    raise typer.Exit(bool(found.faults))
+    raise typer.Exit(int(found.faults > 0))
 
 
 command = doctor
