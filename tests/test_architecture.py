@@ -44,7 +44,14 @@ FLOORS = {
     "checkpoint": ["qjax.checkpoint"],
     "running": ["qjax.engine", "qjax.compress", "qjax.forward", "qjax.key_bases"],
     "api": ["qjax.api", "qjax.llm", "qjax.distributed", "qjax.evaluate"],
-    "measuring": ["qjax.bench", "qjax.tune", "qjax.report", "qjax.planning", "qjax.recommend", "qjax.doctor"],
+    "measuring": [
+        "qjax.bench",
+        "qjax.tune",
+        "qjax.report",
+        "qjax.planning",
+        "qjax.recommend",
+        "qjax.doctor",
+    ],
     "programs": ["qjax.cli", "qjax.server", "qjax.__main__", "qjax.bench.__main__"],
     "facade": ["qjax"],
 }
