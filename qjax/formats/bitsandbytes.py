@@ -5,6 +5,9 @@ the first of two codes in the high half of a byte. absmax may itself be quantize
 quantization"); it is decoded to float32 when it is read, which costs 0.37 bits a weight in blocks
 of 64. 8-bit weights have a scale for each output; inputs are rounded to int8 row by row, but for
 columns in which a value reaches the threshold.
+
+A full-precision checkpoint becomes nf4 in blocks of 64 as it is read, as with vLLM's
+`quantization="bitsandbytes"`.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from pallas_kernels import codes
 from qjax.errors import CheckpointError, UnsupportedError
-from qjax.formats import weights
+from qjax.formats import online, weights
 from qjax.formats.base import (
     PLAIN,
     Arrays,
@@ -61,11 +65,13 @@ class BitsAndBytes(QuantizationConfig):
       threshold: of outliers among the inputs of 8-bit weights; 0 for none.
       values: the configuration as it was read.
       checkpoint: where quant_states are read from.
+      online: the checkpoint is in full precision, and weights are rounded as they are read.
     """
 
     threshold: float
     values: Mapping[str, Any]
     checkpoint: Checkpoint
+    online: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
@@ -77,7 +83,7 @@ class BitsAndBytes(QuantizationConfig):
         keys.ignore("llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight")
         threshold = float(keys.get("llm_int8_threshold", (int, float), 6.0))
         keys.done()
-        return cls(threshold, config, checkpoint)
+        return cls(threshold, config or _ONLINE, checkpoint, online=not config)
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         states = [suffix for suffix in stored if suffix.startswith(_STATE)]
@@ -87,7 +93,12 @@ class BitsAndBytes(QuantizationConfig):
         if record.qtype == "i8":
             return self._eight_bits(module, stored, shape)
         if record.qtype in PLAIN:
-            return None
+            if not (self.online and online.rounded(module) and len(shape) == 2):
+                return None
+            expect(module, stored, "weight", PLAIN, shape)
+            if shape[1] % _BLOCK:
+                raise fault(record, f"has rows of {shape[1]}, which blocks of {_BLOCK} do not fill")
+            return Layer(("weight",), lambda arrays: online.by_rows(arrays["weight"], to_nf4))
         raise fault(record, f"has dtype {record.qtype}, but neither quant_state nor SCB beside it")
 
     def _four_bits(
@@ -228,6 +239,24 @@ class BitsAndBytes(QuantizationConfig):
         }
 
 
+def to_nf4(dense: np.ndarray) -> QArray:
+    """A plain weight [N, K] in the nearest values of nf4, blocks of 64 sharing their largest."""
+    values = np.asarray(dense, np.float32).reshape(len(dense), -1, _BLOCK)
+    largest = np.abs(values).max(-1, keepdims=True)
+    table = np.array(_NF4, np.float32)
+    near = values / np.where(largest > 0, largest, np.float32(1))
+    found = np.searchsorted((table[1:] + table[:-1]) / 2, near).reshape(dense.shape)
+    return weights.coded(
+        codes.pack(found.astype(np.uint8), 4),
+        "lookup4",
+        dense.shape,
+        largest[..., 0],
+        (1, _BLOCK),
+        aux={"codebook": table[None]},
+        rounded=_DTYPES[dense.dtype.name],
+    )
+
+
 def _kind_of(module: str, weight: QArray) -> tuple[str, float, str | None]:
     """ "nf4", "fp4" or "int8", the threshold of outliers, and what weights are rounded to.
 
@@ -273,6 +302,13 @@ _FP4 = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 _CODEBOOKS = {"nf4": np.array(_NF4), "fp4": np.array([*_FP4, *(-value for value in _FP4)])}
 # Of weights that the tool has dequantized.
 _DTYPES = {"float32": None, "bfloat16": "bfloat16", "float16": "float16"}
+_BLOCK = 64
+_ONLINE = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": False,
+}
 
 
 def _read_state(file: str, name: str, raw: np.ndarray) -> _State:

@@ -19,7 +19,6 @@ from pallas_kernels import codes
 from qjax.errors import UnsupportedError
 from qjax.formats import online, weights
 from qjax.formats.base import PLAIN, Checkpoint, Keys, Layer, QuantizationConfig, Stored, expect
-from qjax.formats.fp8 import rounds_online
 from qjax.qarray import QArray
 from qjax.registry import register_quantization_config
 
@@ -47,7 +46,7 @@ class DeepSpeedFP(QuantizationConfig):
 
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         record = expect(module, stored, "weight", PLAIN, shape)
-        if not rounds_online(module):
+        if not online.rounded(module):
             return None
         where, size = f"{record.file}, {module}, group_size", self.group_size
         group, times = weights.flat_group(where, shape, size)

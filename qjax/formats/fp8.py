@@ -109,7 +109,7 @@ class Fp8(QuantizationConfig):
     def layer(self, module: str, stored: Stored, shape: tuple[int, ...]) -> Layer | None:
         record = expect(module, stored, "weight")
         if record.qtype in PLAIN:
-            if not self.online or not rounds_online(module):
+            if not self.online or not online.rounded(module):
                 return self._plain(module, stored, shape)
             expect(module, stored, "weight", PLAIN, shape)
             return Layer(
@@ -283,10 +283,3 @@ def _inferred_block(scale: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int
     # Partial blocks hide the size: blocks are powers of two in practice.
     rows, columns = (1 << (size - 1).bit_length() for size in sizes)
     return rows, columns
-
-
-def rounds_online(module: str) -> bool:
-    """Whether a layer is rounded when a full-precision checkpoint is quantized as it is read:
-    linear layers are, but not embedding, head and routers.
-    """
-    return not module.endswith(("embed_tokens", "lm_head", ".gate", ".router", "_expert_gate"))

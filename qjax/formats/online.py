@@ -18,6 +18,13 @@ from qjax.lazy import LazyArray
 from qjax.qarray import ActSpec, QArray
 
 
+def rounded(module: str) -> bool:
+    """Whether a layer is rounded when a full-precision checkpoint is quantized as it is read:
+    linear layers are, but not embedding, head and routers.
+    """
+    return not module.endswith(("embed_tokens", "lm_head", ".gate", ".router", "_expert_gate"))
+
+
 def by_rows(dense: np.ndarray, make: Callable[[np.ndarray], QArray], unit: int = 1) -> QArray:
     """A plain weight [..., N, K] in another type.
 

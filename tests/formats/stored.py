@@ -36,12 +36,12 @@ def record(name, array):
     return Record(name, _DTYPES.get(dtype.name, f"{dtype.kind}{8 * dtype.itemsize}"), array.shape)
 
 
-def quantization(config, tensors=None, module=MODULE, dtype=""):
-    """The format that a quantization config asks for."""
+def quantization(config, tensors=None, module=MODULE, dtype="", method=None):
+    """The format that a quantization config asks for, or that is asked for beside none."""
     named = {f"{module}.{suffix}": array for suffix, array in (tensors or {}).items()}
     records = {name: record(name, array) for name, array in named.items()}
     checkpoint = Checkpoint("config.json", records, {}, named.__getitem__, "llama", dtype)
-    return quantization_config(config["quant_method"]).from_config(config, checkpoint)
+    return quantization_config(method or config["quant_method"]).from_config(config, checkpoint)
 
 
 def planned(config, tensors, shape, module=MODULE, dtype=""):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qjax.errors import CheckpointError, UnsupportedError
-from tests.formats.stored import decoded, planned, quantization, weight_of
+from tests.formats.stored import MODULE, decoded, planned, quantization, record, weight_of, whole
 
 FILE = Path(__file__).resolve().parent.parent / "golden" / "bitsandbytes.npz"
 CASES = [f"{k}_{s}" for k in ("nf4", "fp4") for s in ("64_plain", "128_nested", "512_plain")]
@@ -139,3 +139,34 @@ def test_quant_state_that_contradicts(change, match):
 def test_unknown_key():
     with pytest.raises(UnsupportedError, match="unheard_of"):
         quantization(CONFIG | {"unheard_of": 1})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounded_as_it_is_read(dtype):
+    """A full-precision weight becomes the bytes that the tool makes of it."""
+    tensors, wanted = tensors_of("nf4_64_plain")
+    with np.load(FILE) as file:
+        dense = file["original"].astype(dtype)
+    layer = quantization({}, method="bitsandbytes").layer(
+        MODULE, {"weight": record(f"{MODULE}.weight", dense)}, SHAPE
+    )
+    weight = whole(layer, {"weight": dense})
+    if dtype == "float32":
+        np.testing.assert_array_equal(weight_of(weight), wanted)
+        written = quantization({}, method="bitsandbytes").encode(MODULE, weight)
+        assert written.keys() == tensors.keys()
+        for name in tensors.keys() - {state_name(tensors)}:
+            np.testing.assert_array_equal(written[name], tensors[name])
+    else:  # its steps are at most 0.31 of the largest number of a block wide
+        assert weight.rounded == "bfloat16"
+        blocks = dense.astype(np.float64).reshape(-1, 64)
+        errors = np.abs(weight_of(weight).reshape(-1, 64) - blocks)
+        assert (errors <= 0.16 * np.abs(blocks).max(1, keepdims=True)).all()
+
+
+def test_what_is_not_rounded():
+    method = quantization({}, method="bitsandbytes")
+    stored = {"weight": record("w", np.zeros((8, 96), np.float16))}
+    assert method.layer("lm_head", stored, (8, 96)) is None
+    with pytest.raises(CheckpointError, match="rows of 96, which blocks of 64 do not fill"):
+        method.layer(MODULE, stored, (8, 96))
