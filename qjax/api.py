@@ -290,9 +290,15 @@ def engine_for(
     kv_cache_dtype: str = "auto",
     kv_cache_dtype_skip_layers: Sequence[int | str] = (),
     seed: int | None = None,
+    together: bool = False,
 ) -> Engine | Replicas:
     """An engine just large enough for these prompts, in one of a few sizes; of a model with several
-    copies, one on each."""
+    copies, one on each.
+
+    Args:
+      together: all of them run at a time, whatever the cache then takes; else as many as are
+        usual, and the others wait.
+    """
     limit = model_len(params, max_model_len)
     copies = 1 if params.mesh is None else params.mesh.devices.shape[0]
     lengths = []
@@ -302,12 +308,14 @@ def engine_for(
         lengths += [len(ids) + min(room, sampling.max_tokens or room)] * sampling.n
     blocks_for = BlockManager(0, BLOCK_SIZE).blocks_for
     need = sorted((blocks_for(length) for length in lengths), reverse=True)
-    max_num_seqs = min(-(-len(lengths) // copies), MAX_NUM_SEQS)
+    max_num_seqs = -(-len(lengths) // copies)
+    if not together:
+        max_num_seqs = min(max_num_seqs, MAX_NUM_SEQS)
     wanted = sum(need[:max_num_seqs])
     unrounded = numerics_for(numerics, max_num_seqs).cache_dtype
     dtypes = cache_dtypes(params.config, kv_cache_dtype, unrounded, kv_cache_dtype_skip_layers)
     affordable = CACHE_BYTES // (BLOCK_SIZE * bytes_per_token(params.config, dtypes))
-    num_blocks = max(need[0], min(wanted, affordable))
+    num_blocks = wanted if together else max(need[0], min(wanted, affordable))
     make = partial(
         Engine,
         num_blocks=1 << max(4, (num_blocks - 1).bit_length()),

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import platform
-from qjax.bench import clock
+from qjax.bench import bandwidth, clock
 from qjax.bench.clock import Timing
-from qjax.bench.model import memory_bandwidth
 
 DTYPES = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "fp8_e4m3": jnp.float8_e4m3fn}
 _LIBRARIES = ("qjax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
@@ -36,8 +35,8 @@ def limits(timing: Timing, quick: bool = False) -> Limits:
     guess = 2 * size**3 / (1e11 if cpu else 1e15)
     peaks = {name: _product(size, DTYPES[name], guess, timing) for name in DTYPES}
     if cpu:
-        return Limits(memory_bandwidth(1 << 26 if quick else 1 << 28), peaks)
-    return Limits(_reading((1 << 16, 1 << 12) if not quick else (256, 256), timing), peaks)
+        return Limits(bandwidth.of_host(1 << 26 if quick else 1 << 28), peaks)
+    return Limits(bandwidth.of_device((256, 256) if quick else bandwidth.SHAPE, timing), peaks)
 
 
 def _product(size: int, dtype: Any, guess: float, timing: Timing) -> float:
@@ -55,19 +54,6 @@ def _product(size: int, dtype: Any, guess: float, timing: Timing) -> float:
     operands = square(), [square(), square()], [None] * 2
     program = clock.program(call, *operands, guess, timing)
     return 2 * size**3 / clock.seconds(program, *operands, timing)
-
-
-def _reading(shape: tuple[int, int], timing: Timing) -> float:
-    """Of the sums of rows of float32; bytes a second."""
-
-    def call(x: jax.Array, w: jax.Array, state: None) -> tuple[jax.Array, None]:
-        return w.sum(1) + x, state
-
-    arrays = [jnp.ones(shape, jnp.float32) for _ in range(2)]
-    operands = jnp.zeros(shape[:1]), arrays, [None] * 2
-    nbytes = arrays[0].nbytes
-    program = clock.program(call, *operands, nbytes / 3e12, timing)
-    return nbytes / clock.seconds(program, *operands, timing)
 
 
 def description() -> dict[str, Any]:

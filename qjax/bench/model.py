@@ -7,11 +7,9 @@ reading the weights, once a step, and the cache of each sequence.
 import csv
 import io
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
@@ -19,6 +17,7 @@ import jax
 import numpy as np
 
 from qjax.api import engine_for
+from qjax.bench.bandwidth import bandwidth
 from qjax.engine.engine import Engine
 from qjax.engine.request import Request
 from qjax.engine.sampling_params import SamplingParams
@@ -76,11 +75,11 @@ def run(
     rows = [measure(f"pp{length}", length, 1, 1) for length in prompt_lengths]
     for batch in batches if generate else ():
         row = measure(f"tg{generate}", DECODE_PROMPT, generate + 1, batch)
-        bandwidth = memory_bandwidth()
+        found = bandwidth()
         ended = DECODE_PROMPT + generate + 1
         cached = row.cache_bytes * (DECODE_PROMPT + generate / 2) / ended
-        share = (weight_bytes(params) + cached) * row.tokens_per_second / batch / bandwidth
-        rows.append(replace(row, bandwidth=bandwidth, bandwidth_share=share))
+        share = (weight_bytes(params) + cached) * row.tokens_per_second / batch / found
+        rows.append(replace(row, bandwidth=found, bandwidth_share=share))
     return rows
 
 
@@ -117,19 +116,6 @@ def weight_bytes(params: Params) -> int:
     return params.nbytes - unread
 
 
-def memory_bandwidth(nbytes: int = 1 << 28, repeats: int = 5) -> float:
-    """The most bytes/s that reading `nbytes` of memory has come to, with all cores."""
-    threads = os.cpu_count() or 1
-    parts = np.array_split(np.ones(nbytes // 4, np.float32), threads)
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            list(pool.map(np.dot, parts, parts))  # of what numpy has, this reads fastest
-            best = max(best, nbytes / (time.perf_counter() - start))
-    return best
-
-
 def _measure(
     params: Params,
     test: str,
@@ -150,7 +136,12 @@ def _measure(
         return [tuple(row) for row in ids.tolist()]
 
     engine = engine_for(
-        params, prompts(), sampling, numerics=numerics, kv_cache_dtype=kv_cache_dtype
+        params,
+        prompts(),
+        sampling,
+        numerics=numerics,
+        kv_cache_dtype=kv_cache_dtype,
+        together=True,  # else the last would decode alone
     )
     assert isinstance(engine, Engine)  # one copy of the model
     time_of = _prompt_seconds if max_tokens == 1 else _decode_seconds

@@ -11,7 +11,13 @@ import numpy as np
 
 from qjax.errors import RequestError
 from qjax.evaluate.logits import Reader, reader
-from qjax.evaluate.perplexity import Perplexity, Progress, row_losses, summary
+from qjax.evaluate.perplexity import (
+    Perplexity,
+    Progress,
+    row_losses,
+    scored_losses,
+    summary,
+)
 from qjax.evaluate.windows import scored, targets_of, windows
 from qjax.params import Params
 
@@ -69,6 +75,12 @@ class Reference:
     reader: Reader
     vocab_size: int
     max_windows: int | None
+
+    def perplexity(self) -> Perplexity:
+        """Of the base, on the text."""
+        pairs = zip(self.ids, self.hidden, strict=True)
+        losses = [scored_losses(self.reader, tokens, hidden) for tokens, hidden in pairs]
+        return summary(np.concatenate(losses), self.ids)
 
 
 def reference(

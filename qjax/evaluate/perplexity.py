@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,13 @@ def perplexity(
 
 def window_losses(model: Reader, tokens: np.ndarray, hidden: jax.Array) -> np.ndarray:
     """float64 [R]: -log p of each token of a window that is predicted, by its hidden states."""
+    return scored_losses(model, tokens, hidden[scored(len(tokens))])
+
+
+def scored_losses(model: Reader, tokens: np.ndarray, hidden: Any) -> np.ndarray:
+    """The same, of the hidden states at the positions that are scored and the last one."""
     targets, rows = targets_of(tokens), []
-    for block in model.rows(hidden[scored(len(tokens))]):
+    for block in model.rows(hidden):
         own, targets = targets[: len(block)], targets[len(block) :]
         rows.append(row_losses(block, jnp.asarray(own)))
     return np.concatenate(jax.device_get(rows)).astype(np.float64)[:-1]
