@@ -1,4 +1,4 @@
-"""The bandwidth of memory, which limits decoding: what reading much of it comes to, here and now."""
+"""The bandwidth of memory, which limits decoding: what reading much of it comes to."""
 
 from __future__ import annotations
 

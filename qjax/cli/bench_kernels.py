@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from qjax.cli import options
+
 
 def shape(text: str) -> tuple[int, int]:
     n, _, k = text.partition("x")
@@ -39,9 +41,11 @@ def kernels(
         Path | None,
         typer.Option("--peer", help="Program that measures another library's products."),
     ] = None,
+    history: options.History = None,
 ) -> None:
     """Check the kernels of this device, then measure them."""
     from qjax.bench import grid, report
+    from qjax.bench import history as lines
     from qjax.bench import kernels as benchmark
 
     sizes = grid.QUICK if quick else grid.Grid()
@@ -62,7 +66,10 @@ def kernels(
         budget_seconds=budget,
         peer=peer,
     )
-    typer.echo(report.table({**result.head, "rows": result.rows}))
+    content = {**result.head, "rows": result.rows}
+    if history is not None:
+        lines.append(history, content, *lines.of_kernels(content))
+    typer.echo(report.table(content))
     if failed := benchmark.failures(result):
         typer.echo("\n".join(["failed:", *failed]), err=True)
         raise typer.Exit(1)

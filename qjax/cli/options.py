@@ -1,6 +1,7 @@
 """Options that several subcommands share, and the sampling parameters that they come to."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -65,4 +66,8 @@ Seed = Annotated[
 Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="Text that ends the output; may be repeated."),
+]
+History = Annotated[
+    Path | None,
+    typer.Option("--history", help="A .jsonl file that gets a line with the key figures."),
 ]
