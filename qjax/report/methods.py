@@ -62,8 +62,8 @@ METHODS = (
     Method("int8", "SmoothQuant, then GPTQ; INT8 inputs by token", "W8A8", "smoothquant"),
     Method("q8_0", "GGUF's 8-bit blocks", "Q8_0"),
     Method("w4a16-rtn", "4-bit integers, rounded to nearest", "W4A16"),
-    Method("gptq", "4-bit integers by GPTQ", "W4A16", "gptq", "gptq"),
-    Method("awq", "4-bit integers with zero points by AWQ", "W4A16_ASYM", "awq", "awq"),
+    Method("gptq", "4-bit integers by GPTQ", "W4A16", "gptq"),
+    Method("awq", "4-bit integers with zero points by AWQ", "W4A16_ASYM", "awq"),
     # A quarter of its usual steps: without an accelerator they take long.
     Method(
         "autoround",
@@ -72,7 +72,7 @@ METHODS = (
         "autoround",
         settings={"iters": 50},
     ),
-    Method("hqq", "4-bit integers, fitted zero points", "W4A16_ASYM", "hqq", "hqq"),
+    Method("hqq", "4-bit integers, fitted zero points", "W4A16_ASYM", "hqq"),
     Method("nf4", "bitsandbytes' 4-bit normal floats", "", format="bitsandbytes"),
     Method("nvfp4", "NVFP4 weights and inputs", "NVFP4"),
     Method("mxfp4", "MXFP4 weights and inputs", "MXFP4"),
