@@ -30,11 +30,11 @@ SAMPLES = 128
 class Samples:
     """Attributes:
     calibration: see `qjax.compress.dataset.tokens`.
-    num_samples, seq_len: how many, of how many tokens; None for what is usual.
+    num_samples, seq_len: how many, of how many tokens; None for 512, or what the model takes.
     """
 
     calibration: str
-    num_samples: int | None
+    num_samples: int
     seq_len: int | None
 
 

@@ -32,7 +32,7 @@ def report(
     *,
     methods: str | Sequence[str] = (),
     calibration: str | None = None,
-    num_samples: int | None = SAMPLES,
+    num_samples: int = SAMPLES,
     seq_len: int | None = None,
     keep: Source | None = None,
     text: str | None = None,

@@ -205,17 +205,18 @@ against FP16, on GPUs and for models that it does not name; and what was measure
 
 def _methods_section(report: Report) -> str:
     samples = report.settings["samples"]
-    source = (
-        "text that the model wrote" if samples["calibration"] == "self" else samples["calibration"]
-    )
+    given = Path(samples["calibration"])
+    source = given.name if given.suffix else samples["calibration"]  # a file, or of the hub
+    source = "text that the model wrote" if source == "self" else source
+    length = f" of {samples['seq_len']} tokens" if samples["seq_len"] else ""
     made = [BY_NAME[row.name] for row in report.rows if row.name in BY_NAME]
-    count, length = samples["num_samples"] or "all", samples["seq_len"] or "the usual number of"
     return "\n".join(
         [
             "## Methods",
             "",
             *(f"- {method.name}: {method.about}." for method in made),
             "",
-            f"Samples, where a method takes some: {count} of {length} tokens, of {source}.",
+            f"Samples, where a method takes some: {samples['num_samples']} sequences{length}, of "
+            f"{source}.",
         ]
     )
