@@ -104,7 +104,7 @@ class LLM:
         Raises:
           RequestError: a prompt is out of range; none has been started then.
         """
-        from tqdm.auto import tqdm  # slow to import
+        from tqdm import tqdm  # slow to import
 
         params = sampling_params or SamplingParams()
         ids = [encode(self.params, p) for p in ([prompts] if is_single(prompts) else prompts)]

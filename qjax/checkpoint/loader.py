@@ -159,7 +159,7 @@ def _prepared(name: str, weight: QArray, config: ModelConfig) -> QArray:
 def _read_all(
     opened: Opened, places: plan.Plan, targets: Targets | None
 ) -> Iterator[tuple[str, Any]]:
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     # Repacking is native code that lets go of the interpreter lock: two cores, half the time.
     workers = min(4, os.cpu_count() or 1)

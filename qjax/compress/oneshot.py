@@ -215,7 +215,7 @@ def _shown(
     on_layer: Callable[[Finished], None] | None,
 ) -> Iterator[Finished]:
     """The same, with a bar that shows the error of the last layer."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     # Shown on a terminal only (disable=None).
     with tqdm(

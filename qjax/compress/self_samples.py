@@ -33,7 +33,7 @@ def self_samples(
     Raises:
       RequestError: the model has no tokenizer, or neither of these tokens.
     """
-    from tqdm.auto import tqdm  # slow to import
+    from tqdm import tqdm  # slow to import
 
     if params.tokenizer is None:
         raise RequestError("the model has no tokenizer to tell how a text begins: give a dataset.")

@@ -153,7 +153,7 @@ def warm_up(engine: Engine | Replicas, *, progress: bool = True) -> list[str]:
     Returns:
       What each program is for.
     """
-    from tqdm.auto import tqdm  # slow to import
+    from tqdm import tqdm  # slow to import
 
     engines = engine.engines if isinstance(engine, Replicas) else [engine]
     found = []
