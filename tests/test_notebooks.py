@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +60,17 @@ class Model:
 
 
 @pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
-def model(request: pytest.FixtureRequest, tmp_path: Path, golden: Path) -> Model:
+def model(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    golden: Path,
+) -> Model:
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
     found = {**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
     found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
     # Nothing of the user's settings, and nothing written there.
-    found |= {name: str(tmp_path) for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")}
+    found |= {name: str(tmp_path) for name in ("IPYTHONDIR", "MPLCONFIGDIR")}
     found["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     name = builtin.DEFAULT
     if request.param == "real":
@@ -83,13 +90,14 @@ def read(name: str) -> NotebookNode:
 def execute(notebook: NotebookNode, model: Model) -> NotebookNode:
     """The notebook with its outputs; raises CellExecutionError where a cell fails."""
     first = [nbformat.v4.new_code_cell(source) for source in model.first]
-    done = nbformat.from_dict({**notebook, "cells": first + notebook.cells})
+    done = nbformat.v4.new_notebook(cells=first + notebook.cells, metadata=notebook.metadata)
     client = NotebookClient(
         done, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
     )
     # Of this interpreter, whatever kernels the machine has.
-    client.create_kernel_manager()
-    client.km.kernel_spec.argv[0] = sys.executable
+    spec = client.create_kernel_manager().kernel_spec
+    assert spec is not None
+    spec.argv[0] = sys.executable
     client.execute(env=model.environment)
     del done.cells[: len(first)]
     return done
@@ -114,7 +122,7 @@ def test_all_are_listed() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs(name: str, model: Model, tmp_path: Path) -> None:
+def test_runs(name: str, model: Model) -> None:
     """Every cell, without a warning; each plot that is asked for is made and shows something."""
     done = execute(read(name), model)
     streams = [output for output in outputs(done) if output.output_type == "stream"]
@@ -129,9 +137,6 @@ def test_runs(name: str, model: Model, tmp_path: Path) -> None:
         assert image[:4] == b"\x89PNG"
         assert min(width, height) > 150
         assert len(image) > BLANK
-    if keep := os.environ.get("QJAX_NOTEBOOK_PLOTS"):  # to look at
-        for number, image in enumerate(images):
-            (Path(keep) / f"{name}-{number}-{len(model.first)}.png").write_bytes(image)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,8 +182,6 @@ def test_failing_cell_is_seen(tmp_path: Path) -> None:
 
 def test_extra_has_what_notebooks_import() -> None:
     """Beside the package's own dependencies."""
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra in ("notebook", "dev"):
         names = {re.split(r"[>=\[]", entry)[0] for entry in project["optional-dependencies"][extra]}
