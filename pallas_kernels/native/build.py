@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = ("ffi.cc", "pack.cc", "pool.cc")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast", "-w")
 _VNNI = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
          "-mavx512vnni", "-mprefer-vector-width=512")  # fmt: skip
 # Best first: the loader takes the first that the processor supports.
@@ -27,10 +28,15 @@ ISAS: dict[str, tuple[str, ...]] = {
 }
 
 
-def isas() -> tuple[str, ...]:
-    """The instruction sets that this kind of processor may have."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return tuple(ISAS) if x86 else ("portable",)
+def isas(compiler: str) -> tuple[str, ...]:
+    """The instruction sets of the processors that `compiler` compiles for, which need not be this
+    one: `aarch64-linux-gnu-g++`, or clang++ with a -target. Raises RuntimeError where it fails.
+    """
+    command = [*compiler.split(), "-dM", "-E", "-x", "c++", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{compiler} failed on an empty file:\n{done.stderr}")
+    return tuple(ISAS) if "__x86_64__" in done.stdout.split() else ("portable",)
 
 
 def library_name(isa: str) -> str:
@@ -57,8 +63,9 @@ def digest() -> str:
 def build(output_dir: Path, force: bool = False) -> list[Path]:
     """Compiles every library into `output_dir` and returns their paths.
 
-    Up-to-date libraries are kept unless `force`. Raises FileNotFoundError where no compiler is
-    found, and RuntimeError with the compiler's messages where it fails.
+    They are for the processors that the compiler compiles for, so that CXX may name one for another
+    machine. Up-to-date libraries are kept unless `force`. Raises FileNotFoundError where no
+    compiler is found, and RuntimeError with the compiler's messages where it fails.
     """
     from jax import ffi
 
@@ -68,30 +75,30 @@ def build(output_dir: Path, force: bool = False) -> list[Path]:
     here = Path(__file__).parent
     newest = max(p.stat().st_mtime for p in here.iterdir() if p.suffix in (".cc", ".h", ".py"))
     output_dir.mkdir(parents=True, exist_ok=True)
-    sources = digest()
+    includes = (f"-I{ffi.include_dir()}", f"-I{here}", f'-DQJAX_SOURCES="{digest()}"')
 
-    def compile_one(isa: str) -> Path:
+    def run(*arguments: str) -> None:
+        done = subprocess.run([*compiler.split(), *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} failed:\n{done.stderr}")
+
+    def build_one(isa: str) -> Path:
         target = output_dir / library_name(isa)
         if not force and target.exists() and target.stat().st_mtime >= newest:
             return target
-        # Compiled beside its place and moved: a running process never maps half a library.
-        partial = target.with_suffix(f".{os.getpid()}.tmp")
-        command = [*compiler.split(), "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"]
-        command += ["-fno-math-errno", "-ffp-contract=fast", "-w"]
-        command += [*ISAS[isa], f"-I{ffi.include_dir()}", f"-I{here}"]
-        command += [f'-DQJAX_SOURCES="{sources}"']
-        command += [str(here / source) for source in SOURCES] + ["-o", str(partial)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{compiler} failed on the {isa} kernels:\n{done.stderr}")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        # Built beside its place and moved: a running process never maps half a library.
+        with tempfile.TemporaryDirectory(dir=output_dir) as folder:
+            objects = [str(Path(folder, source).with_suffix(".o")) for source in SOURCES]
+            for source, compiled in zip(SOURCES, objects, strict=True):
+                run(*FLAGS, *ISAS[isa], *includes, "-c", str(here / source), "-o", compiled)
+            # Without the instruction set: some compilers would build their C++ library for it.
+            linked = Path(folder, target.name)
+            run("-shared", "-pthread", *objects, "-o", str(linked))
+            linked.replace(target)
         return target
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        return list(threads.map(compile_one, isas()))
+        return list(threads.map(build_one, isas(compiler)))
 
 
 if __name__ == "__main__":
