@@ -40,7 +40,7 @@ class CheckpointError(QjaxError, ValueError):
         if offset is not None:
             where.append(f"at byte {offset}")
         super().__init__(": ".join([", ".join(where), reason] if where else [reason]))
-        self.file = None if file is None else os.fspath(file)
+        self.file: str | None = None if file is None else os.fspath(file)
         self.field = field
         self.offset = offset
 

@@ -7,7 +7,8 @@ from os import PathLike
 from typing import Any
 
 from qjax.api import encode, is_single, load
-from qjax.engine.engine import peak_memory
+from qjax.engine.engine import Engine, peak_memory
+from qjax.engine.replicas import Replicas
 from qjax.engine.request import GenerationResult
 from qjax.engine.sampling_params import SamplingParams
 from qjax.engine.serving import serving_engine
@@ -79,8 +80,8 @@ class LLM:
             n = tensor_parallel_size or 1
             sizes = (1, n) if enable_expert_parallel else (n, 1)
             mesh = make_mesh(sizes[0], expert=sizes[1], data=data_parallel_size)
-        self.params = model if loaded else load(model, quantization=quantization, mesh=mesh)
-        self.engine = serving_engine(
+        self.params: Params = model if loaded else load(model, quantization=quantization, mesh=mesh)
+        self.engine: Engine | Replicas = serving_engine(
             self.params,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,

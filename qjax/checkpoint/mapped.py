@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class TensorFiles:
         tensors: dict[str, TensorRecord],
         metadata: dict[str, Any],
     ):
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.tensors = tensors
         self.metadata = metadata
         self._maps = maps
@@ -162,7 +162,7 @@ class TensorFiles:
         """Unmaps the files; a file that arrays still look into stays mapped until they are gone."""
         close_maps(self._maps.values())
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

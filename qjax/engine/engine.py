@@ -114,13 +114,13 @@ class Engine:
                 "seed": seed,
             },
         )
-        self.digest = 0
+        self.digest: int = 0
         self._added = 0
         self._seeds = np.random.SeedSequence(seed)
-        self.max_model_len = model_len(params, max_model_len)
+        self.max_model_len: int = model_len(params, max_model_len)
         self._eos_ids = eos_ids(params)
         widest = min(num_blocks, -(-self.max_model_len // block_size))
-        self.runner = Runner(
+        self.runner: Runner = Runner(
             params,
             num_blocks=num_blocks,
             block_size=block_size,
@@ -130,7 +130,7 @@ class Engine:
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_dtype_skip_layers=kv_cache_dtype_skip_layers,
         )
-        self.scheduler = Scheduler(
+        self.scheduler: Scheduler = Scheduler(
             BlockManager(num_blocks, block_size),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

@@ -41,8 +41,8 @@ class Matcher:
 
     def __init__(self, matcher: llguidance.LLMatcher, mask: np.ndarray):
         self._matcher = matcher
-        self.mask = mask
-        self.complete = False
+        self.mask: np.ndarray = mask
+        self.complete: bool = False
         self.error: str | None = None
 
     def consume(self, token: int) -> None:

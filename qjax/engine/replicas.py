@@ -75,7 +75,7 @@ class Replicas:
     def __init__(self, params: Params, make: Sequence[Callable[[Params], Engine]]):
         self.params = params
         pairs = zip(make, replicas(params), strict=True)
-        self.engines = [make_one(each) for make_one, each in pairs]
+        self.engines: list[Engine] = [make_one(each) for make_one, each in pairs]
         self._owner: dict[int, Engine] = {}
 
     def add(

@@ -65,7 +65,7 @@ class OutputText:
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams):
-        self.text = ""
+        self.text: str = ""
         self._params = params
         self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens)
         self._hold = max((len(stop) for stop in params.stop), default=1) - 1
@@ -144,7 +144,7 @@ class Request:
     first_token: float = 0.0
     last_token: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.prefill_target = len(self.prompt_ids)
 
     @property

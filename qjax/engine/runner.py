@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -31,6 +31,7 @@ from qjax.engine.step import (
 from qjax.errors import RequestError
 from qjax.key_bases import key_bases
 from qjax.kv_cache import Batch, cache_dtypes
+from qjax.models.config import ModelConfig
 from qjax.models.parts import Parts
 from qjax.params import Params
 
@@ -83,7 +84,7 @@ class Prepared:
     plan: Plan
     spec: StepSpec
     args: list[Any]
-    program: Future
+    program: Future[Callable[..., Any]]
 
 
 class Runner:
@@ -113,16 +114,18 @@ class Runner:
         kv_cache_dtype: str = "auto",
         kv_cache_dtype_skip_layers: Sequence[int | str] = (),
     ):
-        self.config = config = params.config
-        self.tree = params.tree
+        config = params.config
+        self.config: ModelConfig = config
+        self.tree: Any = params.tree
         self.num_slots = max_num_seqs
         self.table_width = table_width
-        self.compile_seconds = 0.0  # time spent waiting for compilers
+        self.compile_seconds: float = 0.0  # time spent waiting for compilers
         self._numerics = numerics_for(numerics, max_num_seqs)
-        self.alike = self._numerics.prefill == self._numerics.decode
-        self.cache_dtypes = dtypes = cache_dtypes(
+        self.alike: bool = self._numerics.prefill == self._numerics.decode
+        dtypes = cache_dtypes(
             config, kv_cache_dtype, self._numerics.cache_dtype, kv_cache_dtype_skip_layers
         )
+        self.cache_dtypes: tuple[str, ...] = dtypes
         if not config.kv_scales and any(dtype.startswith("fp8") for dtype in dtypes):
             warnings.warn(
                 f"kv_cache_dtype {kv_cache_dtype} without scales from the model takes 1.0, which "

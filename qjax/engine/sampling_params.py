@@ -75,7 +75,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def put(name: str, value: Any):
             object.__setattr__(self, name, value)
 

@@ -60,9 +60,9 @@ class Scheduler:
         self.blocks = blocks
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.num_preemptions = 0
-        self.cache_queries = 0  # tokens that were looked for in the cache, and found
-        self.cache_hits = 0
+        self.num_preemptions: int = 0
+        self.cache_queries: int = 0  # tokens that were looked for in the cache, and found
+        self.cache_hits: int = 0
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self._alike = alike

@@ -45,7 +45,7 @@ class SpeculativeConfig:
     model: Params | None = field(default=None, repr=False)
     disable_by_batch_size: int = MAX_SEQS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.method:
             object.__setattr__(self, "method", "ngram" if self.model is None else "draft_model")
         if self.method not in ("ngram", "draft_model"):
@@ -138,8 +138,8 @@ class Speculator:
     def __init__(self, config: SpeculativeConfig, proposer: Proposer):
         self._config = config
         self._proposer = proposer
-        self.num_draft_tokens = 0
-        self.num_accepted_tokens = 0
+        self.num_draft_tokens: int = 0
+        self.num_accepted_tokens: int = 0
 
     def wants(self, running: Sequence[Request]) -> bool:
         """Whether to guess for these, once all their tokens have been read."""

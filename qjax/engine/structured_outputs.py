@@ -41,7 +41,7 @@ class StructuredOutputs:
     grammar: str | None = None
     json_object: bool | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # None, and no JSON object, stand for a field that is not given, as in vLLM.
         names = [field.name for field in fields(self)]
         given = [name for name in names if getattr(self, name) not in (None, False)]

@@ -33,7 +33,7 @@ class Fields:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     shown: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.values, Mapping):
             where = self.prefix.rstrip(".") or None
             raise CheckpointError(
