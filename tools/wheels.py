@@ -3,10 +3,10 @@
     python -m pip install -e '.[release]'
     python tools/wheels.py dist
 
-The compiler is zig's (pip's `ziglang`): it compiles for other machines, against the C library of the
-oldest system that a wheel is for, and links its own C++ library in. One wheel serves every Python
-version, because the kernels are no extension modules. Then each wheel is read: are its libraries
-those of the platform in its name, and does auditwheel find that their symbols are there?
+The compiler is zig's (pip's `ziglang`): it compiles for other machines, against the C library of
+the oldest system that a wheel is for, and links its own C++ library in. One wheel serves every
+Python version, because the kernels are no extension modules. Then each wheel is read: are its
+libraries those of the platform in its name, and does auditwheel find that their symbols are there?
 """
 
 from __future__ import annotations
