@@ -62,15 +62,18 @@ def test_hooks_mend_what_they_find(copy: Path) -> None:
     notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     (copy / "run.ipynb").write_text(json.dumps(notebook, indent=1) + "\n")
     (copy / "loose.py").write_text("import os\nx = {'a':1} \n")
+    (copy / "loose.md").write_text("one \ntwo\n\n\n")
     (copy / "broken.yaml").write_text("a: [1\n")
     (copy / "large.bin").write_bytes(b"\0" * (1 << 20 | 1))
-    names = ("run.ipynb", "loose.py", "broken.yaml", "large.bin")
+    names = ("run.ipynb", "loose.py", "loose.md", "broken.yaml", "large.bin")
     done = hooks(copy, *names)
     found = {line.split("hook id: ")[1] for line in done.stdout.splitlines() if "hook id: " in line}
     for name in names:
         (copy / name).rename(copy.parent / name)
     assert found == {
-        *("ruff-check", "ruff-format", "trailing-whitespace", "yaml", "large-files", "notebooks")
+        *("ruff-check", "ruff-format", "trailing-whitespace", "end-of-file"),
+        *("yaml", "large-files", "notebooks"),
     }
     assert json.loads((copy.parent / "run.ipynb").read_text())["cells"][0]["outputs"] == []
     assert (copy.parent / "loose.py").read_text() == 'x = {"a": 1}\n'
+    assert (copy.parent / "loose.md").read_text() == "one\ntwo\n"
