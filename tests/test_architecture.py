@@ -243,7 +243,7 @@ def declared_libraries() -> tuple[set[str], dict[str, set[str]]]:
 
 
 ALWAYS, EXTRAS = declared_libraries()
-OPTIONAL = set().union(*(found for extra, found in EXTRAS.items() if extra != "dev"))
+OPTIONAL = set().union(*(found for extra, found in EXTRAS.items() if extra != "dev")) - ALWAYS
 
 
 def at_once(module: Module) -> set[str]:
