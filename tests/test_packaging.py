@@ -188,6 +188,23 @@ def test_wheels_are_read_before_they_are_given_away(built: Built, tmp_path: Path
     assert wheels.faults(mac, APPLE) == []
 
 
+@pytest.mark.parametrize(
+    ("found", "granted"),
+    [
+        ("manylinux_2_28_aarch64", True),
+        ("manylinux_2_17_aarch64", True),
+        ("manylinux_2_35_aarch64", False),
+        ("manylinux_2_28_x86_64", False),
+        ("linux_aarch64", False),
+    ],
+)
+def test_glibc_may_be_older_than_the_tag_says(found: str, granted: bool) -> None:
+    shown = (
+        f'qjax-py3-none-{ARM.tag}.whl is consistent with the following\nplatform tag: "{found}".'
+    )
+    assert wheels.grants(shown, ARM.tag) == granted
+
+
 def test_version_is_the_same_everywhere(built: Built) -> None:
     metadata = Parser().parsestr(of_dist_info(built.pure, "METADATA"))
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
