@@ -30,6 +30,7 @@ from qjax.compress.modifiers import (
     QuantizationModifier,
 )
 from qjax.errors import RecipeError, UnsupportedError, nearest
+from qjax.registry import load_plugins
 
 # What LLM Compressor writes down of a modifier beside its settings, and settings of its earlier
 # versions that only say how it ran.
@@ -173,6 +174,8 @@ def _modifier(name: str, values: Any, where: str) -> Modifier:
     if name in REFUSED:
         raise UnsupportedError(f"{where}: {REFUSED[name]}")
     name, settings = RENAMED.get(name, (name, {}))
+    if name not in MODIFIERS:
+        load_plugins()
     if name not in MODIFIERS:
         raise RecipeError(
             f"{where}: no such modifier{nearest(name, MODIFIERS)}; known are {', '.join(MODIFIERS)}"

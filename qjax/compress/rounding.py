@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from qjax.compress.algorithms import hqq
 from qjax.compress.algorithms.gptq import Rounded, gptq
 from qjax.compress.grid import Grid, Scales
 from qjax.compress.modifiers import (
+    MODIFIERS,
     AutoRoundModifier,
     GPTQModifier,
     HQQModifier,
@@ -133,7 +134,7 @@ def _rounded(
     grid = grid_of(first.scheme, first.values.shape, scale_dtype)
     values = jnp.concatenate([w.values for w in weights])
     names = ", ".join(w.name for w in weights)
-    method = next((m for kind, m in _METHODS.items() if isinstance(modifier, kind)), _nearest)
+    method = METHODS.get(type(modifier), _nearest)
     found = method(values, first, grid, modifier, names)
     act, aux = _inputs(first)
     if found.order is not None:
@@ -178,10 +179,11 @@ def _to_nearest(
     values: jax.Array, importance: jax.Array | None, grid: Grid, search: bool
 ) -> Rounded:
     scales = grids.searched(values, grid, importance) if search else grids.minmax(values, grid)
-    return _with_codes(values, scales, grid)
+    return with_codes(values, scales, grid)
 
 
-def _with_codes(values: jax.Array, scales: Scales, grid: Grid) -> Rounded:
+def with_codes(values: jax.Array, scales: Scales, grid: Grid) -> Rounded:
+    """Each number of a weight [N, K] as the nearest that these scales have."""
     n, k = values.shape
     each = grids.spread(scales, grid, (n, k))
     return Rounded(grids.nearest(values, each.scale, each.zero, grid), scales)
@@ -245,11 +247,48 @@ def _hqq(
 ) -> Rounded:
     assert isinstance(modifier, HQQModifier)
     found = _by_hqq(values, grid, modifier.iters, modifier.lp_norm, modifier.beta, modifier.kappa)
-    return _with_codes(values, found, grid)
+    return with_codes(values, found, grid)
 
 
 _by_hqq = jax.jit(hqq.optimized, static_argnums=(1, 2, 3, 4, 5))
-_METHODS = {GPTQModifier: _gptq, AutoRoundModifier: _before_autoround, HQQModifier: _hqq}
+
+Method = Callable[[jax.Array, Weight, Grid, Any, str], Rounded]
+Kind = TypeVar("Kind", bound=type[QuantizationMixin])
+
+# How the weights of a modifier are rounded, where that is not to the nearest.
+METHODS: dict[type, Method] = {
+    GPTQModifier: _gptq,
+    AutoRoundModifier: _before_autoround,
+    HQQModifier: _hqq,
+}
+
+
+def register_modifier(method: Method) -> Callable[[Kind], Kind]:
+    """Class decorator: recipes may name this modifier, whose weights are rounded by a method.
+
+    Args:
+      method: gets weights that share their inputs and their scheme, float32 [N, K], one below the
+        other; the first of them, for its scheme and `stats`; their grid; the modifier; and their
+        names, for messages. It gives what they became.
+
+    A class that is defined again (a cell of a notebook run twice) takes its own place.
+
+    Raises:
+      TypeError: the class is not derived from `QuantizationMixin`.
+      ValueError: another modifier has its name.
+    """
+
+    def register(kind: Kind) -> Kind:
+        name = kind.__name__
+        if not issubclass(kind, QuantizationMixin):
+            raise TypeError(f"{name} must derive from QuantizationMixin")
+        if MODIFIERS.get(name, kind).__module__ != kind.__module__:
+            raise ValueError(f"the modifier {name!r} is taken")
+        MODIFIERS[name] = kind
+        METHODS[kind] = method
+        return kind
+
+    return register
 
 
 def _stats(weight: Weight, names: str) -> InputStats:

@@ -19,15 +19,13 @@ from qjax.compress.layers import LAYERS, Flat, dense, modules, shared_inputs
 from qjax.compress.modifiers import (
     AutoRoundModifier,
     AWQModifier,
-    GPTQModifier,
-    HQQModifier,
     Modifier,
     QuantizationMixin,
     QuantizationModifier,
     SmoothQuantModifier,
     SpinQuantModifier,
 )
-from qjax.compress.rounding import Weight, grid_of, quantized
+from qjax.compress.rounding import METHODS, Weight, grid_of, quantized
 from qjax.compress.statistics import InputStats
 from qjax.compress.tuning import tuned
 from qjax.errors import CalibrationError, UnsupportedError
@@ -89,15 +87,13 @@ class Step:
     squares: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-# Modifiers that `apply` carries out; a recipe with another must not pass for done.
+# Modifiers that `apply` carries out, beside those with a method of rounding; a recipe with another
+# must not pass for done.
 CARRIED_OUT = (
     QuantizationModifier,
-    GPTQModifier,
-    HQQModifier,
     AWQModifier,
     SmoothQuantModifier,
     SpinQuantModifier,  # before, see `rotation`
-    AutoRoundModifier,
 )
 
 
@@ -116,7 +112,7 @@ def plan(
       UnsupportedError: a combination that qjax does not do.
     """
     for modifier in modifiers:
-        if type(modifier) not in CARRIED_OUT:
+        if type(modifier) not in (*CARRIED_OUT, *METHODS):
             raise UnsupportedError(f"{type(modifier).__name__} is read, but not carried out")
     others = [name.rpartition(".")[0] for name in parameter_shapes(config)]
     claims = assign_all(modifiers, modules(config), others)

@@ -7,7 +7,7 @@ Llama.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from qjax.models import deepseek_config, experts_config
 from qjax.models.experts_config import read_experts
 from qjax.models.fields import Fields
 from qjax.models.rope_config import read_rope
+from qjax.registry import load_plugins
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -127,6 +128,33 @@ class ModelConfig:
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
 
+Reader = Callable[[Mapping[str, Any], str | None], ModelConfig]
+
+_readers: dict[str, Reader] = {}
+
+
+def register_model_type(name: str) -> Callable[[Reader], Reader]:
+    """Decorator: makes a function the reader of configs of a model type that qjax does not know.
+
+    The function gets the config dict, and the path of its file or None, and gives a `ModelConfig`:
+    that of a known type, which it asks `model_config` for, where parameters have the same names.
+
+    Args:
+      name: the `model_type` in config.json.
+
+    Raises:
+      ValueError: qjax itself reads this type.
+    """
+    if name in MODEL_TYPES or name in _ALIASES:
+        raise ValueError(f"the model type {name!r} is one that qjax reads itself")
+
+    def register(reader: Reader) -> Reader:
+        _readers[name] = reader
+        return reader
+
+    return register
+
+
 def model_config(
     config: Mapping[str, Any],
     *,
@@ -152,9 +180,12 @@ def model_config(
     model_type = outer.text("model_type")
     model_type = _ALIASES.get(model_type, model_type)
     if model_type not in MODEL_TYPES:
+        load_plugins()
+        if model_type in _readers:
+            return _readers[model_type](outer.values, file)
         raise UnsupportedError(
             f"{file or 'config'}: model_type {model_type!r:.80} is not supported; supported are "
-            + ", ".join(MODEL_TYPES)
+            + ", ".join((*MODEL_TYPES, *_readers))
         )
     fields = Fields(outer.values, file, outer.prefix, _DEFAULTS.get(model_type, {}), shown or {})
     gemma = model_type in ("gemma2", "gemma3_text")

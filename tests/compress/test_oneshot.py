@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -14,15 +15,18 @@ import pytest
 import qjax
 from qjax.checkpoint.imatrix import Squares, write_imatrix
 from qjax.checkpoint.places import leaf_of
+from qjax.compress import grid as grids
 from qjax.compress import layers, state, walk
 from qjax.compress.algorithms import ggml
 from qjax.compress.modifiers import (
     AWQModifier,
     GPTQModifier,
+    QuantizationMixin,
     QuantizationModifier,
     SmoothQuantModifier,
     SpinQuantModifier,
 )
+from qjax.compress.rounding import register_modifier, with_codes
 from qjax.compress.state import Finished
 from qjax.scheme import QuantizationArgs, QuantizationScheme
 
@@ -269,3 +273,30 @@ def test_several_devices_share_the_work(tmp_path: Path) -> None:
     with np.load(out) as found:
         shares = [np.isclose(found[name], own[f"model.layers.{name}"]).mean() for name in found]
     assert min(shares) > 0.97
+
+
+def test_a_modifier_of_ones_own(llama: qjax.Params) -> None:
+    def to_sixtyfourths(values, like, grid, modifier, names):
+        scale = np.full((len(values), 1), 1 / 64, np.float32)
+        return with_codes(values, grids.Scales(scale), grid)
+
+    with pytest.raises(qjax.RecipeError, match="no such modifier"):
+        qjax.oneshot(llama, "s_stage: {m_modifiers: {SixtyFourthsModifier: {scheme: W8A8}}}")
+
+    @register_modifier(to_sixtyfourths)
+    @dataclass(frozen=True, kw_only=True)
+    class SixtyFourthsModifier(QuantizationMixin):
+        pass
+
+    found = qjax.oneshot(
+        llama,
+        "s_stage: {m_modifiers: {SixtyFourthsModifier: {scheme: W8A8, ignore: [lm_head]}}}",
+        progress=False,
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    before, after = weights_of(llama)[name], weights_of(found)[name]
+    np.testing.assert_array_equal(after, np.clip(np.rint(before * 64), -128, 127) / 64)
+    with pytest.raises(ValueError, match="'GPTQModifier' is taken"):
+        register_modifier(to_sixtyfourths)(type("GPTQModifier", (QuantizationMixin,), {}))
+    with pytest.raises(TypeError, match="must derive"):
+        register_modifier(to_sixtyfourths)(SmoothQuantModifier)  # type: ignore[type-var]

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from qjax.errors import CheckpointError, UnsupportedError
-from qjax.models.config import FULL, SLIDING, model_config
+from qjax.models import config as configs
+from qjax.models.config import FULL, SLIDING, model_config, register_model_type
 
 SIZES = {
     "vocab_size": 128,
@@ -215,3 +216,20 @@ def test_reading_a_config_takes_no_model_library():
     code = "import sys, qjax.models.config; print('flax' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_model_types_may_be_registered(monkeypatch):
+    monkeypatch.setattr(configs, "_readers", {})
+    with pytest.raises(UnsupportedError, match="'seed_oss' is not supported"):
+        config_of("seed_oss")
+
+    @register_model_type("seed_oss")
+    def seed_oss(config, file):
+        assert file == "config.json"
+        return model_config({**config, "model_type": "qwen2"}, file=file)
+
+    assert config_of("seed_oss", rope_theta=1e7) == config_of("qwen2", rope_theta=1e7)
+    with pytest.raises(UnsupportedError, match=r"phi3.*seed_oss"):
+        config_of("another")
+    with pytest.raises(ValueError, match="'gemma3' is one that qjax reads itself"):
+        register_model_type("gemma3")
