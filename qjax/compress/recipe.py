@@ -29,6 +29,7 @@ from qjax.compress.modifiers import (
     QuantizationMixin,
     QuantizationModifier,
 )
+from qjax.compress.presets import GGML, PRESETS
 from qjax.errors import RecipeError, UnsupportedError, nearest
 from qjax.registry import load_plugins
 
@@ -120,7 +121,8 @@ def _is_file(text: str) -> bool:
     if "\n" in text or re.search(r":(\s|$)", text) or text.lstrip().startswith("{"):
         return False
     if not os.path.isfile(text):
-        raise RecipeError(f"no such recipe file: {text!r:.200}")
+        hint = nearest(text, (*PRESETS, *GGML))
+        raise RecipeError(f"no such recipe file, nor scheme: {text!r:.200}{hint}")
     return True
 
 

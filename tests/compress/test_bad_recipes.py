@@ -48,6 +48,7 @@ BAD = [
     ("!!python/object/apply:os.getcwd []:\n", RecipeError, "no YAML"),
     ("- a: 1\n", RecipeError, "no stages"),
     ("missing.yaml", RecipeError, "no such recipe file"),
+    ("W4A17", RecipeError, r"nor scheme: 'W4A17' .did you mean 'W4A1"),
     ("HQQModifier: {scheme: W4A16}\nHQQModifier: {scheme: W8A16}", RecipeError, "comes twice"),
 ]  # fmt: skip
 
