@@ -18,7 +18,7 @@ from qjax.bench.clock import Timing
 SHAPE = (1 << 16, 1 << 12)  # of float32, well beyond the caches of an accelerator
 
 
-def bandwidth() -> float:
+def memory_bandwidth() -> float:
     """bytes/s: of a CPU now, since other programs share its memory; of an accelerator once."""
     return of_host() if platform.device_kind() == "cpu" else _of_this_device()
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from qjax.api import engine_for
-from qjax.bench.bandwidth import bandwidth
+from qjax.bench.bandwidth import memory_bandwidth
 from qjax.engine.engine import Engine
 from qjax.engine.request import Request
 from qjax.engine.sampling_params import SamplingParams
@@ -75,7 +75,7 @@ def run(
     rows = [measure(f"pp{length}", length, 1, 1) for length in prompt_lengths]
     for batch in batches if generate else ():
         row = measure(f"tg{generate}", DECODE_PROMPT, generate + 1, batch)
-        found = bandwidth()
+        found = memory_bandwidth()
         ended = DECODE_PROMPT + generate + 1
         cached = row.cache_bytes * (DECODE_PROMPT + generate / 2) / ended
         share = (weight_bytes(params) + cached) * row.tokens_per_second / batch / found

@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 
 from pallas_kernels import platform
+from qjax.bench import bandwidth
 from qjax.bench.clock import Timing
 from qjax.bench.device import limits
-from qjax.bench.model import memory_bandwidth
 from qjax.errors import RequestError
 from qjax.planning.devices import DEVICES, NETWORK_LATENCY, Device, device
 from qjax.recommend.figures import speeds_of
@@ -139,7 +139,7 @@ def measured(found: Hardware) -> Hardware:
     if found.device.kind != here:
         raise RequestError(f"measure takes figures of this machine, a {here}: leave out the device")
     if here == "cpu":
-        own = replace(found.device, bandwidth=memory_bandwidth())
+        own = replace(found.device, bandwidth=bandwidth.of_host())
     else:
         took = limits(Timing())
         own = replace(found.device, bandwidth=took.bandwidth, peak=took.peaks["bfloat16"])

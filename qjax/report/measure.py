@@ -10,7 +10,7 @@ from os import fspath
 from pathlib import Path
 
 from qjax.bench import history as lines
-from qjax.bench.bandwidth import bandwidth
+from qjax.bench.bandwidth import memory_bandwidth
 from qjax.bench.device import description
 from qjax.errors import RequestError
 from qjax.evaluate.perplexity import Progress
@@ -106,7 +106,7 @@ def report(
         "repeats": repeats,
         "samples": making.told(base, asked) if makers else None,
     }
-    head = {**description(), "commit": lines.commit(), "bandwidth": bandwidth()}
+    head = {**description(), "commit": lines.commit(), "bandwidth": memory_bandwidth()}
     store = Store.open(Path(folder) / "report.json", head, settings)
     work = making.work_folder(keep, base, asked) if makers else nullcontext(Path())
     with work as made:

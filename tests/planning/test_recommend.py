@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qjax.bench import bandwidth
 from qjax.bench.decode import LLAMA_8B
 from qjax.errors import RequestError
 from qjax.planning.by_scheme import by_scheme
@@ -293,7 +294,7 @@ def test_a_wrong_device_is_told_without_jax() -> None:
 
 def test_measured_here(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bandwidth of ten times as much makes decoding, which reads, ten times as fast."""
-    monkeypatch.setattr(hardware, "memory_bandwidth", lambda: 500e9)
+    monkeypatch.setattr(bandwidth, "of_host", lambda: 500e9)
     own = speeds_of("CPU")
     assert own is not None
     slow_memory = replace(own, bandwidth=50e9, peak=1e15, processors=1)  # products take no time
