@@ -19,7 +19,7 @@ from qjax.checkpoint import builtin
 from tests.distributed import program
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text("utf-8")
+PAGE = (ROOT / "docs" / "sharding.md").read_text("utf-8")
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 STOPPED = re.compile(r"qjax: process \d of \d on \S+ ends: (.*)")
 
@@ -171,9 +171,9 @@ def test_an_error_in_one_ends_all(model: str) -> None:
         assert "Traceback" not in errors
 
 
-def readme_block(language: str, about: str) -> str:
+def block_of_the_page(language: str, about: str) -> str:
     """The one block of code that says so."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     found = [block for block in blocks if about in block]
     assert len(found) == 1
     return found[0]
@@ -187,12 +187,12 @@ def default_model() -> str:
 
 
 @pytest.mark.slow
-def test_command_of_the_readme(default_model: str, tmp_path: Path) -> None:
+def test_command_of_the_page(default_model: str, tmp_path: Path) -> None:
     command = tmp_path / "qjax"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m qjax "$@"\n')
     command.chmod(0o755)
     env = ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = ["sh", "-c", readme_block("sh", "--coordinator-address")]
+    script = ["sh", "-c", block_of_the_page("sh", "--coordinator-address")]
     ran = subprocess.run(script, env=env, capture_output=True, text=True, timeout=300)
     alone = qjax.generate(
         qjax.load(default_model),
@@ -203,7 +203,7 @@ def test_command_of_the_readme(default_model: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_program_of_the_readme(default_model: str) -> None:
+def test_program_of_the_page(default_model: str) -> None:
     """As Open MPI starts it."""
     _, port = free_address().split(":")
     variables = {
@@ -214,7 +214,7 @@ def test_program_of_the_readme(default_model: str) -> None:
     ranks = [
         {"OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i)} for i in range(3)
     ]
-    program_text = ["-c", readme_block("py", "processes.lead")]
+    program_text = ["-c", block_of_the_page("py", "processes.lead")]
     with started([program_text] * 3, [variables | rank for rank in ranks]) as processes:
         outputs = [process.communicate(timeout=300) for process in processes]
     alone = qjax.generate(qjax.load(default_model), "The capital of France is", max_tokens=16)
