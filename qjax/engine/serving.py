@@ -86,11 +86,11 @@ def serving_engine(
     num_blocks = min(wanted, _rounded(room // page_bytes))
     if num_blocks * BLOCK_SIZE < limit:
         held = num_blocks * BLOCK_SIZE
+        shorter = f"max_model_len={held}, " if held else ""
         raise RequestError(
             f"the cache has room for {held:,} tokens ({room / 1e9:.2f} GB at "
             f"{page_bytes // BLOCK_SIZE:,} bytes each), less than one sequence of {limit:,}: pass "
-            f"max_model_len={max(1, held)}, a smaller kv_cache_dtype, or a larger "
-            "kv_cache_memory_bytes."
+            f"{shorter}a smaller kv_cache_dtype, or a larger kv_cache_memory_bytes."
         )
     make = partial(
         Engine,

@@ -38,6 +38,7 @@ def test_cache_is_as_large_as_told(params: qjax.Params) -> None:
         ({"max_num_batched_tokens": 0}, r"max_num_batched_tokens must be in \[1, 8192\], got 0"),
         ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes must be at least 1, got 0"),
         ({"max_model_len": 0}, "max_model_len must be in"),
+        ({"kv_cache_memory_bytes": 1}, "room for 0 tokens .*: pass a smaller kv_cache_dtype"),
     ],
 )
 def test_out_of_range(params: qjax.Params, options: dict[str, Any], message: str) -> None:
