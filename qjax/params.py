@@ -184,10 +184,10 @@ class Params:
     def _static(self) -> tuple[ModelConfig, Host, Mesh | None, str]:
         return self.config, self.host, self.mesh, self.all_reduce
 
-    def tree_flatten_with_keys(self):
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, dict[str, Any]]], tuple[Any, ...]]:
         return ((jax.tree_util.GetAttrKey("tree"), self.tree),), self._static
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[dict[str, Any]], tuple[Any, ...]]:
         return (self.tree,), self._static
 
     @classmethod
