@@ -56,9 +56,9 @@ def test_errors(golden: Path) -> None:
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", max_num_seqs=0)
     with pytest.raises(qjax.RequestError, match=r"gpu_memory_utilization must be in \(0, 1\]"):
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", gpu_memory_utilization=1.5)
-    with pytest.raises(qjax.RequestError, match="room for 0 tokens.* pass a smaller"):
+    with pytest.raises(qjax.RequestError, match=r"room for 0 tokens.* pass a smaller"):
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", kv_cache_memory_bytes=20_000)
-    with pytest.raises(qjax.RequestError, match="room for 32 tokens.* pass max_model_len=32, "):
+    with pytest.raises(qjax.RequestError, match=r"room for 32 tokens.* pass max_model_len=32, "):
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", kv_cache_memory_bytes=60_000)
     with pytest.raises(qjax.RequestError, match="seed must be in"):
         qjax.LLM(golden / "gguf-Q4_1" / "model.gguf", seed=-1)
