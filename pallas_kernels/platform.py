@@ -61,6 +61,13 @@ def device_kind() -> str:
     return device().kind
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of the NVIDIA GPU that jax uses here; None where it uses another device."""
+    text = str(getattr(jax.devices()[0], "compute_capability", ""))
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor or 0)) if major.isdigit() else None
+
+
 def interprets(kind: str) -> bool:
     """Whether a Pallas kernel for devices of this kind is to be interpreted: on a CPU, for somebody
     who named its implementation.

@@ -32,6 +32,7 @@ FLOORS = {
             "packing",
             "numerics",
             "lazy",
+            "host_memory",
             "qarray",
             "parts",
         )

@@ -9,7 +9,6 @@ import base64
 import json
 import os
 import re
-import shutil
 import struct
 import sys
 import tomllib
@@ -23,6 +22,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from qjax.checkpoint import builtin
+from tests import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
@@ -67,20 +67,18 @@ def model(
     golden: Path,
 ) -> Model:
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    first = ()
+    if request.param == "tiny":
+        markdown.stand_in(monkeypatch, tmp_path, golden)
+        first = (STAND_IN,)
+    elif not builtin.cached_path(builtin.DEFAULT).is_file():
+        pytest.skip(f"{builtin.DEFAULT} is not in the cache: run `qjax pull {builtin.DEFAULT}`")
     found = {**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
     found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
     # Nothing of the user's settings, and nothing written there.
     found |= {name: str(tmp_path) for name in ("IPYTHONDIR", "MPLCONFIGDIR")}
     found["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-    name = builtin.DEFAULT
-    if request.param == "real":
-        if not builtin.cached_path(name).is_file():
-            pytest.skip(f"{name} is not in the cache: run `qjax pull {name}`")
-        return Model(found)
-    file = tmp_path / "models" / name / builtin.MODELS[name].file
-    file.parent.mkdir(parents=True)
-    shutil.copy(golden / "gguf-Q4_1" / "model.gguf", file)
-    return Model(found | {"QJAX_CACHE": str(tmp_path)}, (STAND_IN,))
+    return Model(found, first)
 
 
 def read(name: str) -> NotebookNode:

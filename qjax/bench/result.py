@@ -69,14 +69,19 @@ class Result:
         """Writes the file, whole or not at all."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps({"format": FORMAT, **self.head, "rows": None}, indent=1)
         rows = ",\n".join("  " + json.dumps(row) for row in self.rows)
         text = head.replace('"rows": null', f'"rows": [\n{rows}\n ]')
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-            file.write(text + "\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, self.path)
+        write_whole(self.path, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all, and the folder that it is for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
 
 
 def read(path: Path) -> dict[str, Any]:

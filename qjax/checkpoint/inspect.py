@@ -6,10 +6,9 @@ import math
 import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from qjax import ops
+from qjax import host_memory, ops
 from qjax.checkpoint import detect, plan
 from qjax.checkpoint.gguf_io import GGUFFile, read_gguf
 from qjax.checkpoint.mapped import TensorFiles
@@ -21,8 +20,6 @@ from qjax.formats.base import PLAIN
 from qjax.kv_cache import KV_CACHE_DTYPES, bytes_per_token, cache_dtypes
 from qjax.models.config import ModelConfig
 from qjax.qtypes import QTYPES
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,7 @@ def _summary(source: Source, files: TensorFiles) -> Summary:
         nbytes=sum(use.nbytes for use in types),
         context_length=config.max_position_embeddings if config else None,
         cache=_cache(config) if config else None,
-        free_memory=free_memory(),
+        free_memory=host_memory.available(),
         problem=problem,
         quantized=quantized,
     )
@@ -281,22 +278,3 @@ def _cache(config: ModelConfig) -> Cache:
         sizes[dtype] = bytes_per_token(config, dtype)
     auto = cache_dtypes(config, "auto", "bfloat16")[0]
     return Cache(auto, config.kv_scales, sizes)
-
-
-def free_memory() -> int | None:
-    """Bytes that can be taken without swapping: of the machine, and of the container if less."""
-    amounts = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                amounts.append(int(line.split()[1]) * 1024)
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((_CGROUP / "memory.current").read_text())
-            # Pages of files are given up before the limit is met.
-            statistics = (_CGROUP / "memory.stat").read_text().split()
-            used -= int(statistics[statistics.index("inactive_file") + 1])
-            amounts.append(max(0, int(limit) - used))
-    except (OSError, ValueError, IndexError):
-        pass  # another system, or a container that hides it
-    return min(amounts, default=None)

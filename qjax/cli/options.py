@@ -67,6 +67,20 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="Text that ends the output; may be repeated."),
 ]
+SAMPLES = "Calibration"
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        *("--calibration", "--dataset"),
+        help="A text, .jsonl or .npy file, a data set of the hub, or self (the default): what the "
+        "model writes.",
+        rich_help_panel=SAMPLES,
+    ),
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--seq-len", help="Tokens of each sample.", min=2, rich_help_panel=SAMPLES),
+]
 History = Annotated[
     Path | None,
     typer.Option("--history", help="A .jsonl file that gets a line with the key figures."),

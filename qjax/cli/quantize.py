@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qjax.cli import options
 from qjax.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from qjax.compress.state import Finished
     from qjax.params import Params
 
-_RECIPE, _SAMPLES = "What to", "Calibration"
+_RECIPE = "What to"
 _WEIGHTS = (".safetensors", ".gguf")
 
 
@@ -77,33 +78,22 @@ def quantize(
             rich_help_panel=_RECIPE,
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            *("--calibration", "--dataset"),
-            help="A text, .jsonl or .npy file, a data set of the hub, or self (the default): what "
-            "the model writes.",
-            rich_help_panel=_SAMPLES,
-        ),
-    ] = None,
+    calibration: options.Calibration = None,
     num_samples: Annotated[
         int | None,
-        typer.Option("--num-samples", help="Sequences.", min=1, rich_help_panel=_SAMPLES),
+        typer.Option("--num-samples", help="Sequences.", min=1, rich_help_panel=options.SAMPLES),
     ] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option("--seq-len", help="Tokens of each.", min=2, rich_help_panel=_SAMPLES),
-    ] = None,
+    seq_len: options.SeqLen = None,
     imatrix: Annotated[
         Path | None,
         typer.Option(
             "--imatrix",
             help="An importance matrix of llama.cpp instead of samples, for types of GGUF.",
-            rich_help_panel=_SAMPLES,
+            rich_help_panel=options.SAMPLES,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", help="Draws the samples.", rich_help_panel=_SAMPLES)
+        int, typer.Option("--seed", help="Draws the samples.", rich_help_panel=options.SAMPLES)
     ] = 0,
     format: Annotated[
         str | None,

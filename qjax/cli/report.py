@@ -41,22 +41,12 @@ def report(
             rich_help_panel=_MADE,
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            *("--calibration", "--dataset"),
-            help="A text, .jsonl or .npy file, a data set of the hub, or self (the default): what "
-            "the model writes.",
-            rich_help_panel=_MADE,
-        ),
-    ] = None,
+    calibration: options.Calibration = None,
     num_samples: Annotated[
-        int, typer.Option("--num-samples", help="Sequences.", min=1, rich_help_panel=_MADE)
+        int,
+        typer.Option("--num-samples", help="Sequences.", min=1, rich_help_panel=options.SAMPLES),
     ] = 128,
-    seq_len: Annotated[
-        int | None,
-        typer.Option("--seq-len", help="Tokens of each.", min=2, rich_help_panel=_MADE),
-    ] = None,
+    seq_len: options.SeqLen = None,
     keep: Annotated[
         Path | None,
         typer.Option(

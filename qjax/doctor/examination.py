@@ -50,7 +50,7 @@ def examine(around: Surroundings | None = None) -> Examination:
         *accelerators.kernels(kind, why if library is None else None, build.find_compiler()),
         *accelerators.devices(around, kind),
         *accelerators.settings(around, bool(jax.config.values["jax_enable_x64"])),
-        *accelerators.gpu(around, kind, capability()),
+        *accelerators.gpu(around, kind, platform.compute_capability()),
         *accelerators.asked(around),
         *machine.threads(around),
         *machine.folders(around),
@@ -60,12 +60,6 @@ def examine(around: Surroundings | None = None) -> Examination:
     ]
     found.sort(key=lambda each: not each.fault)
     return Examination(tuple(facts(around)), kernels(), tuple(found))
-
-
-def capability() -> tuple[int, int] | None:
-    """Compute capability of the NVIDIA GPU that jax uses; None without one."""
-    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
-    return (int(major), int(minor or 0)) if major.isdigit() else None
 
 
 def facts(around: Surroundings) -> list[tuple[str, str]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from qjax.doctor.finding import Finding, Surroundings
 
@@ -19,7 +22,6 @@ EXTRAS = {
     "calibration": (("datasets",), "calibration with data sets of the hub"),
 }
 _GPU_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin", "jax-rocm60-plugin")
-_BOUND = re.compile(r"(>=|<=|<|>|==|!=|~=)\s*([\w.]+)")
 
 
 def installed(name: str) -> str | None:
@@ -36,12 +38,12 @@ def wanted() -> dict[str, str]:
         lines = metadata.requires("qjax") or []
     except metadata.PackageNotFoundError:  # a checkout that is not installed
         return {}
-    found = {}
-    for line in lines:
-        match = re.match(r"(jax|jaxlib)(?![\w-])([^;]*)$", line)
-        if match:
-            found[match[1]] = match[2].strip()
-    return found
+    found = map(Requirement, lines)
+    return {
+        each.name: str(each.specifier)
+        for each in found
+        if each.name in ("jax", "jaxlib") and each.marker is None
+    }
 
 
 def versions(
@@ -57,7 +59,7 @@ def versions(
         own = version(name)
         if own is None:
             continue  # nothing would run
-        if not all(_holds(own, sign, other) for sign, other in _BOUND.findall(bound)):
+        if not SpecifierSet(bound).contains(own, prereleases=True):
             yield Finding(
                 name,
                 f"{name} {own} is not of the versions that qjax is tested with ({bound})",
@@ -66,7 +68,7 @@ def versions(
     jaxlib = version("jaxlib")
     for name in _GPU_PLUGINS:
         own = version(name)
-        if own is not None and jaxlib is not None and _numbers(own)[:2] != _numbers(jaxlib)[:2]:
+        if own is not None and jaxlib is not None and _minor(own) != _minor(jaxlib):
             yield Finding(
                 name,
                 f"{name} {own} does not go with jaxlib {jaxlib}: jax leaves it out, or fails",
@@ -74,17 +76,8 @@ def versions(
             )
 
 
-def _holds(own: str, sign: str, other: str) -> bool:
-    a, b = _numbers(own), _numbers(other)
-    size = max(len(a), len(b))
-    a, b = a + (0,) * (size - len(a)), b + (0,) * (size - len(b))
-    return {">=": a >= b, "<": a < b, "<=": a <= b, ">": a > b, "==": a == b, "!=": a != b}.get(
-        sign, True
-    )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3]))
+def _minor(version: str) -> tuple[int, ...]:
+    return Version(version).release[:2]
 
 
 def missing(found: Callable[[str], object] = importlib.util.find_spec) -> dict[str, list[str]]:

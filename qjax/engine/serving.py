@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import platform
+from qjax import host_memory
 from qjax.engine.batch import DECODE_ROWS, PREFILL_ROWS, PREFILL_TOKENS
 from qjax.engine.engine import BLOCK_SIZE, Engine, model_len
 from qjax.engine.replicas import Replicas, one_or_replicas
@@ -117,7 +118,8 @@ def _rounded(pages: int) -> int:
 def _free_bytes(params: Params, share: float, tokens: int, rows: int) -> int:
     """What a cache may take on each device."""
     if platform.device_kind() == "cpu":
-        return min(CPU_CACHE_BYTES, int(share * _available_memory()))
+        free = host_memory.available()
+        return CPU_CACHE_BYTES if free is None else min(CPU_CACHE_BYTES, int(share * free))
     device = jax.devices()[0] if params.mesh is None else params.mesh.devices.flat[0]
     stats: dict[str, Any] = device.memory_stats() or {}
     config = params.config
@@ -126,16 +128,6 @@ def _free_bytes(params: Params, share: float, tokens: int, rows: int) -> int:
     step = 4 * (tokens * wide + 4 * rows * config.vocab_size)
     limit = int(share * stats.get("bytes_limit", 0))
     return max(0, limit - stats.get("bytes_in_use", 0) - step)
-
-
-def _available_memory() -> int:
-    """Bytes of this host that nobody uses."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return 2 * CPU_CACHE_BYTES  # as on macOS, which tells otherwise
 
 
 KINDS = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 
 from pallas_kernels import platform
+from qjax import host_memory
 from qjax.bench import bandwidth
 from qjax.bench.clock import Timing
 from qjax.bench.device import limits
@@ -101,10 +101,7 @@ def detected(count: int | None = None, memory: int | None = None) -> Hardware:
     if "bytes_limit" in stats:
         found = replace(found, memory=float(stats["bytes_limit"]))
         notes = ("memory is what jax may take of the device now",)
-    text = getattr(here[0], "compute_capability", "")
-    major, _, minor = str(text).partition(".")
-    capability = (int(major), int(minor or 0)) if major.isdigit() else None
-    whole = _hardware(found, count or len(here), capability)
+    whole = _hardware(found, count or len(here), platform.compute_capability())
     return _with_memory(replace(whole, notes=notes), memory)
 
 
@@ -190,8 +187,11 @@ def _cpu(count: int) -> Hardware:
     assert limit is not None
     peak = limit.peak / limit.processors * (cores or 1)
     name = platform.cpu_model()
+    free = host_memory.available()
+    if free is None:  # all that there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     here = Device(
-        *("CPU", "cpu", available_memory(), limit.bandwidth, peak, limit.bandwidth),
+        *("CPU", "cpu", float(free), limit.bandwidth, peak, limit.bandwidth),
         *(NETWORK_LATENCY, 1, limit.bandwidth),
     )
     notes = (
@@ -200,27 +200,3 @@ def _cpu(count: int) -> Hardware:
         "measuring this machine takes its own bandwidth",
     )
     return Hardware(here, 1, *abilities(here), None, True, notes)
-
-
-def available_memory(root: Path = Path("/")) -> float:
-    """Bytes that a program may still take, by Linux's /proc/meminfo and the limit of a container;
-    elsewhere all that the machine has.
-
-    Args:
-      root: of the file system, for tests.
-    """
-    try:
-        text = (root / "proc/meminfo").read_text()
-        free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    groups = root / "sys/fs/cgroup"
-    for limit, used in (
-        (groups / "memory.max", groups / "memory.current"),
-        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return float(max(free, 0))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qjax.bench import BenchRow
+from qjax.bench.result import write_whole
 from qjax.errors import RequestError
 from qjax.evaluate import Divergence, Perplexity
 
@@ -141,11 +140,7 @@ class Store:
             "base": None if self.base is None else _content(self.base),
             "rows": [_content(row) for row in self.rows.values()],
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, self.path)
+        write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
 
 def _difference(found: Any, wanted: Any, key: str) -> str:

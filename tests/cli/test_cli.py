@@ -1,7 +1,6 @@
 """The command line, in this process: what it prints where, and how it ends."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +8,7 @@ import pytest
 
 import qjax
 from qjax.cli.main import main
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def model(golden: Path) -> str:
-    return str(golden / "gguf-Q4_1" / "model.gguf")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_info:
-            main(args)
-        captured = capsys.readouterr()
-        return int(exit_info.value.code or 0), captured.out, captured.err
-
-    return call
+from tests.cli.conftest import Run
 
 
 def test_generate_streams_text_and_then_figures(run: Run, model: str) -> None:

@@ -1,29 +1,16 @@
 """`qjax plan`: what it prints, and sizes as people write them."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from qjax.cli import sizes
-from qjax.cli.main import main
 from qjax.errors import RequestError
+from tests.cli.conftest import Run
 
 
-def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main(("plan", *args))
-    output = capsys.readouterr()
-    return int(end.value.code or 0), output.out, output.err
-
-
-@pytest.fixture
-def model(golden: Path) -> str:
-    return str(golden / "gguf-Q4_1" / "model.gguf")
-
-
-def test_report(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, model, "-tp", "4", "--device", "L4", "--max-model-len", "0.2k")
+def test_report(model: str, run: Run) -> None:
+    code, out, _ = run("plan", model, "-tp", "4", "--device", "L4", "--max-model-len", "0.2k")
     assert code == 0
     for text in (
         "4 x L4: --tensor-parallel-size 4",
@@ -36,18 +23,18 @@ def test_report(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert text in out
 
 
-def test_what_does_not_fit(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit(model: str, run: Run) -> None:
     """Weights of 0.9 MB, as much of cache and a workspace of 8.2 MB on one device."""
     args = ("--memory", "9MB", "--max-model-len", "200", "--max-num-seqs", "4")
-    code, out, _ = run(capsys, model, *args)
+    code, out, _ = run("plan", model, *args)
     assert code == 0
     assert "does not fit  room for 0 sequences" in out
     assert "it would fit on 2: --tensor-parallel-size 2" in out
 
 
-def test_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(model: str, run: Run) -> None:
     figures = ("--memory", "24GB", "--bandwidth", "300GB", "--peak", "121t", "--link", "32GB")
-    code, out, _ = run(capsys, model, "--devices", "2", *figures, "--latency", "10", "--json")
+    code, out, _ = run("plan", model, "--devices", "2", *figures, "--latency", "10", "--json")
     found = json.loads(out)
     assert code == 0
     assert found["device"]["latency"] == pytest.approx(1e-5)
@@ -74,10 +61,8 @@ def test_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("--device", "abacus"), "'abacus' is not in the table: A100-40GB"),
     ],
 )
-def test_errors(
-    model: str, args: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = run(capsys, model, *args)
+def test_errors(model: str, args: tuple[str, ...], text: str, run: Run) -> None:
+    code, _, err = run("plan", model, *args)
     assert code == 1
     assert text in err
     assert err.count("\n") == 1

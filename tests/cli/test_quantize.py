@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,22 +17,10 @@ def model(golden: Path) -> str:
     return str(golden / "base-tiny-llama")
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def call(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_info:
-            main(["quantize", *map(str, args)])
-        captured = capsys.readouterr()
-        return int(exit_info.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 def test_scheme(run, model, tmp_path):
     out = tmp_path / "out"
-    code, printed, err = run(
-        model, out, "W4A16", "--q-group-size", 32, "--ignore", "re:.*down.*", "--dtype", "float32"
-    )
+    options = ("--q-group-size", 32, "--ignore", "re:.*down.*", "--dtype", "float32")
+    code, printed, err = run("quantize", model, out, "W4A16", *options)
     assert code == 0, err
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()
@@ -56,7 +43,7 @@ def test_recipe_with_samples(run, model, tmp_path):
     out = tmp_path / "out"
     recipe = ROOT / "configs" / "recipes" / "fp8.yaml"
     samples = ("--calibration", ROOT / "LICENSE", "--num-samples", 4, "--seq-len", 32)
-    code, _, err = run(model, out, "--recipe", recipe, *samples)
+    code, _, err = run("quantize", model, out, "--recipe", recipe, *samples)
     assert code == 0, err
     text = str(ROOT / "LICENSE")
     settings = {"num_calibration_samples": 4, "max_seq_length": 32, "progress": False}
@@ -64,7 +51,7 @@ def test_recipe_with_samples(run, model, tmp_path):
     tokens = jnp.arange(16)
     found = qjax.forward(qjax.load(out), tokens)
     np.testing.assert_allclose(found, qjax.forward(again, tokens), rtol=0, atol=1e-5)
-    code, _, err = run(model, out, "FP8_DYNAMIC")
+    code, _, err = run("quantize", model, out, "FP8_DYNAMIC")
     assert code == 1
     assert "not an empty folder" in err
 
@@ -91,7 +78,7 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_bad_options(run, model, tmp_path, options, message):
-    code, out, err = run(model, tmp_path / "out", *options)
+    code, out, err = run("quantize", model, tmp_path / "out", *options)
     assert code == 1
     assert message in err
     assert not out

@@ -1,28 +1,15 @@
 """`qjax recommend`: what it prints."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from qjax.cli.main import main
+from tests.cli.conftest import Run
 
 
-def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main(("recommend", *args))
-    output = capsys.readouterr()
-    return int(end.value.code or 0), output.out, output.err
-
-
-@pytest.fixture
-def model(golden: Path) -> str:
-    return str(golden / "gguf-Q4_1" / "model.gguf")
-
-
-def test_report(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report(model: str, run: Run) -> None:
     args = ("--device", "H100", "--memory", "1GB", "--max-model-len", "64", "--devices", "1")
-    code, out, _ = run(capsys, model, *args)
+    code, out, _ = run("recommend", model, *args)
     assert code == 0
     for text in (
         "hardware      1 x H100 (Hopper), 1.00 GB each, 3,350 GB/s",
@@ -37,9 +24,9 @@ def test_report(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert text in out
 
 
-def test_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(model: str, run: Run) -> None:
     args = ("--device", "TPU-v5e", "--max-model-len", "64", "--goal", "size", "--json")
-    code, out, _ = run(capsys, model, *args, "--tolerance", "inf")
+    code, out, _ = run("recommend", model, *args, "--tolerance", "inf")
     found = json.loads(out)
     assert code == 0
     assert (found["goal"], found["tolerance"], found["speeds_from"]) == ("size", None, None)
@@ -48,8 +35,9 @@ def test_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["best"]["commands"][-1].startswith("qjax serve ")
 
 
-def test_nothing_fits(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, model, "--device", "L4", "--memory", "1MB", "--max-model-len", "64")
+def test_nothing_fits(model: str, run: Run) -> None:
+    options = ("--device", "L4", "--memory", "1MB", "--max-model-len", "64")
+    code, out, _ = run("recommend", model, *options)
     assert code == 1
     assert "Nothing fits. Closest is " in out
     assert "MB too much." in out
@@ -63,10 +51,8 @@ def test_nothing_fits(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("--results", "/nowhere.json"), "/nowhere.json"),
     ],
 )
-def test_mistakes(
-    model: str, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], message: str
-) -> None:
-    code, _, err = run(capsys, model, *args)
+def test_mistakes(model: str, run: Run, args: tuple[str, ...], message: str) -> None:
+    code, _, err = run("recommend", model, *args)
     assert code == 1
     assert message in err
     assert len(err.splitlines()) == 1

@@ -22,7 +22,7 @@ from qjax.recommend.choose import ALIKE
 from qjax.recommend.distill import SPEED_FILES, as_json, losses, speeds
 from qjax.recommend.expected import step
 from qjax.recommend.figures import FOLDER, share, speeds_of
-from qjax.recommend.hardware import available_memory, lookup, named
+from qjax.recommend.hardware import lookup, named
 from tests.planning.sparse import LLAMA_70B
 
 GIB = 1 << 30
@@ -249,19 +249,6 @@ def test_results_of_ones_own(llama: str, tmp_path: Path) -> None:
 def test_devices_by_their_makers_names(kind: str, name: str | None) -> None:
     found = lookup(kind)
     assert (None if found is None else found.name) == name
-
-
-def test_memory_that_is_free(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8192 kB\n")
-    assert available_memory(tmp_path) == 8192 * 1024
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("1000\n")
-    assert available_memory(tmp_path) == 8192 * 1024
-    (group / "memory.max").write_text("5000\n")
-    assert available_memory(tmp_path) == 4000
 
 
 @pytest.mark.parametrize(
