@@ -179,6 +179,23 @@ def test_the_compiler_decides_the_instruction_sets(
     assert build.isas(fake_compiler(tmp_path, macro)) == isas
 
 
+def test_an_old_compiler_builds_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old.py"
+    old.write_text(
+        "import sys\n"
+        "if '-E' in sys.argv: print('#define __x86_64__ 1')\n"
+        "elif '-mavx512bf16' in sys.argv: sys.exit('unrecognized option -mavx512bf16')\n"
+        "else: open(sys.argv[sys.argv.index('-o') + 1], 'w').write(' '.join(sys.argv))\n"
+    )
+    monkeypatch.setenv("CXX", f"{sys.executable} {old}")
+    with pytest.raises(RuntimeError, match="unrecognized option -mavx512bf16"):
+        build.build(tmp_path / "native")
+    names = {path.name for path in (tmp_path / "native").iterdir()}
+    assert names == {f"libqjax_{isa}.so" for isa in ("avx512vnni", "avx2", "portable")}
+
+
 def test_wheels_are_read_before_they_are_given_away(built: Built, tmp_path: Path) -> None:
     mac = tmp_path / built.arm.name.replace(ARM.tag, APPLE.tag)
     shutil.copy(built.arm, mac)

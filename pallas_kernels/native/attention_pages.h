@@ -6,8 +6,6 @@
 
 namespace qjax {
 
-enum PageType : int { kPagesF32, kPagesBF16, kPagesE4M3, kPagesE5M2, kPagesInt8, kPagesInt4 };
-
 // Where [outer * pack][n] numbers lie that are stored as [outer][n][pack].
 QJAX_INLINE int64_t packed_at(int64_t row, int64_t column, int64_t n, int pack) {
   return (row / pack * n + column) * pack + row % pack;

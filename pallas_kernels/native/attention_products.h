@@ -7,11 +7,11 @@
 #pragma once
 #include <cmath>
 
-#include "matmul.h"
+#include "kernels.h"
+#include "rows.h"
 
 namespace qjax {
 
-constexpr int kBlockKeys = 128;  // keys between two updates of the running maximum
 constexpr int kChunk = 8;        // query rows that share one load
 
 #if defined(__AVX512BF16__)

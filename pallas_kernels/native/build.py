@@ -15,7 +15,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = ("ffi.cc", "pack.cc", "pool.cc")
+# The slowest to compile first.
+SOURCES = ("matmul.cc", "attention.cc", "ffi.cc", "pack.cc", "pool.cc")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast", "-w")
 _VNNI = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
          "-mavx512vnni", "-mprefer-vector-width=512")  # fmt: skip
@@ -26,6 +27,8 @@ ISAS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
+# Sources that use nothing of an instruction set beyond another one: compiled once for both.
+SAME = {("matmul.cc", "avx512bf16"): "avx512vnni"}
 
 
 def isas(compiler: str) -> tuple[str, ...]:
@@ -82,23 +85,42 @@ def build(output_dir: Path, force: bool = False) -> list[Path]:
         if done.returncode:
             raise RuntimeError(f"{compiler} failed:\n{done.stderr}")
 
-    def build_one(isa: str) -> Path:
-        target = output_dir / library_name(isa)
-        if not force and target.exists() and target.stat().st_mtime >= newest:
-            return target
-        # Built beside its place and moved: a running process never maps half a library.
-        with tempfile.TemporaryDirectory(dir=output_dir) as folder:
-            objects = [str(Path(folder, source).with_suffix(".o")) for source in SOURCES]
-            for source, compiled in zip(SOURCES, objects, strict=True):
-                run(*FLAGS, *ISAS[isa], *includes, "-c", str(here / source), "-o", compiled)
-            # Without the instruction set: some compilers would build their C++ library for it.
-            linked = Path(folder, target.name)
-            run("-shared", "-pthread", *objects, "-o", str(linked))
-            linked.replace(target)
-        return target
+    def is_new(isa: str) -> bool:
+        library = output_dir / library_name(isa)
+        return not force and library.exists() and library.stat().st_mtime >= newest
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        return list(threads.map(build_one, isas(compiler)))
+    known = isas(compiler)
+    wanted = [isa for isa in known if not is_new(isa)]
+    with (
+        # Built beside its place and moved: a running process never maps half a library.
+        tempfile.TemporaryDirectory(dir=output_dir) as folder,
+        ThreadPoolExecutor(os.cpu_count() or 1) as threads,
+    ):
+
+        def compiled(source: str, isa: str) -> str:
+            name = str(Path(folder, f"{isa}_{source}.o"))
+            run(*FLAGS, *ISAS[isa], *includes, "-c", str(here / source), "-o", name)
+            return name
+
+        def built_for(source: str, isa: str) -> tuple[str, str]:
+            return source, SAME.get((source, isa), isa)
+
+        every = dict.fromkeys(built_for(source, isa) for source in SOURCES for isa in wanted)
+        objects = {one: threads.submit(compiled, *one) for one in every}
+        failed = []
+        for isa in wanted:
+            try:
+                parts = [objects[built_for(source, isa)].result() for source in SOURCES]
+                # Without the instruction set: some compilers would build their C++ library for it.
+                linked = Path(folder, library_name(isa))
+                run("-shared", "-pthread", *parts, "-o", str(linked))
+            except RuntimeError as error:  # others may still work
+                failed.append(error)
+            else:
+                linked.replace(output_dir / linked.name)
+    if failed:
+        raise failed[0]
+    return [output_dir / library_name(isa) for isa in known]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 // The kernels as XLA custom calls.
+#include <algorithm>
+#include <cstring>
 #include <string>
 
-#include "attention.h"
-#include "matmul.h"
+#include "blocks.h"
+#include "kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace qjax {

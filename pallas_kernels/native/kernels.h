@@ -7,6 +7,12 @@
 
 namespace qjax {
 
+#if defined(__AVX512VNNI__)
+constexpr bool kRoundsActivations = true;
+#else
+constexpr bool kRoundsActivations = false;
+#endif
+
 enum Precision : int { kFloat32 = 0, kInt16 = 1, kInt8 = 2 };  // how activations are rounded
 enum Activation : int { kIdentity = 0, kSilu = 1, kGeluTanh = 2 };
 
@@ -35,6 +41,9 @@ struct Matmul {
   Inputs inputs[kMaxWeights];         // what happens to normed rows first, for each weight
 };
 
+constexpr int kBlockKeys = 128;  // keys between two updates of attention's running maximum
+enum PageType : int { kPagesF32, kPagesBF16, kPagesE4M3, kPagesE5M2, kPagesInt8, kPagesInt4 };
+
 // The arrays of `Pages` of kv_update/pages.py: of keys, or of values.
 struct CachePages {
   void* values = nullptr;     // [pages, kv_heads, page_size, head_dim], int4 two to a byte
@@ -46,7 +55,7 @@ struct CachePages {
 struct Attention {
   const float *q, *k, *v;  // [T, heads * head_dim]
   CachePages k_pages, v_pages;
-  int page_type;  // PageType of attention_pages.h
+  PageType page_type;
   bool exact;     // arithmetic in float32
   const int32_t *block_table, *query_start, *seq_lens;
   int64_t num_seqs, max_blocks, num_pages, page_size;

@@ -15,12 +15,12 @@
 #include <utility>
 
 #include "blocks.h"
+#include "rows.h"
 
 namespace qjax {
 
 constexpr int kTileInt = 8;  // rows of x that share one read of the panel
 constexpr int kExtra = 2;    // units of a row whose remainder is multiplied too (8-bit only)
-constexpr float kTop16 = 127 * 256 + 127;  // the largest number that two signed bytes make
 
 // Rows of x in tiles of kTileInt (the last may be shorter, MR rows), rounded.
 // Inside a tile everything is [..., MR]: one broadcast serves one row.

@@ -82,7 +82,7 @@ struct Traits {
   constexpr bool dense() const { return scale == kNone; }
 };
 
-constexpr Traits kTraits[] = {
+inline constexpr Traits kTraits[] = {
     {F32, 1, 4, 32, 0, 1, 0, kNone, kNoLookup},
     {F16, 1, 2, 16, 0, 1, 0, kNone, kNoLookup},
     {BF16, 1, 2, 16, 0, 1, 0, kNone, kNoLookup},

@@ -18,7 +18,7 @@ from pallas_kernels import native
 from pallas_kernels.kv_update.pages import Basis, Pages
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
-MAX_PAGE_SIZE = 128  # one block of keys, kBlockKeys of native/attention.h
+MAX_PAGE_SIZE = 128  # one block of keys, kBlockKeys of native/kernels.h
 
 
 def paged_attention(

@@ -7,14 +7,15 @@
 //
 // Codes of a cache meet queries and weights as they are, and scales and zero points go elsewhere:
 //   score_j = s_j (q . code_j + zero_j sum(q)),   out = sum_j (p_j s_j) (code_j + zero_j)
-#pragma once
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "attention_pages.h"
+#include "pool.h"
 
 namespace qjax {
+
+namespace {
 
 constexpr int kTileQ = 32;           // query rows (tokens x heads of a group) of one work item
 constexpr int64_t kSegment = 512;    // keys of a segment
@@ -22,7 +23,7 @@ constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 // Runs of `size` numbers, each times the normalized Hadamard matrix (Sylvester's construction); size
 // is a power of two, 16 at least.
-inline void hadamard(float* x, int64_t n, int64_t size) {
+void hadamard(float* x, int64_t n, int64_t size) {
   const float factor = 1.0f / std::sqrt(float(size));
   for (int64_t i = 0; i < n; i += 16) {
     v16f v = load(x + i) * factor;
@@ -421,7 +422,9 @@ void attention_over(const Attention& a) {
   else AttentionRun<Fast, P>(a).run_all();
 }
 
-inline void attention(const Attention& a) {
+}  // namespace
+
+void attention(const Attention& a) {
 #if defined(__AVX512VNNI__)
   using Codes = ElementInt;
 #else

@@ -1,13 +1,11 @@
 // The matrix product around the tiles: prologue, scheduling over threads, epilogue.
-#pragma once
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "kernels.h"
 #include "matmul_f32.h"
 #include "pool.h"
+#include "rows.h"
 #if defined(__AVX512VNNI__)
 #include "matmul_int.h"
 #include "matmul_row.h"
@@ -15,46 +13,17 @@
 
 namespace qjax {
 
+namespace {
+
 #if defined(__AVX512VNNI__)
-constexpr bool kRoundsActivations = true;
 constexpr int kTileMax = kTileF32 > kTileInt ? kTileF32 : kTileInt;
 static_assert(kTileFused <= kTileMax);
 #else
-constexpr bool kRoundsActivations = false;
 constexpr int kTileMax = kTileF32;
 #endif
 
-// Memory that a thread keeps between calls, 64-byte aligned, grown as needed.
-template <int Slot>
-inline uint8_t* scratch(size_t bytes) {
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<uint8_t, Free> memory;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    bytes = (bytes + 65535) / 65536 * 65536;
-    memory.reset(static_cast<uint8_t*>(std::aligned_alloc(64, bytes)));
-    if (!memory) throw std::bad_alloc();
-    size = bytes;
-  }
-  return memory.get();
-}
-
-// RMSNorm of one row: x / sqrt(mean(x^2) + eps) * weight. `out` may be `x`.
-inline void rms_norm(const float* x, const float* weight, float eps, int64_t k, float* out) {
-  v16f squares = {};
-  int64_t c = 0;
-  for (; c + 16 <= k; c += 16) squares += load(x + c) * load(x + c);
-  float total = sum(squares);
-  for (int64_t i = c; i < k; ++i) total += x[i] * x[i];
-  const float factor = 1.0f / std::sqrt(total / float(k) + eps);
-  for (c = 0; c + 16 <= k; c += 16) store(out + c, load(x + c) * factor * load(weight + c));
-  for (; c < k; ++c) out[c] = x[c] * factor * weight[c];
-}
-
 // The group of columns that each unit (or half of one) belongs to.
-inline std::vector<int32_t> groups_of_units(const Weight& w, int64_t units) {
+std::vector<int32_t> groups_of_units(const Weight& w, int64_t units) {
   if (!w.traits->beside()) return {};
   const int per_unit = w.traits->groups;
   std::vector<int32_t> groups(units * per_unit);
@@ -332,12 +301,14 @@ struct MatmulRun {
   }
 };
 
-inline void matmul(const Matmul& a) {
+}  // namespace
+
+void matmul(const Matmul& a) {
   if (a.rows > 0) MatmulRun(a).run_all();
 }
 
 // Rows of a weight as float32. Decoding one row reads one lane of its panel.
-inline void embedding(const Embedding& a) {
+void embedding(const Embedding& a) {
   const Traits& t = *a.traits;
   const std::vector<int32_t> groups =
       groups_of_units({a.traits, a.tiles, a.n, nullptr, nullptr, a.beside}, units_of(a.k));
