@@ -392,9 +392,9 @@ struct AttentionRun {
     for (int64_t c = 0; c < keys; c += 16) {
       const v16f s = load(scores + c);
       v16f e = vexp(s - top);
-      e = s == kMasked ? v16f{} : e;
+      e = where_equal(s, kMasked, v16f{}, e);
       total += e;
-      if constexpr (P::scaled) e = s == kMasked ? v16f{} : e * load(t.v_scale + c);
+      if constexpr (P::scaled) e = where_equal(s, kMasked, v16f{}, e * load(t.v_scale + c));
       store(scores + c, e);
     }
     norm += sum(total);

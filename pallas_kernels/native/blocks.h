@@ -73,25 +73,11 @@ constexpr int kPowersOf3[5] = {1, 3, 9, 27, 81};
 
 // ---- scales --------------------------------------------------------------------------------
 
-typedef uint8_t v16u8 __attribute__((vector_size(16)));
-typedef uint16_t v16u16 __attribute__((vector_size(32)));
-QJAX_INLINE v16i ints8(const uint8_t* p) {
-  v16u8 v;
-  std::memcpy(&v, p, 16);
-  return __builtin_convertvector(v, v16i);
-}
-QJAX_INLINE v16i ints16(const uint8_t* p) {
-  v16u16 v;
-  std::memcpy(&v, p, 32);
-  return __builtin_convertvector(v, v16i);
-}
-QJAX_INLINE v16i ints32(const uint8_t* p) {
-  v16i v;
-  std::memcpy(&v, p, 64);
-  return v;
-}
+QJAX_INLINE v16i ints8(const uint8_t* p) { return widened<uint8_t>(p); }
+QJAX_INLINE v16i ints16(const uint8_t* p) { return widened<uint16_t>(p); }
+QJAX_INLINE v16i ints32(const uint8_t* p) { return load_ints(p); }
 QJAX_INLINE v16f odd_number(v16i scale, float factor) {
-  return __builtin_convertvector(2 * scale + 1, v16f) * factor;
+  return to_float(2 * scale + 1) * factor;
 }
 
 // Of (half) unit g of unit u of a block.
@@ -109,10 +95,11 @@ QJAX_INLINE v16f expanded_scale(const Traits& t, const uint8_t* head, const uint
       const int group = 2 * u + g;
       v16i bits = {};
       for (int i = 0; i < 4; ++i) bits |= ints16(head + 32 * i) >> 12 << (4 * i);
-      const v16u16 d = __builtin_convertvector(bits, v16u16);
-      uint8_t halves[32];
-      std::memcpy(halves, &d, 32);
-      return half16(halves) *
+      int32_t wide[16];
+      uint16_t d[16];
+      std::memcpy(wide, &bits, 64);
+      for (int i = 0; i < 16; ++i) d[i] = uint16_t(wide[i]);
+      return half16(reinterpret_cast<const uint8_t*>(d)) *
              odd_number(ints16(head + 32 * (group / 4)) >> (3 * (group % 4)) & 7, 0.125f);
     }
     default: return half16(head);

@@ -50,9 +50,7 @@ inline bool same_inputs(const Inputs& a, const Inputs& b, int64_t k) {
 
 // The nearest number with `mantissa` bits and no exponent below `min_exponent`; ties to even.
 QJAX_INLINE v16f round_to_float(v16f x, int mantissa, int min_exponent) {
-  v16i exponent = (as_int(x) >> 23) & 255;
-  const v16i least = v16i{} + (min_exponent + 127);
-  exponent = exponent > least ? exponent : least;
+  const v16i exponent = vmax((as_int(x) >> 23) & 255, v16i{} + (min_exponent + 127));
   // Adding 1.5 * 2^23 quanta leaves a whole number of quanta.
   const v16f magic = as_float(((exponent - mantissa + 23) << 23) | (v16i{} + 0x400000));
   return (x + magic) - magic;

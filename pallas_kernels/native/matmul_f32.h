@@ -10,31 +10,53 @@ constexpr int kTileF32 = 12;  // rows of x that share one read of the panel
 constexpr int kTileF32 = 4;
 #endif
 
-// Codes of unit `u` as bytes [32 columns][16 rows].
-QJAX_INLINE void unit_codes(const Traits& t, const uint8_t* panel, int64_t u,
-                            uint8_t codes[32][16]) {
-  const uint8_t* unit = panel + unit_offset(t, u);
-  if (t.base == 8) {
-    for (int i = 0; i < 8; ++i)
-      for (int r = 0; r < 16; ++r)
-        for (int b = 0; b < 4; ++b) codes[4 * i + b][r] = unit[64 * i + 4 * r + b] ^ 0x80;
-    return;
-  }
-  // Bits of quad i of columns in a plane that starts at vector `first`.
-  auto plane = [&](int first, int bits, int i, int byte) {
+// Codes of 16 rows, of the column whose byte is `b` in quad `i` of a unit.
+template <int T>
+QJAX_INLINE v16i column_codes(const uint8_t* unit, int i, int b) {
+  constexpr const Traits& t = kTraits[T];
+  if constexpr (t.base == 8) return (ints32(unit + 64 * i) >> (8 * b) & 255) ^ 128;
+  // Of a plane of so many bits that starts at vector `first`.
+  auto plane = [&](int first, int bits) QJAX_INLINED {
     const int fields = 8 / bits;
-    return unit[64 * (first + i / fields) + byte] >> (i % fields * bits) & ((1 << bits) - 1);
+    const v16i vector = ints32(unit + 64 * (first + i / fields));
+    return vector >> (8 * b + i % fields * bits) & ((1 << bits) - 1);
   };
-  for (int i = 0; i < 8; ++i)
-    for (int r = 0; r < 16; ++r)
-      for (int b = 0; b < 4; ++b) {
-        int code = plane(0, t.base, i, 4 * r + b);
-        if (t.high) code |= plane(t.base, t.high, i, 4 * r + b) << t.base;
-        codes[4 * i + b][r] = t.lookup == kIQ4   ? kIQ4Codes[code]
-                              : t.lookup == kFP4 ? kFP4Codes[code]
-                                                 : uint8_t(code);
-      }
+  v16i codes = plane(0, t.base);
+  if constexpr (t.high > 0) codes |= plane(t.base, t.high) << t.base;
+  return codes;
 }
+
+// What 4-bit codes stand for.
+struct Table16 {
+#if defined(__AVX512F__)
+  __m512 values;
+  explicit Table16(const float* from) : values(_mm512_loadu_ps(from)) {}
+  QJAX_INLINE v16f operator[](v16i codes) const {
+    return (v16f)_mm512_permutexvar_ps((__m512i)codes, values);
+  }
+#elif defined(__AVX2__)
+  __m256 low, high;
+  explicit Table16(const float* from) : low(_mm256_loadu_ps(from)), high(_mm256_loadu_ps(from + 8)) {}
+  QJAX_INLINE v16f operator[](const v16i& codes) const {
+    v16f r;
+    QJAX_UNROLL for (int i = 0; i < 2; ++i) {
+      const __m256i at = (__m256i)codes.part[i];
+      const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));
+      r.part[i] = (part_f)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at),
+                                           _mm256_permutevar8x32_ps(high, at), upper);
+    }
+    return r;
+  }
+#else
+  const float* values;
+  explicit Table16(const float* from) : values(from) {}
+  QJAX_INLINE v16f operator[](const v16i& codes) const {
+    alignas(64) float found[16];
+    for (int r = 0; r < 16; ++r) found[r] = values[codes[r]];
+    return load(found);
+  }
+#endif
+};
 
 // Columns c to c + 3 (c a multiple of 4) of an 8-bit float type; e4m3 without its factor 2 ** 8.
 template <QType T>
@@ -57,12 +79,22 @@ QJAX_INLINE void small_floats(const uint8_t* unit, int c, v16f (&w)[4]) {
   w[2] = (v16f)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(even, 1));
   w[3] = (v16f)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(odd, 1));
 #else
-  for (int i = 0; i < 4; ++i)
+  for (int pair = 0; pair < 2; ++pair) {
+    uint16_t even[16], odd[16];  // as float16
     for (int r = 0; r < 16; ++r) {
-      const uint16_t b = unit[small_float_offset(c + i, r)];
-      w[i][r] = half_to_float(T == E5M2 ? uint16_t(b << 8)
-                                        : uint16_t((b & 0x80) << 8 | (b & 0x7f) << 7));
+      uint16_t both;
+      std::memcpy(&both, unit + 16 * c + 32 * pair + 2 * r, 2);
+      if constexpr (T == E5M2) {
+        even[r] = uint16_t(both << 8);
+        odd[r] = uint16_t(both & 0xff00);
+      } else {
+        even[r] = uint16_t((both << 8 & 0x8000) | (both << 7 & 0x3f80));
+        odd[r] = uint16_t((both & 0x8000) | (both >> 1 & 0x3f80));
+      }
     }
+    w[2 * pair] = half16(reinterpret_cast<const uint8_t*>(even));
+    w[2 * pair + 1] = half16(reinterpret_cast<const uint8_t*>(odd));
+  }
 #endif
 }
 template <QType T>
@@ -80,14 +112,23 @@ QJAX_INLINE void unit_values(const View& view, int64_t u, float* out) {
       for (int i = 0; i < 4; ++i) store(out + 16 * (c + i), w[i] * kSmallFloatFactor<t.type>);
     }
   } else {
-    uint8_t codes[32][16];
-    unit_codes(t, view.tiles, u, codes);
-    for (int c = 0; c < 32; ++c) {
-      if constexpr (t.lookup == kCodebook)
-        for (int r = 0; r < 16; ++r) out[16 * c + r] = view.beside->codebook[codes[c][r]];
-      else
-        store(out + 16 * c, bytes16(codes[c]) - float(t.zero));
-    }
+    const uint8_t* unit = view.tiles + unit_offset(t, u);
+    alignas(64) float values[16] = {};
+    const float* table = values;
+    if constexpr (t.lookup == kCodebook) table = view.beside->codebook;
+    else if constexpr (t.lookup != kNoLookup)
+      for (int i = 0; i < 16; ++i)
+        values[i] = float((t.lookup == kIQ4 ? kIQ4Codes : kFP4Codes)[i]) - float(t.zero);
+    const Table16 look_up(table);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b) {
+        const v16i codes = column_codes<T>(unit, i, b);
+        float* to = out + 16 * (4 * i + b);
+        if constexpr (t.lookup != kNoLookup) store(to, look_up[codes]);
+        else store(to, to_float(codes) - float(t.zero));
+      }
   }
 }
 

@@ -79,22 +79,15 @@ QJAX_INLINE v16f elements16(const uint8_t* p) {
   if constexpr (T == kElementBF16) return bf16_16(p);
   if constexpr (T == kElementU8) return bytes16(p);
   if constexpr (T == kElementI8) return signed_bytes16(p);
-#if defined(__AVX512F__)
   if constexpr (T == kElementE4M3) {
     // As float16 the exponent is 8 too small.
-    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
-    const __m256i h = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(int16_t(0xbf80)));
-    return (v16f)_mm512_cvtph_ps(h) * 256.0f;
+    uint16_t halves[16];
+    for (int i = 0; i < 16; ++i) halves[i] = uint16_t((int8_t(p[i]) << 7) & 0xbf80);
+    return half16(reinterpret_cast<const uint8_t*>(halves)) * 256.0f;
   }
-  if constexpr (T == kElementE8M0) {
-    // 2 ** -127 is no normal number: what is smaller than 2 ** -126 counts as that.
-    const __m512i exponent = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-    return (v16f)_mm512_slli_epi32(_mm512_max_epi32(exponent, _mm512_set1_epi32(1)), 23);
-  }
-#endif
-  v16f r;
-  for (int i = 0; i < 16; ++i) r[i] = element(T, p + i * element_bytes(T));
-  return r;
+  // 2 ** -127 is no normal number: what is smaller than 2 ** -126 counts as that.
+  if constexpr (T == kElementE8M0) return as_float(vmax(widened<uint8_t>(p), v16i{} + 1) << 23);
+  return v16f{};
 }
 
 // The scales of one panel as float32: for each group of columns s[16], b[16], zero[16]; the last

@@ -1,25 +1,11 @@
-// 16 lanes in the compiler's own vector types: one AVX-512 register, two of AVX2, four of NEON.
+// Mathematics of 16 numbers, and 16 numbers of narrower types.
 #pragma once
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#if defined(__AVX512F__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
+
+#include "lanes.h"
 
 namespace qjax {
 
-typedef float v16f __attribute__((vector_size(64), aligned(64)));
-typedef int32_t v16i __attribute__((vector_size(64), aligned(64)));
-typedef float v16f_u __attribute__((vector_size(64), aligned(4)));
-
-#define QJAX_INLINE inline __attribute__((always_inline))
-#define QJAX_INLINED __attribute__((always_inline))  // of a lambda, before its body
-// In front of a loop with a constant count, whose array must live in registers.
-#define QJAX_UNROLL _Pragma("GCC unroll 16")
-
-QJAX_INLINE v16f load(const float* p) { return *reinterpret_cast<const v16f_u*>(p); }
-QJAX_INLINE void store(float* p, v16f v) { *reinterpret_cast<v16f_u*>(p) = v; }
 // A whole line to memory without reading it first; p is aligned. Others see it after finish_stores.
 QJAX_INLINE void store_past_caches(float* p, v16f v) {
 #if defined(__AVX512F__)
@@ -33,56 +19,30 @@ QJAX_INLINE void finish_stores() {
   _mm_sfence();
 #endif
 }
-QJAX_INLINE v16f splat(float x) { return v16f{} + x; }
 // Of lanes whose indices differ by Distance, a power of two: the sum, then the difference.
 template <int Distance>
-QJAX_INLINE v16f sum_and_difference(v16f v) {
-  constexpr int d = Distance;
-#define QJAX_LANES(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), \
-                      f(12), f(13), f(14), f(15)
-#define QJAX_OTHER(i) (i ^ d)
-#define QJAX_SIGN(i) (i & d ? -1.0f : 1.0f)
-#if defined(__clang__)
-  const v16f other = __builtin_shufflevector(v, v, QJAX_LANES(QJAX_OTHER));
-#else
-  const v16f other = __builtin_shuffle(v, v16i{QJAX_LANES(QJAX_OTHER)});
-#endif
-  return other + v * v16f{QJAX_LANES(QJAX_SIGN)};
-#undef QJAX_LANES
-#undef QJAX_OTHER
-#undef QJAX_SIGN
+QJAX_INLINE v16f sum_and_difference(const v16f& v) {
+  alignas(64) float from[16], to[16];
+  store(from, v);
+  for (int i = 0; i < 16; ++i) to[i] = from[i ^ Distance] + (i & Distance ? -from[i] : from[i]);
+  return load(to);
 }
-QJAX_INLINE v16i as_int(v16f v) { v16i r; std::memcpy(&r, &v, 64); return r; }
-QJAX_INLINE v16f as_float(v16i v) { v16f r; std::memcpy(&r, &v, 64); return r; }
-
-QJAX_INLINE float sum(v16f v) {
-  float total = 0;
-  for (int i = 0; i < 8; ++i) v[i] += v[i + 8];
-  for (int i = 0; i < 4; ++i) v[i] += v[i + 4];
-  total = (v[0] + v[2]) + (v[1] + v[3]);
-  return total;
+QJAX_INLINE float sum(const v16f& v) {
+  alignas(64) float a[16];
+  store(a, v);
+  for (int i = 0; i < 8; ++i) a[i] += a[i + 8];
+  for (int i = 0; i < 4; ++i) a[i] += a[i + 4];
+  return (a[0] + a[2]) + (a[1] + a[3]);
 }
-QJAX_INLINE float max(v16f v) {
+QJAX_INLINE float max(const v16f& v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
 #else
-  float m = v[0];
-  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-#endif
-}
-QJAX_INLINE v16f vmax(v16f a, v16f b) {
-#if defined(__AVX512F__)
-  return (v16f)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-QJAX_INLINE v16f vmin(v16f a, v16f b) {
-#if defined(__AVX512F__)
-  return (v16f)_mm512_min_ps((__m512)a, (__m512)b);
-#else
-  return a < b ? a : b;
+  alignas(64) float a[16];
+  store(a, v);
+  for (int n = 8; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
+  return a[0];
 #endif
 }
 
@@ -129,49 +89,35 @@ QJAX_INLINE float half_to_float(uint16_t h) {
   return magnitude;
 #endif
 }
+template <class T>
+QJAX_INLINE v16i widened(const uint8_t* p) {  // integers of type T; compilers make vectors of the loop
+  struct __attribute__((packed, may_alias)) Any {  // at any address
+    T value;
+  };
+  alignas(64) int32_t wide[16];
+  for (int i = 0; i < 16; ++i) wide[i] = reinterpret_cast<const Any*>(p)[i].value;
+  return load_ints(wide);
+}
 QJAX_INLINE v16f half16(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (v16f)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#else
+#elif defined(__F16C__)
   v16f r;
-  for (int i = 0; i < 16; ++i) {
-    uint16_t h;
-    std::memcpy(&h, p + 2 * i, 2);
-    r[i] = half_to_float(h);
-  }
+  for (int i = 0; i < 2; ++i)
+    r.part[i] = (part_f)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
   return r;
-#endif
-}
-QJAX_INLINE v16f bf16_16(const uint8_t* p) {
-#if defined(__AVX512F__)
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-  return (v16f)_mm512_slli_epi32(wide, 16);
 #else
-  uint16_t h[16];
-  std::memcpy(h, p, 32);
-  v16i bits;
-  for (int i = 0; i < 16; ++i) bits[i] = int32_t(uint32_t(h[i]) << 16);
-  return as_float(bits);
+  const v16i half = widened<uint16_t>(p), rest = (half & 0x7fff) << 13, exponent = half & 0x7c00;
+  const v16f subnormal = to_float(half & 0x3ff) * 5.9604644775390625e-08f;  // 2^-24
+  const v16f normal = as_float(rest + (112 << 23)), beyond = as_float(rest | 0x7f800000);
+  const v16f size =
+      where_equal(exponent, 0, subnormal, where_equal(exponent, 0x7c00, beyond, normal));
+  return as_float(as_int(size) | (half & 0x8000) << 16);
 #endif
 }
-QJAX_INLINE v16f bytes16(const uint8_t* p) {  // unsigned
-#if defined(__AVX512F__)
-  return (v16f)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#else
-  v16f r;
-  for (int i = 0; i < 16; ++i) r[i] = float(p[i]);
-  return r;
-#endif
-}
-QJAX_INLINE v16f signed_bytes16(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return (v16f)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#else
-  v16f r;
-  for (int i = 0; i < 16; ++i) r[i] = float(int8_t(p[i]));
-  return r;
-#endif
-}
+QJAX_INLINE v16f bf16_16(const uint8_t* p) { return as_float(widened<uint16_t>(p) << 16); }
+QJAX_INLINE v16f bytes16(const uint8_t* p) { return to_float(widened<uint8_t>(p)); }
+QJAX_INLINE v16f signed_bytes16(const uint8_t* p) { return to_float(widened<int8_t>(p)); }
 QJAX_INLINE uint16_t to_bf16(float x) {  // round to nearest even
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
