@@ -63,10 +63,9 @@ def _smoothed(modifier: str) -> str:
     return _stage(SmoothQuantModifier={"smoothing_strength": "0.8"}, **{modifier: _preset("W8A8")})
 
 
-def _gguf(kind: str) -> str:
-    """As with an importance matrix; the embedding, which is the head, included."""
-    fields = {"targets": "Linear", "scheme": kind, "weight_observer": "imatrix_mse"}
-    return _stage(QuantizationModifier=fields)
+def _gguf(kind: str, **fields: str) -> str:
+    """The embedding, which is the head, included."""
+    return _stage(QuantizationModifier={"targets": "Linear", "scheme": kind} | fields)
 
 
 METHODS = (
@@ -79,6 +78,10 @@ METHODS = (
     Method("SmoothQuant + RTN W8A8", _smoothed("QuantizationModifier")),
     Method("SmoothQuant + GPTQ W8A8", _smoothed("GPTQModifier")),
     Method("FP8_DYNAMIC", _stage(QuantizationModifier=_preset("FP8_DYNAMIC"))),
+    Method("NVFP4A16", _stage(QuantizationModifier=_preset("NVFP4A16"))),
+    Method("GPTQ NVFP4", _stage(GPTQModifier=_preset("NVFP4"))),
+    Method("MXFP4A16", _stage(QuantizationModifier=_preset("MXFP4A16"))),
+    Method("HQQ W4A16_ASYM g64", _stage(HQQModifier=_integers(4, 64, symmetric=False))),
     *(
         Method(f"{name} W{bits}A16 g64", recipe(bits, 64))
         for bits in (3, 2)
@@ -89,8 +92,9 @@ METHODS = (
             ("AutoRound", _autoround),
         )
     ),
+    *(Method(f"GGUF {kind}", _gguf(kind), kind) for kind in ("Q8_0", "Q6_K")),
     *(
-        Method(f"GGUF {kind}", _gguf(kind), kind)
+        Method(f"GGUF {kind}", _gguf(kind, weight_observer="imatrix_mse"), kind)
         for kind in ("Q4_K_M", "Q4_K_S", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S")
     ),
 )
