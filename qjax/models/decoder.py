@@ -8,10 +8,12 @@ array or a QArray of any type.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from pallas_kernels.paged_attention import AttentionSpec
 from qjax import ops
@@ -141,9 +143,19 @@ class Decoder(nnx.Module):
         """
         x = self.embed(tokens, batch.parallel)
         tables = position_tables(self.config, batch)
+
+        def run(
+            graph: Any, weights: Any, x: jax.Array, cache: LayerCache, batch: Batch
+        ) -> tuple[jax.Array, LayerCache]:
+            return nnx.merge(graph, weights)(x, cache, batch, tables)
+
+        # Layers that are alike are traced and lowered once: with GPU kernels that takes far longer
+        # than compiling. The function is this trace's own, since kernels are chosen in each.
+        alike = jax.jit(run, static_argnums=0) if isinstance(x, Tracer) else run
         layers = []
         for layer, layer_cache in zip(self.model.layers, cache, strict=True):
-            x, layer_cache = layer(x, layer_cache, batch, tables)
+            graph, weights = nnx.split(layer)
+            x, layer_cache = alike(graph, weights, x, layer_cache, batch)
             layers.append(layer_cache)
         return x, tuple(layers)
 
