@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.codes import is_finite
 from pallas_kernels.inputs import ActSpec
@@ -302,6 +303,10 @@ class QArray:
         spec = self.spec
         if self.layout != CANONICAL:
             raise ValueError(f"QArray: cannot dequantize the private layout {self.layout!r}")
+        given = [array for array in self.arrays if array is not None]
+        if all(map(_on_host, given)):
+            # Numpy, unlike jax, compiles nothing for the operations of each shape.
+            return jnp.asarray(decode(spec, WeightArrays(*map(_numpy, self.arrays)), np))
         return decode(spec, WeightArrays(*map(_on_device, self.arrays)))
 
     def with_arrays(self, layout: str, arrays: WeightArrays) -> QArray:
@@ -316,6 +321,20 @@ class QArray:
             zero_point=arrays.zero_point,
             aux=aux,
         )
+
+
+def _on_host(array: Any) -> bool:
+    """Whether numpy can read it where it lies."""
+    if isinstance(array, Tracer):
+        return False
+    if not isinstance(array, jax.Array):
+        return True
+    here = array.is_fully_addressable
+    return here and all(device.platform == "cpu" for device in array.devices())
+
+
+def _numpy(array: Any) -> Any:
+    return None if array is None else np.asarray(array)
 
 
 def _on_device(array: Any) -> Any:
