@@ -23,9 +23,10 @@ _PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 MADE = (*_PLAIN, *_ENCODERS)
 """The types that floats can be made into."""
 
-# Weights encoded at once: what a search keeps of them stays in the caches of a core.
-_RUN = 1 << 16
-_GRID_RUN = 1 << 13  # of the types with grids, of which each vector is held against all entries
+_RUN = 1 << 16  # weights of one call
+# Weights searched at once: what the search keeps of them stays in the caches of a core.
+_AT_ONCE = 1 << 14
+_AT_ONCE_GRID = 1 << 10  # of the types with grids, of which each vector is held against all entries
 # float16 holds the scales, and a block's largest magnitude is at least this many of them.
 _LARGEST = 65504.0
 
@@ -91,16 +92,24 @@ def _importance(
 
 
 @cache
-def _program(qtype: str) -> Callable:
-    return jax.jit(_ENCODERS[qtype])
+def _program(qtype: str, count: int) -> Callable:
+    """Encodes `count` blocks, some at a time."""
+    most = _AT_ONCE_GRID if qtype in grids.ENCODERS else _AT_ONCE
+    each = max(1, min(count, most // QTYPES[qtype].block_elements))
+
+    def encode(blocks: jax.Array, weights: jax.Array) -> jax.Array:
+        runs = (a.reshape(-1, each, a.shape[-1]) for a in (blocks, weights))
+        made = jax.lax.map(lambda run: _ENCODERS[qtype](*run), tuple(runs))
+        return made.reshape(count, -1)
+
+    return jax.jit(encode)
 
 
 def _encode(blocks: np.ndarray, weights: np.ndarray, n: int, qtype: str) -> np.ndarray:
     """uint8 [all blocks, bytes] of blocks [all, elements]; weights [matrices or 1, blocks of a row,
     elements] go with each of n rows."""
     count, elements = blocks.shape
-    longest = _GRID_RUN if qtype in grids.ENCODERS else _RUN
-    run = min(longest // elements, 1 << (count - 1).bit_length())
+    run = min(_RUN // elements, 1 << (count - 1).bit_length())
     encoded = np.empty((count, QTYPES[qtype].block_bytes), np.uint8)
     per_row = weights.shape[1]
 
@@ -111,7 +120,7 @@ def _encode(blocks: np.ndarray, weights: np.ndarray, n: int, qtype: str) -> np.n
         part = blocks[start:stop]
         if stop - start < run:
             part = np.concatenate([part, np.zeros((run - len(part), elements), np.float32)])
-        made = _program(qtype)(part, weights[matrix, index % per_row])
+        made = _program(qtype, run)(part, weights[matrix, index % per_row])
         encoded[start:stop] = np.asarray(made)[: stop - start]
 
     starts = range(0, count, run)
