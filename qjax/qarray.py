@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -293,16 +294,22 @@ class QArray:
         leading = self.qvalue.shape[:-2]
         return 8 * self.nbytes / (np.prod(leading, dtype=np.int64) * self.shape[0] * self.shape[1])
 
-    def dequantize(self) -> jax.Array:
+    def dequantize(self, xp: ModuleType = jnp) -> Any:
         """float32 [..., N, K], rows and columns in the order of the stored codes (see aux
         "output_perm" and "perm").
+
+        Args:
+          xp: the module to compute with: `jax.numpy`, or `numpy`, on the host, which comes to the
+            same bits and compiles nothing.
 
         Raises ValueError in a private layout (`ops.unprepare` it first), or in pieces.
         """
         spec = self.spec
         if self.layout != CANONICAL:
             raise ValueError(f"QArray: cannot dequantize the private layout {self.layout!r}")
-        return decode(spec, WeightArrays(*map(_on_device, self.arrays)))
+        arrays = WeightArrays(*(None if a is None else xp.asarray(a) for a in self.arrays))
+        with np.errstate(all="ignore"):
+            return decode(spec, arrays, xp)
 
     def with_arrays(self, layout: str, arrays: WeightArrays) -> QArray:
         """The same weight with its arrays laid out anew."""
@@ -316,7 +323,3 @@ class QArray:
             zero_point=arrays.zero_point,
             aux=aux,
         )
-
-
-def _on_device(array: Any) -> Any:
-    return None if array is None else jnp.asarray(array)

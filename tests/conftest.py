@@ -43,9 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> None:
-    """Frees what earlier modules compiled, once there is much of it: the memory of a CPU's programs
-    comes in many small maps, of which a process may have some 65,000, and a program takes hundreds.
-    """
+    """Frees what earlier modules compiled, once there is much of it."""
+    forget_many_programs()
+
+
+def forget_many_programs() -> None:
+    """Frees what was compiled, where it is much: the memory of a CPU's programs comes in many small
+    maps, of which a process may have some 65,000, and a program takes hundreds."""
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") < 15_000:
         return

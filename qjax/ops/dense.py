@@ -16,7 +16,7 @@ def dequantized(weight: QArray) -> np.ndarray:
     What is rounded of its inputs has no place in a matrix and is left out.
     """
     aux = weight.aux
-    w = np.array(weight.dequantize(), np.float32)
+    w = np.array(weight.dequantize(np), np.float32)
     if "perm" in aux:
         stored, order = w, np.broadcast_to(aux["perm"], (*w.shape[:-2], 1, w.shape[-1]))
         w = np.empty_like(stored)
