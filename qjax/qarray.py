@@ -306,7 +306,8 @@ class QArray:
         given = [array for array in self.arrays if array is not None]
         if all(map(_on_host, given)):
             # Numpy, unlike jax, compiles nothing for the operations of each shape.
-            return jnp.asarray(decode(spec, WeightArrays(*map(_numpy, self.arrays)), np))
+            with np.errstate(all="ignore"):
+                return jnp.asarray(decode(spec, WeightArrays(*map(_numpy, self.arrays)), np))
         return decode(spec, WeightArrays(*map(_on_device, self.arrays)))
 
     def with_arrays(self, layout: str, arrays: WeightArrays) -> QArray:

@@ -36,16 +36,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     # Compiled programs are kept from run to run, out of the user's own cache.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax_compiled"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # Nothing a test does may reach the hub; those that test downloads serve them from this machine.
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> None:
-    """Frees what earlier modules compiled, once there is much of it: the memory of a CPU's programs
-    comes in many small maps, of which a process may have some 65,000, and a program takes hundreds.
-    """
+    """Frees what earlier modules compiled, once there is much of it."""
+    forget_many_programs()
+
+
+def forget_many_programs() -> None:
+    """Frees what was compiled, where it is much: the memory of a CPU's programs comes in many small
+    maps, of which a process may have some 65,000, and a program takes hundreds."""
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") < 15_000:
         return

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -175,6 +176,7 @@ def _group(args: QuantizationArgs, shape: tuple[int, int]) -> tuple[int, int]:
     return 1, size
 
 
+@partial(jax.jit, static_argnames="grid")
 def minmax(w: jax.Array, grid: Grid, absmax: jax.Array | None = None) -> Scales:
     """Scales that reach to the extremes of each group, 0 among them.
 
@@ -292,12 +294,14 @@ def spread(scales: Scales, grid: Grid, shape: tuple[int, int]) -> Scales:
     return Scales(each(scales.scale), each(scales.zero), scales.global_scale)
 
 
+@partial(jax.jit, static_argnames="grid")
 def rounded(w: jax.Array, scales: Scales, grid: Grid) -> jax.Array:
     """The nearest values, float32 [N, K], that w can take with these scales."""
     each = spread(scales, grid, _sizes(w))
     return values(nearest(w, each.scale, each.zero, grid), each.scale, each.zero, grid)
 
 
+@partial(jax.jit, static_argnames=("grid", "steps"))
 def searched(
     w: jax.Array,
     grid: Grid,

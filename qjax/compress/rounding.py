@@ -29,8 +29,9 @@ from qjax.formats.ct_config import act_spec
 from qjax.qarray import QArray
 from qjax.scheme import QuantizationArgs, QuantizationScheme
 
-# Passes over all columns behind GPTQ; more of them gain little.
-SWEEPS = 2
+# What GPTQ takes where no modifier says otherwise. Passes over all columns behind it, the sweeps,
+# gain little where there are more.
+_GPTQ = {"actorder": "weight", "block_size": 128, "dampening": 0.01, "sweeps": 2}
 _SMALL_GROUP = 128  # columns; products with larger blocks of the moment take long
 # Of the mean of the moment's diagonal, tried where the dampening that was asked for is too little.
 _MORE_DAMPENING = (0.05, 0.2, 1.0)
@@ -182,6 +183,7 @@ def _to_nearest(
     return with_codes(values, scales, grid)
 
 
+@partial(jax.jit, static_argnames="grid")
 def with_codes(values: jax.Array, scales: Scales, grid: Grid) -> Rounded:
     """Each number of a weight [N, K] as the nearest that these scales have."""
     n, k = values.shape
@@ -206,9 +208,10 @@ def _by_gptq(
     values: jax.Array, moment: jax.Array, grid: Grid, names: str, settings: Mapping[str, Any]
 ) -> Rounded:
     values, moment = _over_devices(values, moment)
-    for more in ({}, *({"dampening": each} for each in _MORE_DAMPENING)):
-        found = gptq(values, moment, grid, sweeps=SWEEPS, **{**settings, **more})
-        if bool(jnp.isfinite(found.codes).all()):
+    settings = {**_GPTQ, **settings}  # all of them each time: whoever asks shares the program
+    for dampening in (settings["dampening"], *_MORE_DAMPENING):
+        found = gptq(values, moment, grid, **{**settings, "dampening": dampening})
+        if np.isfinite(np.asarray(found.codes)).all():
             return found
     raise CalibrationError(
         f"{names}: the second moment of its inputs cannot be inverted; take more samples, or a "

@@ -116,10 +116,15 @@ def check(params: Params, sample: np.ndarray) -> None:
             )
 
 
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
+
+
 def _check_finite(layer: Layer) -> None:
     assert layer.stats is not None
     for name, stats in layer.stats.items():
-        if not bool(jnp.isfinite(stats.moment).all()):
+        if not _all_finite(stats.moment):
             raise CalibrationError(
                 f"{layer.prefix}{name}: its inputs are not finite (NaN or infinity) for these "
                 "samples; check the model's weights, or take a method that needs no samples"

@@ -8,6 +8,7 @@ import pytest
 
 import qjax
 from qjax.engine.scheduler import Plan
+from tests.engine.pages import leave
 
 COUNT, NEW = 64, 20
 MODELS = ("gguf-Q4_1/model.gguf", "gguf-gemma3-Q5_0/model.gguf", "ct-int8-w8a8-dyn-asym")
@@ -38,9 +39,11 @@ def requests() -> list[tuple[tuple[int, ...], qjax.SamplingParams]]:
     return found
 
 
-def engine_of(params: qjax.Params, num_blocks: int = 512, **options: Any) -> qjax.Engine:
+def engine_of(params: qjax.Params, pages: int = 512, **options: Any) -> qjax.Engine:
     options = {"max_num_seqs": 32, "max_model_len": 128, "seed": 0} | options
-    return qjax.Engine(params, num_blocks=num_blocks, **options)
+    engine = qjax.Engine(params, num_blocks=512, **options)
+    leave(engine, pages)
+    return engine
 
 
 def tokens(engine: qjax.Engine, late: bool = False) -> list[list[int]]:
@@ -87,7 +90,7 @@ def test_with_prefix_cache(params: qjax.Params, alone: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_after_preemption(params: qjax.Params, alone: list[list[int]], caching: bool) -> None:
-    engine = engine_of(params, num_blocks=20, enable_prefix_caching=caching)
+    engine = engine_of(params, pages=20, enable_prefix_caching=caching)
     assert tokens(engine) == alone
     assert engine.stats().num_preemptions > 0
     assert engine.stats().num_free_blocks == 20
@@ -98,8 +101,8 @@ def test_few_sequences_replay_what_they_generated(golden: Path) -> None:
     params = qjax.load(golden / MODELS[0])
     sampling = qjax.SamplingParams(max_tokens=60, ignore_eos=True)
 
-    def several(num_blocks: int) -> tuple[list[list[int]], list[Plan]]:
-        engine = engine_of(params, num_blocks, max_num_seqs=3)
+    def several(pages: int) -> tuple[list[list[int]], list[Plan]]:
+        engine = engine_of(params, pages, max_num_seqs=3)
         plans: list[Plan] = []
         prepare = engine.runner.prepare
         engine.runner.prepare = lambda plan: (plans.append(plan), prepare(plan))[1]
@@ -115,14 +118,14 @@ def test_few_sequences_replay_what_they_generated(golden: Path) -> None:
 
 
 def test_some_are_ahead(golden: Path) -> None:
-    """Of 4 slots, a request with priority gets the first that is free."""
-    engine = engine_of(qjax.load(golden / MODELS[0]), max_num_seqs=4)
+    """Of 3 slots, a request with priority gets the first that is free."""
+    engine = engine_of(qjax.load(golden / MODELS[0]), max_num_seqs=3)
     sampling = qjax.SamplingParams(max_tokens=4, ignore_eos=True)
-    waiting = [engine.add((5,), sampling, priority=1) for _ in range(12)]
+    waiting = [engine.add((5,), sampling, priority=1) for _ in range(9)]
     engine.step()
     urgent = engine.add((6,), sampling)
     while urgent.finish_reason is None:
         engine.step()
-    assert sum(request.finish_reason is None for request in waiting) == 5
+    assert sum(request.finish_reason is None for request in waiting) == 4
     while engine.busy:
         engine.step()

@@ -12,6 +12,7 @@ import qjax
 from qjax.engine.draft_model import DraftModel
 from qjax.engine.request import Request
 from qjax.engine.speculation import PromptLookup, SpeculativeConfig
+from tests.engine.pages import leave
 from tests.engine.test_scheduler import request_of
 
 SAMPLINGS: list[dict[str, Any]] = [
@@ -31,17 +32,19 @@ def run(
     speculative: SpeculativeConfig | None,
     prompts: Sequence[tuple[int, ...]],
     new: int = 40,
+    pages: int = 32,
     **options: Any,
 ) -> tuple[list[list[int]], qjax.Engine]:
     options = {"num_blocks": 32, "max_num_seqs": 4, "max_model_len": 128} | options
     engine = qjax.Engine(params, speculative=speculative, **options)
+    leave(engine, pages)
     added = []
     for prompt, sampling in zip(prompts, SAMPLINGS, strict=False):
         asked = qjax.SamplingParams(max_tokens=new, ignore_eos=True, **sampling)
         added.append(engine.add(prompt, asked))
     while engine.busy:
         engine.step()
-    assert engine.stats().num_free_blocks == options["num_blocks"]
+    assert engine.stats().num_free_blocks == pages
     return [request.output_ids for request in added], engine
 
 
@@ -116,7 +119,7 @@ def test_a_draft_model_with_one_place(params: qjax.Params) -> None:
 def test_scarce_pages(params: qjax.Params) -> None:
     expected, _ = run(params, None, PROMPTS, 30)
     config = SpeculativeConfig(num_speculative_tokens=6)
-    found, engine = run(params, config, PROMPTS, 30, num_blocks=5)
+    found, engine = run(params, config, PROMPTS, 30, pages=5)
     assert found == expected
     assert engine.stats().num_preemptions > 0
 

@@ -7,8 +7,9 @@
 import os
 from collections.abc import Iterator
 
-import jax
 import pytest
+
+from tests.conftest import forget_many_programs
 
 FLAG = "--xla_force_host_platform_device_count=8"
 
@@ -16,11 +17,7 @@ collect_ignore_glob = [] if FLAG in os.environ.get("XLA_FLAGS", "") else ["test_
 
 
 @pytest.fixture(autouse=True)
-def forget_each_program() -> Iterator[None]:
-    """Frees what a test compiled: a program of eight devices takes most maps, see the conftest
-    above."""
+def forget_programs_often() -> Iterator[None]:
+    """After each test: a program of eight devices takes most maps."""
     yield
-    from qjax.engine import runner
-
-    runner._programs.clear()
-    jax.clear_caches()
+    forget_many_programs()

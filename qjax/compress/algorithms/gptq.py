@@ -40,6 +40,7 @@ class Rounded(NamedTuple):
     order: jax.Array | None = None
 
 
+@jax.jit
 def relative_error(weight: jax.Array, rounded: jax.Array, moment: jax.Array) -> jax.Array:
     """trace(D M D^T) / trace(W M W^T), float32 []: what the outputs lose."""
 

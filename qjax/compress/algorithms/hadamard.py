@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,6 +62,7 @@ class Rotation:
         return Rotation(size, run, block is None and run < size, seed)
 
 
+@partial(jax.jit, static_argnames="rotation")
 def rotated(x: jax.Array, rotation: Rotation) -> jax.Array:
     """x Q, float32 [..., size]."""
     x = jnp.asarray(x, jnp.float32)
@@ -133,6 +135,7 @@ def rotate_layer(
     return changed
 
 
+@partial(jax.jit, static_argnames="rotation")
 def _outputs(w: jax.Array, rotation: Rotation) -> jax.Array:
     """Q^T W of [..., N, K], whose outputs are then rotated."""
     return jnp.swapaxes(rotated(jnp.swapaxes(w, -1, -2), rotation), -1, -2)
