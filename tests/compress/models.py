@@ -18,7 +18,7 @@ def floats(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: floats(value) for key, value in tree.items()}
     if isinstance(tree, QArray):
-        return ops.unprepare(jax.tree.map(np.asarray, tree)).dequantize()
+        return np.asarray(ops.unprepare(jax.tree.map(np.asarray, tree)).dequantize())
     return np.asarray(tree)
 
 
