@@ -12,6 +12,7 @@ from qjax.key_bases import _basis
 from qjax.key_bases import key_bases as find
 from qjax.kv_cache import Batch, init_cache
 from qjax.models import functional
+from tests.programs import forward
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +100,10 @@ def test_other_models(golden, name):
     """Sliding windows and norms of heads; latent attention, whose heads are filled with zeros."""
     params = qjax.load(golden / name)
     ids = np.load(golden / name / "reference.npz")["ids_0"]
-    exact = np.asarray(qjax.forward(params, ids), np.float64)
+    exact = np.asarray(forward(params, ids), np.float64)
     bases = find(params, "int4")
     turned, based = (
-        np.linalg.norm(qjax.forward(params, ids, kv_cache_dtype="int4", key_bases=own) - exact)
+        np.linalg.norm(forward(params, ids, kv_cache_dtype="int4", key_bases=own) - exact)
         for own in (None, bases)
     )
     assert based < 0.9 * turned
@@ -129,7 +130,7 @@ def test_engine_caches_in_the_basis(params, golden):
     layer = engine.runner._cache[0]
     basis = find(params, "int4")[0]
     np.testing.assert_array_equal(layer.basis.keys, basis.keys)
-    logits = qjax.forward(
+    logits = forward(
         params, np.array(request.prompt_ids), kv_cache_dtype="int4", key_bases=find(params, "int4")
     )
     assert request.output_ids[0] == int(np.argmax(logits[-1]))

@@ -196,6 +196,21 @@ def test_an_old_compiler_builds_what_it_knows(
     assert names == {f"libqjax_{isa}.so" for isa in ("avx512vnni", "avx2", "portable")}
 
 
+@pytest.mark.parametrize(("source", "isa"), build.SAME)
+def test_what_is_compiled_once_for_two_uses_nothing_that_one_lacks(source: str, isa: str) -> None:
+    folder, seen, left = Path(build.__file__).parent, set(), {source}
+    while left:
+        text = (folder / left.pop()).read_text()
+        seen.add(text)
+        included = re.findall(r'#include "(\w+\.h)"', text)
+        left |= {name for name in included if (folder / name).read_text() not in seen}
+    assert len(seen) > 5
+    flags = set(build.ISAS[isa]) - set(build.ISAS[build.SAME[source, isa]])
+    macros = [f"__{flag.removeprefix('-m').upper()}__" for flag in flags]
+    assert macros
+    assert not [macro for macro in macros for text in seen if macro in text]
+
+
 def test_wheels_are_read_before_they_are_given_away(built: Built, tmp_path: Path) -> None:
     mac = tmp_path / built.arm.name.replace(ARM.tag, APPLE.tag)
     shutil.copy(built.arm, mac)

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qjax
-from qjax.forward import forward
 from tests.formats import test_awq, test_gptq
+from tests.programs import forward
 
 SIZE = 16
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": SIZE, "sym": False, "desc_act": True}

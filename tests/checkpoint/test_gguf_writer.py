@@ -19,6 +19,7 @@ from qjax.checkpoint.gguf_metadata import FILE_TYPES, file_type
 from qjax.checkpoint.gguf_writer import write
 from qjax.errors import CheckpointError, UnsupportedError
 from qjax.qarray import QArray
+from tests.programs import forward
 
 NO_TOKENIZER = {"tokenizer.ggml.model": "none"}
 # A base, and the file that llama.cpp's converter and llama-quantize made of it.
@@ -123,7 +124,7 @@ def test_rope_factors_are_a_tensor(golden, tmp_path):
     file = write(params, tmp_path / "model.gguf", metadata=NO_TOKENIZER)
     with np.load(golden / "tiny-llama-llama3" / "reference.npz") as reference:
         ids, logits = (reference[f"{key}_0"] for key in ("ids", "logits"))
-    found = np.asarray(qjax.forward(qjax.load(file), ids))
+    found = np.asarray(forward(qjax.load(file), ids))
     np.testing.assert_allclose(found, logits, atol=2e-4)
 
 
@@ -249,5 +250,5 @@ def test_llama_cpp_gives_our_logits(golden, tmp_path, name):
     python = os.environ.get("QJAX_LLAMA_CPP_PYTHON", sys.executable)
     script = [python, "-c", LLAMA_CPP, *(tmp_path / f for f in ("model.gguf", "ids.npy", "o.npy"))]
     subprocess.run(list(map(str, script)), check=True, cwd=Path(python).parent)
-    ours = np.asarray(qjax.forward(qjax.load(file), ids))
+    ours = np.asarray(forward(qjax.load(file), ids))
     np.testing.assert_allclose(np.load(tmp_path / "o.npy"), ours, atol=1e-3)

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from qjax.checkpoint.loader import load
 from qjax.errors import CheckpointError, UnsupportedError
-from qjax.forward import forward
 from qjax.params import Params
+from tests.programs import forward
 
 # Small ones that the suite brings along: GGUF with the row order of Llama, with biases, with norms
 # stored whole, with several types in one file; safetensors with fused weights and norms less one.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import qjax
+from tests.programs import forward
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,8 +50,8 @@ def test_recipe_with_samples(run, model, tmp_path):
     settings = {"num_calibration_samples": 4, "max_seq_length": 32, "progress": False}
     again = qjax.oneshot(qjax.load(model), recipe, text, **settings)
     tokens = jnp.arange(16)
-    found = qjax.forward(qjax.load(out), tokens)
-    np.testing.assert_allclose(found, qjax.forward(again, tokens), rtol=0, atol=1e-5)
+    found = forward(qjax.load(out), tokens)
+    np.testing.assert_allclose(found, forward(again, tokens), rtol=0, atol=1e-5)
     code, _, err = run("quantize", model, out, "FP8_DYNAMIC")
     assert code == 1
     assert "not an empty folder" in err

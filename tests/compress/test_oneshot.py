@@ -29,6 +29,7 @@ from qjax.compress.modifiers import (
 from qjax.compress.rounding import register_modifier, with_codes
 from qjax.compress.state import Finished
 from qjax.scheme import QuantizationArgs, QuantizationScheme
+from tests.programs import forward
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENS = np.random.default_rng(3).integers(0, 250, (4, 48)).astype(np.int32)
@@ -50,9 +51,7 @@ def weights_of(params: qjax.Params) -> dict[str, np.ndarray]:
 
 
 def logits_error(params: qjax.Params, base: qjax.Params) -> float:
-    a, b = (
-        np.asarray(qjax.forward(p, jax.numpy.asarray(TOKENS)), np.float64) for p in (params, base)
-    )
+    a, b = (np.asarray(forward(p, jax.numpy.asarray(TOKENS)), np.float64) for p in (params, base))
     return float(((a - b) ** 2).sum() / (b**2).sum())
 
 

@@ -11,6 +11,7 @@ from qjax import evaluate
 from qjax.evaluate.continuations import continuations
 from qjax.evaluate.rolling import rolling_pairs
 from tests.evaluate.test_evaluate import log_softmax
+from tests.programs import forward
 
 LENGTH = 96
 
@@ -29,7 +30,7 @@ def expected(params):
         padded = np.zeros((len(pairs), LENGTH), np.int32)
         for row, ids in zip(padded, whole, strict=True):
             row[: len(ids)] = ids
-        logits = np.asarray(qjax.forward(params, jnp.asarray(padded)), np.float64)
+        logits = np.asarray(forward(params, jnp.asarray(padded)), np.float64)
         for ids, rows, (context, continuation) in zip(whole, logits, pairs, strict=True):
             rows = log_softmax(rows[len(context) - 1 : len(ids) - 1])
             chances = rows[np.arange(len(continuation)), continuation]
@@ -44,7 +45,7 @@ def test_continuations(params, expected):
     random = np.random.default_rng(0)
     vocabulary = params.config.vocab_size
     long, other = random.integers(0, vocabulary, (2, 75)).tolist()
-    likeliest = int(np.argmax(np.asarray(qjax.forward(params, jnp.asarray(long)))[-1]))
+    likeliest = int(np.argmax(np.asarray(forward(params, jnp.asarray(long)))[-1]))
     pairs = [
         (long, [likeliest]),
         (other[:3], long[:9]),

@@ -15,6 +15,7 @@ from qjax.evaluate.divergence import compare
 from qjax.evaluate.logits import reader
 from qjax.evaluate.perplexity import window_losses
 from qjax.evaluate.windows import targets_of, windows
+from tests.programs import forward
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 
@@ -69,7 +70,7 @@ def test_several_windows_at_a_time(params, monkeypatch):
 def test_perplexity(params):
     found = evaluate.perplexity(params, TEXT, window=48, max_windows=2)
     ids = windows(params, TEXT, 48, 2)
-    logits = np.asarray(qjax.forward(params, jnp.asarray(ids)), np.float64)
+    logits = np.asarray(forward(params, jnp.asarray(ids)), np.float64)
     losses = -np.take_along_axis(log_softmax(logits)[:, 24:-1], ids[:, 25:, None], -1).reshape(-1)
     assert (found.tokens, found.windows, found.window) == (46, 2, 48)
     assert found.value == pytest.approx(np.exp(losses.mean()), rel=1e-4)
@@ -106,9 +107,7 @@ def test_divergence_of_a_model(params, golden):
     assert 1e-6 < rounded.mean < rounded.quantiles[1.0]
     assert rounded.base == same.base
     ids = windows(params, TEXT, 48)
-    both = (
-        qjax.forward(params, jnp.asarray(ids), kv_cache_dtype=dtype) for dtype in ("auto", "int8")
-    )
+    both = (forward(params, jnp.asarray(ids), kv_cache_dtype=dtype) for dtype in ("auto", "int8"))
     p, q = (np.asarray(logits, np.float64)[:, 24:-1] for logits in both)
     relative = np.sqrt(((q - p) ** 2).sum() / (p**2).sum())
     assert rounded.logit_error == pytest.approx(relative, rel=1e-2)

@@ -19,9 +19,9 @@ from safetensors.numpy import load_file, save_file
 import qjax
 from qjax import kv_cache, ops
 from qjax.errors import CheckpointError, UnsupportedError
-from qjax.forward import forward
 from qjax.models.config import model_config
 from qjax.params import Params
+from tests.programs import forward
 
 TOLERANCE = 2e-5
 DENSE = ("tiny-deepseek-v2-dense", "tiny-deepseek-v3-dense")

@@ -21,6 +21,7 @@ from qjax.kv_cache import Batch
 from qjax.models import functional
 from qjax.models.config import FULL, SLIDING
 from qjax.params import Params
+from tests import programs
 
 TOLERANCE = 1e-5
 
@@ -60,7 +61,7 @@ def difference(ours, theirs):
 @pytest.mark.parametrize("name", REFERENCES)
 def test_logits_equal_transformers(model, golden, name, prompt):
     ids, positions, logits = reference(golden, name, prompt)
-    ours = forward(model(name), ids)
+    ours = programs.forward(model(name), ids)
     assert ours.dtype == jnp.float32
     assert difference(ours[positions], logits) < TOLERANCE
 
@@ -109,14 +110,14 @@ def test_references_tell_each_feature(model, golden, name, change):
     ids, positions, logits = reference(golden, name, 1)
     params = model(name)
     changed = Params(params.tree, change(params.config))
-    assert difference(forward(changed, ids)[positions], logits) > 100 * TOLERANCE
+    assert difference(programs.forward(changed, ids)[positions], logits) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("numerics", kv_cache.NUMERICS)
 def test_rounded_activations_stay_near(model, golden, numerics):
     """On 4-bit weights: kernels may leave activations whole where weights are plain floats."""
     ids, positions, logits = reference(golden, "gguf-Q4_1", 1)
-    error = difference(forward(model("gguf-Q4_1"), ids, numerics)[positions], logits)
+    error = difference(programs.forward(model("gguf-Q4_1"), ids, numerics)[positions], logits)
     assert error < {"exact": TOLERANCE, "bfloat16": 1e-2, "int16": 1e-4, "int8": 1e-2}[numerics]
 
 
@@ -125,6 +126,15 @@ def test_portable_kernels_agree(golden, name, monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "xla")
     ids, positions, logits = reference(golden, name, 1)
     assert difference(forward(load(golden / name), ids)[positions], logits) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("base-tiny-llama", 1), ("base-tiny-gemma3", 2)])
+def test_layers_that_are_alike_are_traced_once(model, name, kinds):
+    params = model(name)
+    traced = jax.make_jaxpr(forward)(params, jnp.arange(8))
+    layers = [e.params["jaxpr"] for e in traced.eqns if e.params.get("name") == "run"]
+    assert len(layers) == params.config.num_layers > kinds
+    assert len(set(map(id, layers))) == kinds
 
 
 def test_forward_is_pure(model, golden):
