@@ -133,7 +133,7 @@ def test_layers_that_are_alike_are_traced_once(model, name, kinds):
     params = model(name)
     traced = jax.make_jaxpr(forward)(params, jnp.arange(8))
     layers = [e.params["jaxpr"] for e in traced.eqns if e.params.get("name") == "run"]
-    assert len(layers) == params.config.num_layers > kinds
+    assert len(layers) == params.config.num_layers >= 2
     assert len(set(map(id, layers))) == kinds
 
 
