@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qjax.compress import grid as grids
 from qjax.compress.algorithms import hqq
-from qjax.compress.algorithms.gptq import Rounded, gptq
+from qjax.compress.algorithms.gptq import BLOCK, Rounded, gptq
 from qjax.compress.grid import Grid, Scales
 from qjax.compress.modifiers import (
     MODIFIERS,
@@ -31,7 +31,7 @@ from qjax.scheme import QuantizationArgs, QuantizationScheme
 
 # What GPTQ takes where no modifier says otherwise. Passes over all columns behind it, the sweeps,
 # gain little where there are more.
-_GPTQ = {"actorder": "weight", "block_size": 128, "dampening": 0.01, "sweeps": 2}
+_GPTQ = {"actorder": "weight", "block_size": BLOCK, "dampening": 0.01, "sweeps": 2}
 _SMALL_GROUP = 128  # columns; products with larger blocks of the moment take long
 # Of the mean of the moment's diagonal, tried where the dampening that was asked for is too little.
 _MORE_DAMPENING = (0.05, 0.2, 1.0)

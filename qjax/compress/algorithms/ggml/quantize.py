@@ -95,7 +95,7 @@ def _importance(
 def _program(qtype: str, count: int) -> Callable:
     """Encodes `count` blocks, some at a time."""
     most = _AT_ONCE_GRID if qtype in grids.ENCODERS else _AT_ONCE
-    each = max(1, min(count, most // QTYPES[qtype].block_elements))
+    each = min(count, most // QTYPES[qtype].block_elements)
 
     def encode(blocks: jax.Array, weights: jax.Array) -> jax.Array:
         runs = (a.reshape(-1, each, a.shape[-1]) for a in (blocks, weights))
