@@ -2,12 +2,14 @@
 the next one is made for the inputs that it will have.
 
 One layer is held in floats, and the inputs of one layer for all samples. Where a `State` keeps what
-is finished, a walk that was stopped goes on from the layer where it stopped.
+is finished, a walk that was stopped goes on from the layer where it stopped. Without samples no
+layer waits for another, and two are done side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +28,8 @@ from qjax.compress.steps import Layer, Step, apply, touches
 from qjax.errors import CalibrationError
 from qjax.params import Params
 from qjax.qarray import QArray
+
+_SIDE_BY_SIDE = 2  # layers, which hides what runs on one core; each has more work for all of them
 
 
 def walk(
@@ -58,8 +62,16 @@ def walk(
         with what it sees.
     """
     count = params.config.num_layers
-    start, hidden = 0, None
-    if tokens is not None:
+    if tokens is None:
+
+        def alone(index: int) -> Finished:
+            layer, stored, before = _held(params, index, rotations)
+            apply(layer, steps, None, params.config, scale_dtype)
+            return Finished(index, _tree(layer, stored, before), layer.errors)
+
+        with ThreadPoolExecutor(_SIDE_BY_SIDE, "qjax-quantize") as pool:
+            yield from pool.map(alone, range(count))
+    else:
         start = state.done(count) if state is not None else 0
         if start and state is not None:
             hidden = Hidden(params, state.hidden(start))
@@ -68,26 +80,20 @@ def walk(
             hidden = Hidden.embedded(params, tokens)
             if rotations is not None:
                 hidden.values = rotations.hidden(hidden.values)
-    for index in range(start, count):
-        stored = layers.stored_layer(params, index)
-        layer = Layer(index, layers.prefix(index), layers.floats_of(stored))
-        before = dict(layer.floats)
-        if rotations is not None:
-            layer.floats = rotations.layer(params.config, layer.floats)
-        if hidden is not None:
+        for index in range(start, count):
+            layer, stored, before = _held(params, index, rotations)
             layer.stats = hidden.statistics(index, layer.floats)
             _check_finite(layer)
-        apply(layer, steps, hidden, params.config, scale_dtype)
-        tree = _tree(layer, stored, before)
-        if hidden is not None:
+            apply(layer, steps, hidden, params.config, scale_dtype)
+            tree = _tree(layer, stored, before)
             running = {key: _running(layer, key) for key in layer.floats}
             if cache_scales:
                 tree |= _cache_scales(layer, hidden.cached_extremes(index, running))
             hidden.advance(index, running)
-        done = Finished(index, tree, layer.errors)
-        if state is not None and hidden is not None:
-            state.keep(done, hidden.values)
-        yield done
+            done = Finished(index, tree, layer.errors)
+            if state is not None:
+                state.keep(done, hidden.values)
+            yield done
     ends = {} if rotations is None else rotations.ends(params)
     if ends:
         yield Finished(None, ends, {})
@@ -98,6 +104,16 @@ def walk(
             layer = Layer(None, "", layers.floats_of(stored))
             apply(layer, steps, None, params.config, scale_dtype)
             yield Finished(None, _tree(layer, stored, {}), layer.errors)
+
+
+def _held(params: Params, index: int, rotations: Folded | None) -> tuple[Layer, Flat, Flat]:
+    """A layer in floats; its parameters as they are stored; and its floats before rotations."""
+    stored = layers.stored_layer(params, index)
+    layer = Layer(index, layers.prefix(index), layers.floats_of(stored))
+    before = dict(layer.floats)
+    if rotations is not None:
+        layer.floats = rotations.layer(params.config, layer.floats)
+    return layer, stored, before
 
 
 def check(params: Params, sample: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """Blocks of 256 whose codes stand for vectors of a grid: iq1, iq2 and iq3.
 
-Each vector of 8 (iq3: 4) weights is held against all entries of its grid at once: the weighted
+While scales are searched, each vector of 8 (iq3: 4) weights is held against the entries that lie
+near it; with the scales that were found, against all entries of its grid at once: the weighted
 squared distances are one matrix product, w x^2 - 2 (w x) g + w g^2. Magnitudes and signs are apart
 in iq2 and iq3. Where only 7 bits say which of 8 weights are negative, the number of these is even:
 if it is not, the one that this costs least gets the other sign.
@@ -9,6 +10,7 @@ if it is not, the one that this costs least gets the other sign.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -21,6 +23,8 @@ from qjax.compress.algorithms.ggml import fit
 from qjax.compress.algorithms.ggml.fit import Array
 
 _DELTA = 0.125
+# Entries that a vector is held against while scales are searched, by its length.
+_NEAR = {4: 16, 8: 32}
 
 
 def _nearest(y: Array, w: Array, name: str) -> tuple[Array, Array]:
@@ -30,13 +34,17 @@ def _nearest(y: Array, w: Array, name: str) -> tuple[Array, Array]:
     factors = np.concatenate([-2 * entries, entries * entries], axis=1).T
     wy = w * y
     distance = jnp.matmul(jnp.concatenate([wy, w], -1), factors, precision="highest")
-    distance = jnp.maximum(distance + (wy * y).sum(-1, keepdims=True), 0)
+    return _least(distance + (wy * y).sum(-1, keepdims=True))
+
+
+def _least(distance: Array) -> tuple[Array, Array]:
+    """Where the least of 2^n distances [..., 2^n] is, and what it is, to a few bits less."""
     # Floats from 0 on are ordered as their bits are: the last ones make room for the index, so that
     # one minimum finds both.
-    mask = len(entries) - 1
-    assert len(entries) & mask == 0
-    key = jax.lax.bitcast_convert_type(distance, jnp.int32) & ~mask
-    key = key | np.arange(len(entries), dtype=np.int32)
+    mask = distance.shape[-1] - 1
+    assert distance.shape[-1] & mask == 0
+    key = jax.lax.bitcast_convert_type(jnp.maximum(distance, 0), jnp.int32) & ~mask
+    key = key | np.arange(mask + 1, dtype=np.int32)
     while key.shape[-1] > 16:  # by halves, which XLA makes vector code of on a CPU
         half = key.shape[-1] // 2
         key = jnp.minimum(key[..., :half], key[..., half:])
@@ -44,8 +52,49 @@ def _nearest(y: Array, w: Array, name: str) -> tuple[Array, Array]:
     return key & mask, jax.lax.bitcast_convert_type(key & ~mask, jnp.float32)
 
 
-def _entries(name: str, index: Array) -> Array:
-    return jnp.asarray(grid(name).astype(np.float32))[index]
+def _near(y: Array, w: Array, name: str) -> tuple[Array, Array]:
+    """Of the entries next to the lattice point that each vector [..., size] rounds to, the one of
+    the least weighted distance, and this distance: float32 [..., size] and [...]."""
+    levels, table = _neighbours(name)
+    size, bits = y.shape[-1], _bits(levels)
+    digits = sum((y > between).astype(jnp.int32) for between in (levels[1:] + levels[:-1]) / 2)
+    point = sum(digits[..., place] * len(levels) ** place for place in range(size))
+    near = jax.lax.optimization_barrier(jnp.asarray(table)[point])
+
+    def value(packed: Array, place: int) -> Array:
+        digit = (packed >> (bits * place)) & ((1 << bits) - 1)
+        found = jnp.full(digit.shape, levels[0])
+        for number, level in enumerate(levels[1:], 1):
+            found = jnp.where(digit >= number, level, found)
+        return found
+
+    distance = jnp.zeros(near.shape, jnp.float32)
+    for place in range(size):
+        lost = y[..., place, None] - value(near, place)
+        distance += w[..., place, None] * (lost * lost)
+    index, least = _least(distance)
+    chosen = jnp.take_along_axis(near, index[..., None], -1)[..., 0]
+    return jnp.stack([value(chosen, place) for place in range(size)], -1), least
+
+
+def _bits(levels: np.ndarray) -> int:
+    return (len(levels) - 1).bit_length()
+
+
+@cache
+def _neighbours(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The levels of a grid's numbers, and around each point of the lattice that they span the
+    entries that lie nearest, as packed digits: float32 [levels] and int32 [points, near]."""
+    entries = grid(name).astype(np.float32)
+    levels = np.unique(entries)
+    digits = np.searchsorted(levels, entries).astype(np.int32)
+    packed = (digits << (_bits(levels) * np.arange(entries.shape[1], dtype=np.int32))).sum(-1)
+    place = len(levels) ** np.arange(entries.shape[1])
+    points = levels[np.arange(len(levels) ** entries.shape[1])[:, None] // place % len(levels)]
+    distance = (entries * entries).sum(-1) - 2 * points @ entries.T
+    count = _NEAR[entries.shape[1]]
+    near = np.argpartition(distance, count, axis=-1)[:, :count]
+    return levels, packed.astype(np.int32)[near]
 
 
 class _Signed(NamedTuple):
@@ -112,8 +161,7 @@ def _magnitudes(
         return a.reshape(*a.shape[:-2], -1, size)
 
     def nearest(y: Array, w: Array) -> Array:
-        index, _ = _nearest(vectors(y), vectors(w), name)
-        return _entries(name, index).reshape(y.shape)
+        return _near(vectors(y), vectors(w), name)[0].reshape(y.shape)
 
     taken = _without_signs(x, w, even=even)
     flat = taken.magnitudes.reshape(x.shape)
@@ -146,7 +194,7 @@ def _pairs(nibbles: Array) -> Array:
     return fields.joined(jnp.swapaxes(nibbles.reshape(*nibbles.shape[:-1], -1, 2), -1, -2), 4)
 
 
-_IQ2 = np.array([34.0, 41, 48, 58])
+_IQ2 = np.array([31.0, 42, 50, 60])  # none is halfway between two numbers of the grids
 _IQ3_XXS = np.array([50.0, 58, 66, 76])
 _IQ3_S = np.array([11.0, 13, 15, 17.5])
 _IQ1 = np.array([0.8, 1.1, 1.5])
@@ -194,24 +242,26 @@ def iq3_s(x: Array, w: Array) -> Array:
     return jnp.concatenate([fields.half(codes.d), low, high, signs, _pairs(codes.scales)], -1)
 
 
-def _moved(y: Array, w: Array, shared: int) -> tuple[Array, Array]:
-    """For vectors of numbers in units of their scales, [..., groups, elements]: their entries,
-    int32 [..., vectors], and whether these are moved down, by `shared` vectors the same."""
+def _moved(y: Array, w: Array, shared: int, find: Callable) -> tuple[Array, Array]:
+    """For vectors of numbers in units of their scales, [..., groups, elements]: what `find` (see
+    `_near`, `_nearest`) has for them, [..., 32, ...], and whether these are moved down, by `shared`
+    vectors the same."""
     y, w = (a.reshape(*a.shape[:-2], 32, 8) for a in (y, w))
-    tried = [_nearest(y - delta, w, "iq1") for delta in (_DELTA, -_DELTA)]
+    tried = [find(y - delta, w, "iq1") for delta in (_DELTA, -_DELTA)]
     up, down = (distance.reshape(*distance.shape[:-1], -1, shared).sum(-1) for _, distance in tried)
     negative = jnp.repeat(down < up, shared, axis=-1)
-    return jnp.where(negative, tried[1][0], tried[0][0]), negative
+    wide = negative.reshape(negative.shape + (1,) * (tried[0][0].ndim - negative.ndim))
+    return jnp.where(wide, tried[1][0], tried[0][0]), negative
 
 
 def _ternary(x: Array, w: Array, group: int, shared: int) -> tuple[Array, Array, Array, Array]:
     def nearest(y: Array, w: Array) -> Array:
-        index, negative = _moved(y, w, shared)
+        values, negative = _moved(y, w, shared, _near)
         delta = jnp.where(negative, -_DELTA, _DELTA)[..., None]
-        return (_entries("iq1", index) + delta).reshape(y.shape)
+        return (values + delta).reshape(y.shape)
 
     d, scales, y, w = _fitted(x, w, nearest, group, 7, _IQ1, 0.5)
-    return d, scales, *_moved(y, w, shared)
+    return d, scales, *_moved(y, w, shared, _nearest)
 
 
 def iq1_s(x: Array, w: Array) -> Array:
