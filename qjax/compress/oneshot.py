@@ -19,6 +19,7 @@ from qjax.checkpoint.loader import load
 from qjax.checkpoint.save_plan import DENSE, GGUF, ORBAX
 from qjax.compress import dataset as datasets
 from qjax.compress import layers
+from qjax.compress.algorithms import ggml
 from qjax.compress.budget import within_budget
 from qjax.compress.modifiers import Modifier, QuantizationMixin
 from qjax.compress.presets import is_preset
@@ -114,6 +115,9 @@ def oneshot(
     chosen = format or _format(steps)
     if folder is not None:
         saver.check(params, folder, chosen, dtype)
+    shapes = layers.modules(params.config)
+    types = {(kind, shapes[name]) for step in steps for name, kind in step.types.items()}
+    ggml.compile_ahead(types)
     tokens = None
     if any(modifier.requires_calibration_data for modifier in modifiers):
         tokens = datasets.tokens(

@@ -5,6 +5,6 @@ what it is multiplied by (the diagonal of `InputStats.moment`; llama.cpp's "imat
 first order what rounding adds to the square of a layer's outputs.
 """
 
-from qjax.compress.algorithms.ggml.quantize import MADE, quantize
+from qjax.compress.algorithms.ggml.quantize import MADE, compile_ahead, quantize
 
-__all__ = ["MADE", "quantize"]
+__all__ = ["MADE", "compile_ahead", "quantize"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 
 import jax
 import ml_dtypes
@@ -91,25 +92,55 @@ def _importance(
     return np.maximum(relative, 1e-6).astype(np.float32)
 
 
-@cache
-def _program(qtype: str, count: int) -> Callable:
+def compile_ahead(kinds: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    """Has the programs for types and shapes [..., N, K] compiled, side by side, while other work
+    goes on."""
+    for qtype, shape in kinds:
+        if qtype in _ENCODERS:
+            elements = QTYPES[qtype].block_elements
+            _program(qtype, _run(math.prod(shape[-2:]) // elements, elements))
+
+
+def _run(count: int, elements: int) -> int:
+    """How many blocks of a matrix are encoded by one call."""
+    return min(_RUN // elements, 1 << (count - 1).bit_length())
+
+
+def _program(qtype: str, count: int) -> Future[Callable]:
+    """What encodes `count` blocks; compiled once, whoever asks."""
+    with _ASKING:
+        if (qtype, count) not in _PROGRAMS:
+            _PROGRAMS[qtype, count] = _COMPILERS.submit(_compiled, qtype, count)
+        return _PROGRAMS[qtype, count]
+
+
+_PROGRAMS: dict[tuple[str, int], Future[Callable]] = {}
+_ASKING = Lock()
+_COMPILERS = ThreadPoolExecutor(os.cpu_count() or 1, "qjax-compile")
+
+
+def _compiled(qtype: str, count: int) -> Callable:
     """Encodes `count` blocks, some at a time."""
     most = _AT_ONCE_GRID if qtype in grids.ENCODERS else _AT_ONCE
-    each = min(count, most // QTYPES[qtype].block_elements)
+    elements = QTYPES[qtype].block_elements
+    each = min(count, most // elements)
 
+    @jax.jit
     def encode(blocks: jax.Array, weights: jax.Array) -> jax.Array:
         runs = (a.reshape(-1, each, a.shape[-1]) for a in (blocks, weights))
         made = jax.lax.map(lambda run: _ENCODERS[qtype](*run), tuple(runs))
         return made.reshape(count, -1)
 
-    return jax.jit(encode)
+    encode(*np.zeros((2, count, elements), np.float32))
+    return encode
 
 
 def _encode(blocks: np.ndarray, weights: np.ndarray, n: int, qtype: str) -> np.ndarray:
     """uint8 [all blocks, bytes] of blocks [all, elements]; weights [matrices or 1, blocks of a row,
     elements] go with each of n rows."""
     count, elements = blocks.shape
-    run = min(_RUN // elements, 1 << (count - 1).bit_length())
+    run = _run(count, elements)
+    program = _program(qtype, run).result()
     encoded = np.empty((count, QTYPES[qtype].block_bytes), np.uint8)
     per_row = weights.shape[1]
 
@@ -120,11 +151,9 @@ def _encode(blocks: np.ndarray, weights: np.ndarray, n: int, qtype: str) -> np.n
         part = blocks[start:stop]
         if stop - start < run:
             part = np.concatenate([part, np.zeros((run - len(part), elements), np.float32)])
-        made = _program(qtype, run)(part, weights[matrix, index % per_row])
+        made = program(part, weights[matrix, index % per_row])
         encoded[start:stop] = np.asarray(made)[: stop - start]
 
-    starts = range(0, count, run)
-    encode(0)  # compiles, once
     with ThreadPoolExecutor(os.cpu_count() or 1, "qjax-quantize") as pool:
-        list(pool.map(encode, starts[1:]))
+        list(pool.map(encode, range(0, count, run)))
     return encoded
