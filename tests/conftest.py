@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Compiled programs are kept from run to run, out of the user's own cache.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax_compiled"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # Four fifths of the time of the suite go into compiling tiny programs that run a few times, so
+    # Most of the time of the suite goes into compiling tiny programs that run a few times, so
     # LLVM does little to them, as in jax's own tests. Real models and devices get all of it.
     if not any(config.getoption(f"--{name}") for name in ("slow", "gpu", "peer")):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -115,9 +115,6 @@ def oneshot(
     chosen = format or _format(steps)
     if folder is not None:
         saver.check(params, folder, chosen, dtype)
-    shapes = layers.modules(params.config)
-    types = {(kind, shapes[name]) for step in steps for name, kind in step.types.items()}
-    ggml.compile_ahead(types)
     tokens = None
     if any(modifier.requires_calibration_data for modifier in modifiers):
         tokens = datasets.tokens(
@@ -139,6 +136,10 @@ def oneshot(
     state = None
     if folder is not None:
         state = State.beside(folder, _fingerprint(params, modifiers, tokens, scale_dtype))
+    shapes = layers.modules(params.config)
+    ggml.compile_ahead(
+        {(kind, shapes[name]) for step in steps for name, kind in step.types.items()}
+    )
     finished = walk(
         params,
         steps,

@@ -29,7 +29,8 @@ from qjax.errors import CalibrationError
 from qjax.params import Params
 from qjax.qarray import QArray
 
-_SIDE_BY_SIDE = 2  # layers, which hides what runs on one core; each has more work for all of them
+# Layers without samples: this hides what runs on one core; each has more work for all of them.
+_AT_ONCE = 2
 
 
 def walk(
@@ -69,7 +70,7 @@ def walk(
             apply(layer, steps, None, params.config, scale_dtype)
             return Finished(index, _tree(layer, stored, before), layer.errors)
 
-        with ThreadPoolExecutor(_SIDE_BY_SIDE, "qjax-quantize") as pool:
+        with ThreadPoolExecutor(_AT_ONCE, "qjax-quantize") as pool:
             yield from pool.map(alone, range(count))
     else:
         start = state.done(count) if state is not None else 0

@@ -42,6 +42,7 @@ def ratio(dividend: Array, divisor: Array, otherwise: Array) -> Array:
 def summed(values: Array, axes: int | tuple[int, ...] = -1) -> Array:
     if axes == -1 and values.shape[-1] >= 32:
         # As a product, which a CPU does with vectors; XLA's own sums go number by number.
+        # Of fewer numbers that gains nothing.
         ones = np.ones((values.shape[-1], 1), np.float32)
         return jnp.matmul(values, ones, precision="highest")
     return values.sum(axes, keepdims=True)
