@@ -99,7 +99,7 @@ ALSO = {
     # What weights are rounded with.
     + [
         f"pallas_kernels.{name}"
-        for name in ("codes", "hadamard", "inputs", "iq_grids", "quantize", "unpack")
+        for name in ("codes", "hadamard", "inputs", "iq_grids", "nearest", "quantize", "unpack")
     ],
     "api": ["pallas_kernels.dispatch"],
 }

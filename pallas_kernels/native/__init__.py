@@ -19,7 +19,14 @@ from pallas_kernels.native.build import ISAS, digest, library_name
 from pallas_kernels.platform import cpu_features
 
 ENVIRONMENT_VARIABLE = "QJAX_CPU_KERNELS"
-CALLS = ("qjax_matmul", "qjax_matmul_grouped", "qjax_embedding", "qjax_attention")
+CALLS = (
+    "qjax_matmul",
+    "qjax_matmul_grouped",
+    "qjax_embedding",
+    "qjax_attention",
+    "qjax_nearest_level",
+    "qjax_nearest_vector",
+)
 
 # Numbers of ggml for the types whose tiles the kernels read.
 TYPE_IDS = {

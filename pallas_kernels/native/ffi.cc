@@ -207,6 +207,38 @@ ffi::Error embedding_call(Ints ids, ffi::RemainingArgs args, ffi::Result<Floats>
   return ffi::Error::Success();
 }
 
+ffi::Error nearest_level_call(Floats y, ffi::Result<Floats> values, ffi::Span<const float> levels,
+                              ffi::Span<const float> edges) {
+  const int64_t count = y.element_count();
+  if (levels.size() != 16 || edges.size() != 15 || int64_t(values->element_count()) != count)
+    return invalid("levels are not 16, or results not as many as numbers");
+  nearest_level(y.typed_data(), count, levels.begin(), edges.begin(), values->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error nearest_vector_call(Floats y, Floats w, Ints table, ffi::Result<Floats> values,
+                               ffi::Result<Floats> distance, ffi::Result<Ints> index,
+                               ffi::Span<const float> levels, ffi::Span<const float> edges) {
+  const auto dims = y.dimensions();
+  const int size = dims.size() ? int(dims[dims.size() - 1]) : 0, count = int(levels.size());
+  if (size != 4 && size != 8) return invalid("vectors are not of 4 or 8 numbers");
+  if (count > 1 << 16 / size || int(edges.size()) != count - 1 || table.dimensions().size() != 2)
+    return invalid("levels or a table of a wrong size");
+  int64_t points = 1;
+  for (int p = 0; p < size; ++p) points *= count;
+  const int64_t near = table.dimensions()[1], vectors = y.element_count() / size;
+  if (table.dimensions()[0] == 1) points = 1;
+  if (table.dimensions()[0] != points || near % 16 || near < 16 || near > NearestVector::kMostNear)
+    return invalid("a table of a wrong size");
+  if (w.element_count() != y.element_count() || values->element_count() != y.element_count() ||
+      int64_t(distance->element_count()) != vectors || int64_t(index->element_count()) != vectors)
+    return invalid("arrays of a wrong size");
+  nearest_vector({y.typed_data(), w.typed_data(), vectors, size, int(near), count,
+                  points, table.typed_data(), levels.begin(), edges.begin(), values->typed_data(),
+                  distance->typed_data(), index->typed_data()});
+  return ffi::Error::Success();
+}
+
 enum AttentionFlags {
   kHasRope = 1, kHasQNorm = 2, kHasKNorm = 4, kHasSinks = 8, kHasKScale = 16, kHasVScale = 32,
   kHasBasis = 64,
@@ -379,6 +411,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_embedding, embedding_call,
                                   .Attr<int32_t>("type")
                                   .Attr<ffi::Span<const int32_t>>("beside")
                                   .Attr<int64_t>("n"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_nearest_level, nearest_level_call,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<ffi::Span<const float>>("levels")
+                                  .Attr<ffi::Span<const float>>("edges"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_nearest_vector, nearest_vector_call,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Ints>()
+                                  .Attr<ffi::Span<const float>>("levels")
+                                  .Attr<ffi::Span<const float>>("edges"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_attention, attention_call,
                               ffi::Ffi::Bind()

@@ -80,8 +80,25 @@ struct Embedding {
   float* y;  // [count, k]
 };
 
+struct NearestVector {
+  static constexpr int kMostNear = 2048;  // the entries of the largest grid
+
+  const float *y, *w;  // [count, size]
+  int64_t count;
+  int size, near, num_levels;    // size 4 or 8; near in whole lines of 16
+  int64_t num_points;            // num_levels ^ size, or one for all
+  const int32_t* table;          // [num_points, near], packed entries
+  const float *levels, *edges;   // [num_levels], [num_levels - 1]
+  float *values, *distance;      // [count, size], [count]
+  int32_t* index;                // [count]
+};
+
 void matmul(const Matmul&);
 void attention(const Attention&);
 void embedding(const Embedding&);
+void nearest_vector(const NearestVector&);
+// 16 levels, 15 edges between them.
+void nearest_level(const float* y, int64_t count, const float* levels, const float* edges,
+                   float* values);
 
 }  // namespace qjax

@@ -31,6 +31,7 @@ QJAX_INLINE v16f vmax(v16f a, v16f b) { return (v16f)_mm512_max_ps((__m512)a, (_
 QJAX_INLINE v16f vmin(v16f a, v16f b) { return (v16f)_mm512_min_ps((__m512)a, (__m512)b); }
 QJAX_INLINE v16i vmax(v16i a, v16i b) { return a > b ? a : b; }
 QJAX_INLINE v16f where_equal(v16f v, float x, v16f yes, v16f no) { return v == x ? yes : no; }
+QJAX_INLINE v16f where_greater(v16f v, float x, v16f yes, v16f no) { return v > x ? yes : no; }
 
 #else
 
@@ -131,6 +132,12 @@ QJAX_INLINE v16f where_equal(const Lanes<T, Part>& v, T x, const v16f& yes, cons
   v16f r;
   QJAX_UNROLL for (int i = 0; i < kParts; ++i)
     r.part[i] = v.part[i] == x - Part{} ? yes.part[i] : no.part[i];
+  return r;
+}
+QJAX_INLINE v16f where_greater(const v16f& v, float x, const v16f& yes, const v16f& no) {
+  v16f r;
+  QJAX_UNROLL for (int i = 0; i < kParts; ++i)
+    r.part[i] = v.part[i] > x - part_f{} ? yes.part[i] : no.part[i];
   return r;
 }
 

@@ -19,6 +19,38 @@ QJAX_INLINE void finish_stores() {
   _mm_sfence();
 #endif
 }
+// What 4-bit codes, the lowest bits of a number, stand for.
+struct Table16 {
+#if defined(__AVX512F__)
+  __m512 values;
+  explicit Table16(const float* from) : values(_mm512_loadu_ps(from)) {}
+  QJAX_INLINE v16f operator[](v16i codes) const {
+    return (v16f)_mm512_permutexvar_ps((__m512i)codes, values);
+  }
+#elif defined(__AVX2__)
+  __m256 low, high;
+  explicit Table16(const float* from) : low(_mm256_loadu_ps(from)), high(_mm256_loadu_ps(from + 8)) {}
+  QJAX_INLINE v16f operator[](const v16i& codes) const {
+    v16f r;
+    QJAX_UNROLL for (int i = 0; i < 2; ++i) {
+      const __m256i at = (__m256i)codes.part[i];
+      const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));
+      r.part[i] = (part_f)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at),
+                                           _mm256_permutevar8x32_ps(high, at), upper);
+    }
+    return r;
+  }
+#else
+  const float* values;
+  explicit Table16(const float* from) : values(from) {}
+  QJAX_INLINE v16f operator[](const v16i& codes) const {
+    alignas(64) float found[16];
+    for (int r = 0; r < 16; ++r) found[r] = values[codes[r] & 15];
+    return load(found);
+  }
+#endif
+};
+
 // Of lanes whose indices differ by Distance, a power of two: the sum, then the difference.
 template <int Distance>
 QJAX_INLINE v16f sum_and_difference(const v16f& v) {

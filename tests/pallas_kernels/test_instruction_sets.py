@@ -12,8 +12,8 @@ from pallas_kernels.native import build
 from tests.pallas_kernels.conftest import not_built
 
 HERE = Path(__file__).parent
-# Products of every type, in every way in which they are rounded; lookups; attention.
-PRODUCTS = ("test_matmul.py::test_every_type", "test_matmul_codes.py")
+# Products of every type, in every way in which they are rounded, and searches; lookups; attention.
+PRODUCTS = ("test_matmul.py::test_every_type", "test_matmul_codes.py", "test_nearest.py")
 OTHERS = ("test_embedding.py", "test_native_attention.py")
 
 

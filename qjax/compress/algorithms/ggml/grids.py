@@ -1,16 +1,14 @@
 """Blocks of 256 whose codes stand for vectors of a grid: iq1, iq2 and iq3.
 
 While scales are searched, each vector of 8 (iq3: 4) weights is held against the entries that lie
-near it; with the scales that were found, against all entries of its grid at once: the weighted
-squared distances are one matrix product, w x^2 - 2 (w x) g + w g^2. Magnitudes and signs are apart
-in iq2 and iq3. Where only 7 bits say which of 8 weights are negative, the number of these is even:
+near it; with the scales that were found, against all of its grid. Magnitudes and signs are apart in
+iq2 and iq3. Where only 7 bits say which of 8 weights are negative, the number of these is even:
 if it is not, the one that this costs least gets the other sign.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.iq_grids import grid
+from pallas_kernels.nearest import Found, nearest_vector
 from qjax.compress.algorithms.ggml import bytes as fields
 from qjax.compress.algorithms.ggml import fit
 from qjax.compress.algorithms.ggml.fit import Array
@@ -27,74 +26,8 @@ _DELTA = 0.125
 _NEAR = {4: 16, 8: 32}
 
 
-def _nearest(y: Array, w: Array, name: str) -> tuple[Array, Array]:
-    """The entry of the least weighted distance to each vector [..., size], and this distance:
-    int32 and float32 [...]."""
-    entries = grid(name).astype(np.float32)
-    factors = np.concatenate([-2 * entries, entries * entries], axis=1).T
-    wy = w * y
-    distance = jnp.matmul(jnp.concatenate([wy, w], -1), factors, precision="highest")
-    return _least(distance + (wy * y).sum(-1, keepdims=True))
-
-
-def _least(distance: Array) -> tuple[Array, Array]:
-    """Where the least of 2^n distances [..., 2^n] is, and what it is, to a few bits less."""
-    # Floats from 0 on are ordered as their bits are: the last ones make room for the index, so that
-    # one minimum finds both.
-    mask = distance.shape[-1] - 1
-    assert distance.shape[-1] & mask == 0
-    key = jax.lax.bitcast_convert_type(jnp.maximum(distance, 0), jnp.int32) & ~mask
-    key = key | np.arange(mask + 1, dtype=np.int32)
-    while key.shape[-1] > 16:  # by halves, which XLA makes vector code of on a CPU
-        half = key.shape[-1] // 2
-        key = jnp.minimum(key[..., :half], key[..., half:])
-    key = key.min(-1)
-    return key & mask, jax.lax.bitcast_convert_type(key & ~mask, jnp.float32)
-
-
-def _near(y: Array, w: Array, name: str) -> tuple[Array, Array]:
-    """Of the entries next to the lattice point that each vector [..., size] rounds to, the one of
-    the least weighted distance, and this distance: float32 [..., size] and [...]."""
-    levels, table = _neighbours(name)
-    size, bits = y.shape[-1], _bits(levels)
-    digits = sum((y > between).astype(jnp.int32) for between in (levels[1:] + levels[:-1]) / 2)
-    point = sum(digits[..., place] * len(levels) ** place for place in range(size))
-    near = jax.lax.optimization_barrier(jnp.asarray(table)[point])
-
-    def value(packed: Array, place: int) -> Array:
-        digit = (packed >> (bits * place)) & ((1 << bits) - 1)
-        found = jnp.full(digit.shape, levels[0])
-        for number, level in enumerate(levels[1:], 1):
-            found = jnp.where(digit >= number, level, found)
-        return found
-
-    distance = jnp.zeros(near.shape, jnp.float32)
-    for place in range(size):
-        lost = y[..., place, None] - value(near, place)
-        distance += w[..., place, None] * (lost * lost)
-    index, least = _least(distance)
-    chosen = jnp.take_along_axis(near, index[..., None], -1)[..., 0]
-    return jnp.stack([value(chosen, place) for place in range(size)], -1), least
-
-
-def _bits(levels: np.ndarray) -> int:
-    return (len(levels) - 1).bit_length()
-
-
-@cache
-def _neighbours(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The levels of a grid's numbers, and around each point of the lattice that they span the
-    entries that lie nearest, as packed digits: float32 [levels] and int32 [points, near]."""
-    entries = grid(name).astype(np.float32)
-    levels = np.unique(entries)
-    digits = np.searchsorted(levels, entries).astype(np.int32)
-    packed = (digits << (_bits(levels) * np.arange(entries.shape[1], dtype=np.int32))).sum(-1)
-    place = len(levels) ** np.arange(entries.shape[1])
-    points = levels[np.arange(len(levels) ** entries.shape[1])[:, None] // place % len(levels)]
-    distance = (entries * entries).sum(-1) - 2 * points @ entries.T
-    count = _NEAR[entries.shape[1]]
-    near = np.argpartition(distance, count, axis=-1)[:, :count]
-    return levels, packed.astype(np.int32)[near]
+def _near(y: Array, w: Array, name: str) -> Found:
+    return nearest_vector(y, w, name, _NEAR[y.shape[-1]])
 
 
 class _Signed(NamedTuple):
@@ -161,12 +94,12 @@ def _magnitudes(
         return a.reshape(*a.shape[:-2], -1, size)
 
     def nearest(y: Array, w: Array) -> Array:
-        return _near(vectors(y), vectors(w), name)[0].reshape(y.shape)
+        return _near(vectors(y), vectors(w), name).values.reshape(y.shape)
 
     taken = _without_signs(x, w, even=even)
     flat = taken.magnitudes.reshape(x.shape)
     d, scales, y, w = _fitted(flat, w, nearest, group, 15, starts, unit)
-    index, _ = _nearest(vectors(y), vectors(w), name)
+    index = nearest_vector(vectors(y), vectors(w), name).index
     return _Codes(d, scales, index, taken.signs)
 
 
@@ -242,26 +175,39 @@ def iq3_s(x: Array, w: Array) -> Array:
     return jnp.concatenate([fields.half(codes.d), low, high, signs, _pairs(codes.scales)], -1)
 
 
-def _moved(y: Array, w: Array, shared: int, find: Callable) -> tuple[Array, Array]:
-    """For vectors of numbers in units of their scales, [..., groups, elements]: what `find` (see
-    `_near`, `_nearest`) has for them, [..., 32, ...], and whether these are moved down, by `shared`
-    vectors the same."""
-    y, w = (a.reshape(*a.shape[:-2], 32, 8) for a in (y, w))
-    tried = [find(y - delta, w, "iq1") for delta in (_DELTA, -_DELTA)]
-    up, down = (distance.reshape(*distance.shape[:-1], -1, shared).sum(-1) for _, distance in tried)
+def _moved(y: Array, w: Array, shared: int) -> tuple[Found, Array]:
+    """For vectors of numbers in units of their scales, [..., 32, 8]: entries near them [..., 32],
+    and whether these are moved down, [..., 32], by `shared` vectors the same."""
+    tried = [_near(y - delta, w, "iq1") for delta in (_DELTA, -_DELTA)]
+    up, down = (found.distance.reshape(*y.shape[:-2], -1, shared).sum(-1) for found in tried)
     negative = jnp.repeat(down < up, shared, axis=-1)
-    wide = negative.reshape(negative.shape + (1,) * (tried[0][0].ndim - negative.ndim))
-    return jnp.where(wide, tried[1][0], tried[0][0]), negative
+
+    def either(up: Array, down: Array) -> Array:
+        return jnp.where(
+            negative.reshape(negative.shape + (1,) * (up.ndim - negative.ndim)), down, up
+        )
+
+    return jax.tree.map(either, *tried), negative
+
+
+def _shift(negative: Array) -> Array:
+    return jnp.where(negative, -_DELTA, _DELTA)[..., None]
 
 
 def _ternary(x: Array, w: Array, group: int, shared: int) -> tuple[Array, Array, Array, Array]:
+    """d, scales, index [..., 32] and whether vectors are moved down, [..., 32]."""
+
+    def vectors(a: Array) -> Array:
+        return a.reshape(*a.shape[:-2], 32, 8)
+
     def nearest(y: Array, w: Array) -> Array:
-        values, negative = _moved(y, w, shared, _near)
-        delta = jnp.where(negative, -_DELTA, _DELTA)[..., None]
-        return (values + delta).reshape(y.shape)
+        found, negative = _moved(vectors(y), vectors(w), shared)
+        return (found.values + _shift(negative)).reshape(y.shape)
 
     d, scales, y, w = _fitted(x, w, nearest, group, 7, _IQ1, 0.5)
-    return d, scales, *_moved(y, w, shared, _nearest)
+    y, w = vectors(y), vectors(w)
+    _, negative = _moved(y, w, shared)
+    return d, scales, nearest_vector(y - _shift(negative), w, "iq1").index, negative
 
 
 def iq1_s(x: Array, w: Array) -> Array:

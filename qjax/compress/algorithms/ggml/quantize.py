@@ -27,7 +27,9 @@ MADE = (*_PLAIN, *_ENCODERS)
 _RUN = 1 << 16  # weights of one call
 # Weights searched at once: what the search keeps of them stays in the caches of a core.
 _AT_ONCE = 1 << 14
-_AT_ONCE_GRID = 1 << 10  # of the types with grids, for each vector of which many are tried
+_AT_ONCE_GRID = (
+    1 << 12
+)  # of the types with grids, for each vector of which XLA keeps all candidates
 # float16 holds the scales, and a block's largest magnitude is at least this many of them.
 _LARGEST = 65504.0
 

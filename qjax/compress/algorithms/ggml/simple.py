@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.nearest import nearest_level
 from pallas_kernels.unpack import IQ4_CODEBOOK
 from qjax.compress.algorithms.ggml import bytes as fields
 from qjax.compress.algorithms.ggml import fit
@@ -25,10 +26,7 @@ def codebook_index(y: Array) -> Array:
 
 def codebook_value(y: Array) -> Array:
     """What these codes stand for."""
-    value = jnp.full_like(y, _CODEBOOK[0])
-    for edge, entry in zip(_EDGES, _CODEBOOK[1:], strict=True):
-        value = jnp.where(y > edge, entry, value)
-    return value
+    return nearest_level(y, _CODEBOOK)
 
 
 def q4_0(x: Array, w: Array) -> Array:
