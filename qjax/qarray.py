@@ -300,15 +300,21 @@ class QArray:
 
         Raises ValueError in a private layout (`ops.unprepare` it first), or in pieces.
         """
-        spec = self.spec
-        if self.layout != CANONICAL:
-            raise ValueError(f"QArray: cannot dequantize the private layout {self.layout!r}")
         given = [array for array in self.arrays if array is not None]
         if all(map(_on_host, given)):
             # Numpy, unlike jax, compiles nothing for the operations of each shape.
-            with np.errstate(all="ignore"):
-                return jnp.asarray(decode(spec, WeightArrays(*map(_numpy, self.arrays)), np))
-        return decode(spec, WeightArrays(*map(_on_device, self.arrays)))
+            return jnp.asarray(self.to_numpy())
+        return decode(self._canonical_spec(), WeightArrays(*map(_on_device, self.arrays)))
+
+    def to_numpy(self) -> np.ndarray:
+        """The same by numpy, not to be written to: it may be the stored array itself."""
+        with np.errstate(all="ignore"):
+            return decode(self._canonical_spec(), WeightArrays(*map(_numpy, self.arrays)), np)
+
+    def _canonical_spec(self) -> WeightSpec:
+        if self.layout != CANONICAL:
+            raise ValueError(f"QArray: cannot dequantize the private layout {self.layout!r}")
+        return self.spec
 
     def with_arrays(self, layout: str, arrays: WeightArrays) -> QArray:
         """The same weight with its arrays laid out anew."""

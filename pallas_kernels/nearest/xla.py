@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +25,11 @@ def nearest_vector(y: jax.Array, w: jax.Array, name: str, near: int | None) -> F
     size, bits = y.shape[-1], digit_bits(y.shape[-1])
     tried = table
     if near is not None:
-        digits = sum((y > edge).astype(jnp.int32) for edge in edges(levels))
+        digits: Any = sum((y > edge).astype(jnp.int32) for edge in edges(levels))
         point = sum(digits[..., place] * len(levels) ** place for place in range(size))
         tried = jax.lax.optimization_barrier(jnp.asarray(table)[point])
 
-    def value(packed: jax.Array, place: int) -> jax.Array:
+    def value(packed: Any, place: int) -> jax.Array:
         digit = (packed >> (bits * place)) & ((1 << bits) - 1)
         found = jnp.full(digit.shape, levels[0])
         for number, level in enumerate(levels[1:], 1):

@@ -237,7 +237,7 @@ class _Tensors:
             parts = [self._encode(module, part) for part in parts]
         weight = parts[0] if len(parts) == 1 else joined.weights(module, parts, False)
         if weight.qtype in PLAIN and ".ffn_gate_inp" in place:  # routers are float32 in llama.cpp
-            return "f32", {"weight": np.asarray(weight.dequantize())}
+            return "f32", {"weight": weight.to_numpy()}
         try:
             return stored(module, weight)
         except UnsupportedError:

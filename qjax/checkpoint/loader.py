@@ -38,6 +38,7 @@ def load(
     quantize_activations: bool = True,
     sharding: orbax_folder.Shard | None = None,
     mesh: Mesh | None = None,
+    prepare: bool = True,
 ) -> Params:
     """Loads a model's weights as they are stored, on this machine's default device.
 
@@ -52,6 +53,8 @@ def load(
         weights then keep the layout in which they were saved.
       mesh: from `qjax.sharding.make_mesh`: devices that each get a part of the model. A process
         reads what its own devices want.
+      prepare: False leaves weights of other files than orbax's in the order in which they are
+        stored, for work on the weights themselves: they run, but slowly.
 
     Returns:
       Params; the tokenizer is loaded when it is first used.
@@ -86,7 +89,7 @@ def load(
         places = opened.places()
         tree: dict[str, Any] = {}
         targets = None if mesh is None else Targets.of(mesh, opened.config)
-        for name, leaf in _read_all(opened, places, targets):
+        for name, leaf in _read_all(opened, places, targets, prepare):
             native.put(tree, name.split("."), leaf)
     host = Host(
         str(found.name), opened.load_tokenizer, opened.generation_config, opened.origin(places)
@@ -157,7 +160,7 @@ def _prepared(name: str, weight: QArray, config: ModelConfig) -> QArray:
 
 
 def _read_all(
-    opened: Opened, places: plan.Plan, targets: Targets | None
+    opened: Opened, places: plan.Plan, targets: Targets | None, prepare: bool
 ) -> Iterator[tuple[str, Any]]:
     from tqdm import tqdm
 
@@ -171,7 +174,7 @@ def _read_all(
         # Each task in a context of its own: `dispatch.use` holds in the pool's threads too.
         contexts = [copy_context() for _ in places]
         leaves = pool.map(
-            lambda context, place: context.run(_read, opened, place, targets),
+            lambda context, place: context.run(_read, opened, place, targets, prepare),
             contexts,
             places.values(),
         )
@@ -184,7 +187,7 @@ def _read_all(
 
 
 def _read(
-    opened: Opened, place: plan.Weight | plan.Vector, targets: Targets | None
+    opened: Opened, place: plan.Weight | plan.Vector, targets: Targets | None, prepare: bool
 ) -> QArray | jax.Array:
     """One parameter on its devices: a matrix as a QArray, anything else as float32."""
     if isinstance(place, plan.Vector):
@@ -193,7 +196,8 @@ def _read(
     decoded = pieces.decoded(opened, place)
 
     def read(wanted: Wanted) -> QArray:
-        return _prepared(place.name, pieces.read(place, decoded, wanted), opened.config)
+        weight = pieces.read(place, decoded, wanted)
+        return _prepared(place.name, weight, opened.config) if prepare else weight
 
     if targets is not None:
         weight = targets.weight(place.name, read, decoded.group)

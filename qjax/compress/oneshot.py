@@ -98,7 +98,9 @@ def oneshot(
     compile_cache.enable()
     modifiers = _modifiers(recipe)
     folder = None if output_dir is None else Path(output_dir)
-    params = model if isinstance(model, Params) else load(model)
+    sampled = any(modifier.requires_calibration_data for modifier in modifiers)
+    # Without samples the model does not run, and only its weights are wanted.
+    params = model if isinstance(model, Params) else load(model, prepare=sampled)
     if params.mesh is not None:
         raise UnsupportedError(
             f"{params.source}: is split over several devices; load it without a mesh to quantize "
@@ -116,7 +118,7 @@ def oneshot(
     if folder is not None:
         saver.check(params, folder, chosen, dtype)
     tokens = None
-    if any(modifier.requires_calibration_data for modifier in modifiers):
+    if sampled:
         tokens = datasets.tokens(
             params,
             dataset,
@@ -133,13 +135,13 @@ def oneshot(
     cache = _cache_scheme(modifiers)
     scale_dtype = _SCALES.get(chosen) or _own_dtype(params)
     steps = within_budget(steps, params, tokens, rotations, scale_dtype, progress)
-    state = None
-    if folder is not None:
-        state = State.beside(folder, _fingerprint(params, modifiers, tokens, scale_dtype))
     shapes = layers.modules(params.config)
     ggml.compile_ahead(
         {(kind, shapes[name]) for step in steps for name, kind in step.types.items()}
     )
+    state = None
+    if folder is not None:
+        state = State.beside(folder, _fingerprint(params, modifiers, tokens, scale_dtype))
     finished = walk(
         params,
         steps,
@@ -209,7 +211,8 @@ def _fingerprint(
         found.update(str(tokens.shape).encode() + np.ascontiguousarray(tokens).tobytes())
     # The weights themselves would take too long to read: some of each will do.
     for leaf in jax.tree.leaves(params.tree):
-        found.update(np.asarray(leaf.reshape(-1)[:64]).tobytes())
+        on_host = np.asarray(leaf) if jax.default_backend() == "cpu" else leaf  # without a copy
+        found.update(np.asarray(on_host.reshape(-1)[:64]).tobytes())
     return found.hexdigest()[:12]
 
 
@@ -243,14 +246,16 @@ def _collected(params: Params, finished: Iterator[Finished], config: ModelConfig
     for done in finished:
         new |= {name: _ready(name, leaf, config) for name, leaf in done.tree.items()}
     old = layers.flat(params.tree)
-    tree = layers.nested({name: new.pop(name, leaf) for name, leaf in old.items()} | new)
+    kept = {n: new[n] if n in new else _ready(n, leaf, config) for n, leaf in old.items()}
+    tree = layers.nested(kept | new)
     return Params(tree, config, replace(params.host, key_bases={}))
 
 
 def _ready(name: str, leaf: Any, config: ModelConfig) -> Any:
     if not isinstance(leaf, QArray):
         return jax.numpy.asarray(leaf)
-    looked_up = name == f"{layers.EMBEDDING}.weight" and not config.tie_word_embeddings
-    if leaf.layout == "canonical" and not looked_up:
-        leaf = ops.prepare(jax.tree.map(np.asarray, leaf))
-    return jax.device_put(leaf)
+    if leaf.layout != "canonical":
+        return leaf  # as it was
+    if name == f"{layers.EMBEDDING}.weight" and not config.tie_word_embeddings:
+        return jax.device_put(leaf)  # only looked up
+    return jax.device_put(ops.prepare(jax.tree.map(np.asarray, leaf)))

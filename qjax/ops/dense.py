@@ -10,13 +10,13 @@ from qjax.qarray import QArray
 
 
 def dequantized(weight: QArray) -> np.ndarray:
-    """float32 [..., N, K] of a canonical weight on the host: columns and rows in their usual order,
-    scales of inputs, rotations and low-rank terms multiplied in.
+    """float32 [..., N, K] of a canonical weight: columns and rows in their usual order, scales of
+    inputs, rotations and low-rank terms multiplied in. Not to be written to.
 
     What is rounded of its inputs has no place in a matrix and is left out.
     """
     aux = weight.aux
-    w = np.array(weight.dequantize(), np.float32)
+    w = weight.to_numpy()
     if "perm" in aux:
         stored, order = w, np.broadcast_to(aux["perm"], (*w.shape[:-2], 1, w.shape[-1]))
         w = np.empty_like(stored)

@@ -109,6 +109,15 @@ def test_smoothing_changes_nothing_but_rounding(uneven: qjax.Params) -> None:
     assert not np.allclose(norms[0]["weight"], norms[1]["weight"])
 
 
+def test_a_folder_gives_what_its_loaded_model_gives(llama: qjax.Params) -> None:
+    """Without samples it is read as it is stored; the result is laid out for kernels all the same."""
+    nearest = QuantizationModifier(scheme=GROUPS, ignore=["lm_head"])
+    from_folder = qjax.oneshot(GOLDEN / "base-tiny-llama", nearest, progress=False)
+    expected = qjax.oneshot(llama, nearest, progress=False)
+    assert jax.tree.structure(from_folder.tree) == jax.tree.structure(expected.tree)
+    jax.tree.map(np.testing.assert_array_equal, from_folder.tree, expected.tree)
+
+
 def test_awq_loses_less_than_nearest(uneven: qjax.Params) -> None:
     awq = [AWQModifier(), QuantizationModifier(scheme=GROUPS, ignore=["lm_head"])]
     found = qjax.oneshot(uneven, awq, TOKENS, progress=False)
