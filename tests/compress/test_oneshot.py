@@ -110,7 +110,7 @@ def test_smoothing_changes_nothing_but_rounding(uneven: qjax.Params) -> None:
 
 
 def test_a_folder_gives_what_its_loaded_model_gives(llama: qjax.Params) -> None:
-    """Without samples it is read as it is stored; the result is laid out for kernels all the same."""
+    """Without samples it is read as it is stored; kernels get the result all the same."""
     nearest = QuantizationModifier(scheme=GROUPS, ignore=["lm_head"])
     from_folder = qjax.oneshot(GOLDEN / "base-tiny-llama", nearest, progress=False)
     expected = qjax.oneshot(llama, nearest, progress=False)
