@@ -312,9 +312,10 @@ class QArray:
             return decode(self._canonical_spec(), WeightArrays(*map(_numpy, self.arrays)), np)
 
     def _canonical_spec(self) -> WeightSpec:
+        spec = self.spec  # refuses pieces
         if self.layout != CANONICAL:
             raise ValueError(f"QArray: cannot dequantize the private layout {self.layout!r}")
-        return self.spec
+        return spec
 
     def with_arrays(self, layout: str, arrays: WeightArrays) -> QArray:
         """The same weight with its arrays laid out anew."""
