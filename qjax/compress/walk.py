@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +72,9 @@ def walk(
             return Finished(index, _tree(layer, stored, before), layer.errors)
 
         with ThreadPoolExecutor(_AT_ONCE, "qjax-quantize") as pool:
-            yield from pool.map(alone, range(count))
+            # Each in a context of its own: `dispatch.use` holds in the pool's threads too.
+            contexts = [copy_context() for _ in range(count)]
+            yield from pool.map(lambda own, index: own.run(alone, index), contexts, range(count))
     else:
         start = state.done(count) if state is not None else 0
         if start and state is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pallas_kernels import unpack
+from pallas_kernels import dispatch, unpack
 from qjax.compress.algorithms.ggml import MADE, quantize
 from qjax.errors import UnsupportedError
 from qjax.qtypes import QTYPES
@@ -82,6 +82,13 @@ def test_experts_have_importances_of_their_own():
     for expert in range(2):
         alone = quantize(w[expert], "q4_0", importance[expert])
         np.testing.assert_array_equal(both[expert], alone)
+
+
+@pytest.mark.parametrize("name", ["xla", "ref"])
+def test_a_named_implementation_searches(name):
+    with dispatch.use(name):
+        quantize(golden()["w"][:2, :256], "iq3_xxs")
+    assert dispatch.chosen()["nearest iq3_xxs"][0] == name
 
 
 def test_a_coarser_grid_stays_on_it():

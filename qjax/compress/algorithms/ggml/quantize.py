@@ -6,12 +6,14 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from threading import Lock
 
 import jax
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels import dispatch
 from qjax.compress.algorithms.ggml import few_values, grids, k_quants, simple
 from qjax.errors import UnsupportedError
 from qjax.qtypes import QTYPES
@@ -109,14 +111,15 @@ def _run(count: int, elements: int) -> int:
 
 
 def _program(qtype: str, count: int) -> Future[Callable]:
-    """What encodes `count` blocks; compiled once, whoever asks."""
+    """What encodes `count` blocks; compiled once for all who ask for the same kernels."""
+    key = qtype, count, dispatch.named()
     with _ASKING:
-        if (qtype, count) not in _PROGRAMS:
-            _PROGRAMS[qtype, count] = _COMPILERS.submit(_compiled, qtype, count)
-        return _PROGRAMS[qtype, count]
+        if key not in _PROGRAMS:
+            _PROGRAMS[key] = _COMPILERS.submit(copy_context().run, _compiled, qtype, count)
+        return _PROGRAMS[key]
 
 
-_PROGRAMS: dict[tuple[str, int], Future[Callable]] = {}
+_PROGRAMS: dict[tuple[str, int, str | None], Future[Callable]] = {}
 _ASKING = Lock()
 _COMPILERS = ThreadPoolExecutor(os.cpu_count() or 1, "qjax-compile")
 

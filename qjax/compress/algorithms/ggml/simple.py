@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.nearest import nearest_level
+from pallas_kernels.nearest.spec import edges
 from pallas_kernels.unpack import IQ4_CODEBOOK
 from qjax.compress.algorithms.ggml import bytes as fields
 from qjax.compress.algorithms.ggml import fit
 from qjax.compress.algorithms.ggml.fit import Array
 
 _CODEBOOK = np.asarray(IQ4_CODEBOOK, np.float32)
-_EDGES = (_CODEBOOK[1:] + _CODEBOOK[:-1]) / 2
 
 
 def _both_signs(starts: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def _both_signs(starts: np.ndarray) -> np.ndarray:
 
 def codebook_index(y: Array) -> Array:
     """The codes of iq4_nl nearest to numbers in its units: uint8."""
-    return sum((y > edge).astype(jnp.uint8) for edge in _EDGES)  # type: ignore[return-value]
+    return sum((y > edge).astype(jnp.uint8) for edge in edges(_CODEBOOK))  # type: ignore[return-value]
 
 
 def codebook_value(y: Array) -> Array:
