@@ -99,7 +99,16 @@ ALSO = {
     # What weights are rounded with.
     + [
         f"pallas_kernels.{name}"
-        for name in ("codes", "hadamard", "inputs", "iq_grids", "nearest", "quantize", "unpack")
+        for name in (
+            "codes",
+            "gram",
+            "hadamard",
+            "inputs",
+            "iq_grids",
+            "nearest",
+            "quantize",
+            "unpack",
+        )
     ],
     "api": ["pallas_kernels.dispatch"],
 }

@@ -26,6 +26,7 @@ CALLS = (
     "qjax_attention",
     "qjax_nearest_level",
     "qjax_nearest_vector",
+    "qjax_gram",
 )
 
 # Numbers of ggml for the types whose tiles the kernels read.

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # The slowest to compile first.
-SOURCES = ("matmul.cc", "attention.cc", "ffi.cc", "pack.cc", "nearest.cc", "pool.cc")
+SOURCES = ("matmul.cc", "attention.cc", "ffi.cc", "pack.cc", "nearest.cc", "gram.cc", "pool.cc")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast", "-w")
 _VNNI = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
          "-mavx512vnni", "-mprefer-vector-width=512")  # fmt: skip
@@ -28,7 +28,7 @@ ISAS: dict[str, tuple[str, ...]] = {
     "portable": (),
 }
 # Sources that use nothing of an instruction set beyond another one: compiled once for both.
-SAME = {(source, "avx512bf16"): "avx512vnni" for source in ("matmul.cc", "nearest.cc")}
+SAME = {(source, "avx512bf16"): "avx512vnni" for source in ("matmul.cc", "nearest.cc", "gram.cc")}
 
 
 def isas(compiler: str) -> tuple[str, ...]:

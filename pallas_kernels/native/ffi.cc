@@ -239,6 +239,14 @@ ffi::Error nearest_vector_call(Floats y, Floats w, Ints table, ffi::Result<Float
   return ffi::Error::Success();
 }
 
+ffi::Error gram_call(Floats x, ffi::Result<Floats> out) {
+  const auto dims = x.dimensions();
+  if (dims.size() != 2 || int64_t(out->element_count()) != dims[1] * dims[1])
+    return invalid("x must have two dimensions, and results as many rows as it has columns");
+  gram(x.typed_data(), dims[0], dims[1], out->typed_data());
+  return ffi::Error::Success();
+}
+
 enum AttentionFlags {
   kHasRope = 1, kHasQNorm = 2, kHasKNorm = 4, kHasSinks = 8, kHasKScale = 16, kHasVScale = 32,
   kHasBasis = 64,
@@ -429,6 +437,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_nearest_vector, nearest_vector_call,
                                   .Ret<Ints>()
                                   .Attr<ffi::Span<const float>>("levels")
                                   .Attr<ffi::Span<const float>>("edges"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_gram, gram_call, ffi::Ffi::Bind().Arg<Floats>().Ret<Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_attention, attention_call,
                               ffi::Ffi::Bind()

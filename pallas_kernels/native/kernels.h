@@ -100,5 +100,7 @@ void nearest_vector(const NearestVector&);
 // 16 levels, 15 edges between them.
 void nearest_level(const float* y, int64_t count, const float* levels, const float* edges,
                    float* values);
+// X^T X [k, k] of x [rows, k].
+void gram(const float* x, int64_t rows, int64_t k, float* out);
 
 }  // namespace qjax

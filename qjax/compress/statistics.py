@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gram import gram
+
 
 class InputStats(NamedTuple):
     """Of the inputs of one linear layer, or of each expert's, with a leading axis.
@@ -57,7 +59,7 @@ def _weighted(x: jax.Array, rows: jax.Array) -> InputStats:
     """Of rows of which all but `rows` are zero."""
     count = jnp.maximum(rows, 1)
     return InputStats(
-        moment=jnp.matmul(x.T, x, precision="highest") / count,
+        moment=gram(x) / count,
         absmean=jnp.abs(x).sum(0) / count,
         low=jnp.minimum(x.min(0), 0),
         high=jnp.maximum(x.max(0), 0),

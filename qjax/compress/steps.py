@@ -27,6 +27,7 @@ from qjax.compress.modifiers import (
 )
 from qjax.compress.rounding import METHODS, Weight, grid_of, quantized
 from qjax.compress.statistics import InputStats
+from qjax.compress.threads import side_by_side
 from qjax.compress.tuning import tuned
 from qjax.errors import CalibrationError, UnsupportedError
 from qjax.models.config import ModelConfig
@@ -318,13 +319,19 @@ def round_layer(layer: Layer, step: Step, scale_dtype: str) -> None:
     """Rounds the weights that a quantizing modifier names."""
     assert isinstance(step.modifier, QuantizationMixin)
     own = [name for name in layer.modules if layer.prefix + name in step.schemes]
-    for group in shared_inputs(own):
-        named = [name for name in group if layer.prefix + name in step.types]
-        for name in named:
-            _finish(layer, name, _blocks(layer, name, step))
-        weights = _weights(layer, step, (name for name in group if name not in named))
-        for name, weight in quantized(weights, step.modifier, scale_dtype).items():
-            _finish(layer, name.removeprefix(layer.prefix), weight)
+
+    def of_group(group: tuple[str, ...]) -> dict[str, QArray]:
+        blocks = {n: _blocks(layer, n, step) for n in group if layer.prefix + n in step.types}
+        rest = _weights(layer, step, (name for name in group if name not in blocks))
+        found = quantized(rest, step.modifier, scale_dtype)
+        return blocks | {name.removeprefix(layer.prefix): weight for name, weight in found.items()}
+
+    groups = shared_inputs(own)
+    # Without samples layers are side by side already, see `walk`.
+    run = map if layer.stats is None else side_by_side
+    for found in run(of_group, groups):
+        for name, weight in found.items():
+            _finish(layer, name, weight)
 
 
 def _blocks(layer: Layer, name: str, step: Step) -> QArray:

@@ -9,8 +9,6 @@ layer waits for another, and two are done side by side.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +24,10 @@ from qjax.compress.layers import Flat
 from qjax.compress.rotation import Folded
 from qjax.compress.state import Finished, State
 from qjax.compress.steps import Layer, Step, apply, touches
+from qjax.compress.threads import side_by_side
 from qjax.errors import CalibrationError
 from qjax.params import Params
 from qjax.qarray import QArray
-
-# Layers without samples: this hides what runs on one core; each has more work for all of them.
-_AT_ONCE = 2
 
 
 def walk(
@@ -71,10 +67,7 @@ def walk(
             apply(layer, steps, None, params.config, scale_dtype)
             return Finished(index, _tree(layer, stored, before), layer.errors)
 
-        with ThreadPoolExecutor(_AT_ONCE, "qjax-quantize") as pool:
-            # Each in a context of its own: `dispatch.use` holds in the pool's threads too.
-            contexts = [copy_context() for _ in range(count)]
-            yield from pool.map(lambda own, index: own.run(alone, index), contexts, range(count))
+        yield from side_by_side(alone, range(count))
     else:
         start = state.done(count) if state is not None else 0
         if start and state is not None:
