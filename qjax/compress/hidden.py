@@ -17,7 +17,7 @@ from qjax.compress.statistics import InputStats
 from qjax.models import functional
 from qjax.params import Params
 
-TOKENS = 4096  # that run at once
+TOKENS = 2048  # that run at once: with more, a CPU asks for new memory each time
 
 
 class Hidden:
@@ -56,7 +56,7 @@ class Hidden:
     def output_weights(self, index: int, layer: Flat) -> dict[str, jax.Array]:
         """See `sensitivity.output_weights`; of the first samples, which tell enough."""
         kind = functional.same_layer(self.config, index)
-        count = max(1, TOKENS // 2 // self.values.shape[1])
+        count = max(1, TOKENS // self.values.shape[1])
         x = jnp.asarray(self.values[:count])
         return sensitivity.output_weights(self.config, kind, layer, x, jax.random.key(index))
 

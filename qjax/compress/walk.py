@@ -86,7 +86,8 @@ def walk(
             running = {key: _running(layer, key) for key in layer.floats}
             if cache_scales:
                 tree |= _cache_scales(layer, hidden.cached_extremes(index, running))
-            hidden.advance(index, running)
+            if index < count - 1:  # nothing reads what the last layer gives
+                hidden.advance(index, running)
             done = Finished(index, tree, layer.errors)
             if state is not None:
                 state.keep(done, hidden.values)
