@@ -207,22 +207,22 @@ ffi::Error embedding_call(Ints ids, ffi::RemainingArgs args, ffi::Result<Floats>
   return ffi::Error::Success();
 }
 
-ffi::Error nearest_level_call(Floats y, ffi::Result<Floats> values, ffi::Span<const float> levels,
-                              ffi::Span<const float> edges) {
+ffi::Error nearest_level_call(Floats y, ffi::Result<Floats> values,
+                              ffi::Span<const float> levels) {
   const int64_t count = y.element_count();
-  if (levels.size() != 16 || edges.size() != 15 || int64_t(values->element_count()) != count)
+  if (levels.size() != 16 || int64_t(values->element_count()) != count)
     return invalid("levels are not 16, or results not as many as numbers");
-  nearest_level(y.typed_data(), count, levels.begin(), edges.begin(), values->typed_data());
+  nearest_level(y.typed_data(), count, levels.begin(), values->typed_data());
   return ffi::Error::Success();
 }
 
 ffi::Error nearest_vector_call(Floats y, Floats w, Ints table, ffi::Result<Floats> values,
                                ffi::Result<Floats> distance, ffi::Result<Ints> index,
-                               ffi::Span<const float> levels, ffi::Span<const float> edges) {
+                               ffi::Span<const float> levels) {
   const auto dims = y.dimensions();
   const int size = dims.size() ? int(dims[dims.size() - 1]) : 0, count = int(levels.size());
   if (size != 4 && size != 8) return invalid("vectors are not of 4 or 8 numbers");
-  if (count > 1 << 16 / size || int(edges.size()) != count - 1 || table.dimensions().size() != 2)
+  if (count < 1 || count > 1 << 16 / size || table.dimensions().size() != 2)
     return invalid("levels or a table of a wrong size");
   int64_t points = 1;
   for (int p = 0; p < size; ++p) points *= count;
@@ -234,7 +234,7 @@ ffi::Error nearest_vector_call(Floats y, Floats w, Ints table, ffi::Result<Float
       int64_t(distance->element_count()) != vectors || int64_t(index->element_count()) != vectors)
     return invalid("arrays of a wrong size");
   nearest_vector({y.typed_data(), w.typed_data(), vectors, size, int(near), count,
-                  points, table.typed_data(), levels.begin(), edges.begin(), values->typed_data(),
+                  points, table.typed_data(), levels.begin(), values->typed_data(),
                   distance->typed_data(), index->typed_data()});
   return ffi::Error::Success();
 }
@@ -424,8 +424,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_nearest_level, nearest_level_call,
                               ffi::Ffi::Bind()
                                   .Arg<Floats>()
                                   .Ret<Floats>()
-                                  .Attr<ffi::Span<const float>>("levels")
-                                  .Attr<ffi::Span<const float>>("edges"));
+                                  .Attr<ffi::Span<const float>>("levels"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_nearest_vector, nearest_vector_call,
                               ffi::Ffi::Bind()
@@ -435,8 +434,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_nearest_vector, nearest_vector_call,
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Ints>()
-                                  .Attr<ffi::Span<const float>>("levels")
-                                  .Attr<ffi::Span<const float>>("edges"));
+                                  .Attr<ffi::Span<const float>>("levels"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_gram, gram_call, ffi::Ffi::Bind().Arg<Floats>().Ret<Floats>());
 

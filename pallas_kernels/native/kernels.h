@@ -88,7 +88,7 @@ struct NearestVector {
   int size, near, num_levels;    // size 4 or 8; near in whole lines of 16
   int64_t num_points;            // num_levels ^ size, or one for all
   const int32_t* table;          // [num_points, near], packed entries
-  const float *levels, *edges;   // [num_levels], [num_levels - 1]
+  const float* levels;           // [num_levels], in order
   float *values, *distance;      // [count, size], [count]
   int32_t* index;                // [count]
 };
@@ -97,9 +97,8 @@ void matmul(const Matmul&);
 void attention(const Attention&);
 void embedding(const Embedding&);
 void nearest_vector(const NearestVector&);
-// 16 levels, 15 edges between them.
-void nearest_level(const float* y, int64_t count, const float* levels, const float* edges,
-                   float* values);
+// Of 16 levels, in order.
+void nearest_level(const float* y, int64_t count, const float* levels, float* values);
 // X^T X [k, k] of x [rows, k].
 void gram(const float* x, int64_t rows, int64_t k, float* out);
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native
-from pallas_kernels.nearest.spec import Found, candidates, edges
+from pallas_kernels.nearest.spec import Found, candidates
 
 
 def nearest_level(y: jax.Array, levels: np.ndarray) -> jax.Array:
@@ -15,7 +15,7 @@ def nearest_level(y: jax.Array, levels: np.ndarray) -> jax.Array:
     native.require()
     result = jax.ShapeDtypeStruct(y.shape, jnp.float32)
     call = jax.ffi.ffi_call("qjax_nearest_level", result, vmap_method="broadcast_all")
-    return call(y, levels=levels, edges=edges(levels))
+    return call(y, levels=levels)
 
 
 def nearest_vector(y: jax.Array, w: jax.Array, name: str, near: int | None) -> Found:
@@ -28,4 +28,4 @@ def nearest_vector(y: jax.Array, w: jax.Array, name: str, near: int | None) -> F
         jax.ShapeDtypeStruct(y.shape[:-1], jnp.int32),
     ]
     call = jax.ffi.ffi_call("qjax_nearest_vector", results, vmap_method="sequential")
-    return Found(*call(y, w, jnp.asarray(table), levels=levels, edges=edges(levels)))
+    return Found(*call(y, w, jnp.asarray(table), levels=levels))
