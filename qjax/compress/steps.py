@@ -317,13 +317,14 @@ def _weights(layer: Layer, step: Step, names: Iterable[str]) -> list[Weight]:
 
 def round_layer(layer: Layer, step: Step, scale_dtype: str) -> None:
     """Rounds the weights that a quantizing modifier names."""
-    assert isinstance(step.modifier, QuantizationMixin)
+    modifier = step.modifier
+    assert isinstance(modifier, QuantizationMixin)
     own = [name for name in layer.modules if layer.prefix + name in step.schemes]
 
     def of_group(group: tuple[str, ...]) -> dict[str, QArray]:
         blocks = {n: _blocks(layer, n, step) for n in group if layer.prefix + n in step.types}
         rest = _weights(layer, step, (name for name in group if name not in blocks))
-        found = quantized(rest, step.modifier, scale_dtype)
+        found = quantized(rest, modifier, scale_dtype)
         return blocks | {name.removeprefix(layer.prefix): weight for name, weight in found.items()}
 
     groups = shared_inputs(own)
