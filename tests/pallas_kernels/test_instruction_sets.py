@@ -12,8 +12,12 @@ from pallas_kernels.native import build
 from tests.pallas_kernels.conftest import not_built
 
 HERE = Path(__file__).parent
-# Products of every type, in every way in which they are rounded, and searches; lookups; attention.
-PRODUCTS = ("test_matmul.py::test_every_type", "test_matmul_codes.py", "test_nearest.py")
+# Products of every type, in every way in which they are rounded, and what quantizing takes;
+# lookups; attention.
+PRODUCTS = (
+    *("test_matmul.py::test_every_type", "test_matmul_codes.py"),
+    *("test_nearest.py", "test_gram.py"),
+)
 OTHERS = ("test_embedding.py", "test_native_attention.py")
 
 
