@@ -328,9 +328,10 @@ def round_layer(layer: Layer, step: Step, scale_dtype: str) -> None:
         return blocks | {name.removeprefix(layer.prefix): weight for name, weight in found.items()}
 
     groups = shared_inputs(own)
-    # Without samples layers are side by side already, see `walk`.
-    run = map if layer.stats is None else side_by_side
-    for found in run(of_group, groups):
+    # Without samples layers are side by side already, see `walk`. And programs of several devices
+    # must reach each of them in the same order.
+    alone = layer.stats is None or jax.local_device_count() > 1
+    for found in (map if alone else side_by_side)(of_group, groups):
         for name, weight in found.items():
             _finish(layer, name, weight)
 

@@ -15,8 +15,10 @@ HERE = Path(__file__).parent
 # Products of every type, in every way in which they are rounded, and what quantizing takes;
 # lookups; attention.
 PRODUCTS = (
-    *("test_matmul.py::test_every_type", "test_matmul_codes.py"),
-    *("test_nearest.py", "test_gram.py"),
+    "test_matmul.py::test_every_type",
+    "test_matmul_codes.py",
+    "test_nearest.py",
+    "test_gram.py",
 )
 OTHERS = ("test_embedding.py", "test_native_attention.py")
 

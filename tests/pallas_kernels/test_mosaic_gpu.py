@@ -269,21 +269,11 @@ SIZES = [0, 3, 19, 1]
     ("kind", "dtype", "tolerance"),
     [
         (shaped("uint4b8", (1, 128), "bfloat16", shape=(N, 512)), "bfloat16", EXACT),
+        (shaped("fp4_e2m1", (1, 16), "float8_e4m3fn", has_global_scale=True), "bfloat16", EXACT),
+        (shaped("uint4", (1, K), "float16", "uint8"), "bfloat16", EXACT),
+        (shaped("lookup4", (1, 64)), "bfloat16", TOLERANCES["bfloat16"]),
         (shaped("int8", (1, K)), "int8", EXACT),
         (shaped("fp8_e4m3", (64, 128)), "float8_e4m3fn", EXACT),
-        # The interpreter takes ten seconds for each, and `test_few_rows` has these codes, too.
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                (
-                    shaped("fp4_e2m1", (1, 16), "float8_e4m3fn", has_global_scale=True),
-                    "bfloat16",
-                    EXACT,
-                ),
-                (shaped("uint4", (1, K), "float16", "uint8"), "bfloat16", EXACT),
-                (shaped("lookup4", (1, 64)), "bfloat16", TOLERANCES["bfloat16"]),
-            )
-        ),
     ],
     ids=str,
 )
