@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def oneshot(
     state = None
     if folder is not None:
         state = State.beside(folder, _fingerprint(params, modifiers, tokens, scale_dtype))
-    finished = walk(
+    walked = walk(
         params,
         steps,
         tokens,
@@ -156,7 +157,8 @@ def oneshot(
         config = replace(config, kv_scales=1)
     if rotations is not None and rotations.stream is not None:
         config = replace(config, tie_word_embeddings=False)
-    result = _collected(params, _shown(finished, params, progress, on_layer), config)
+    with closing(walked) as finished:  # if it is interrupted, what is being kept is kept first
+        result = _collected(params, _shown(finished, params, progress, on_layer), config)
     if folder is not None:
         dense = _left_alone(result, steps, chosen)
         saver.save(result, folder, format=chosen, dtype=dtype, dense=dense)

@@ -8,7 +8,8 @@ layer waits for another, and two are done side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ def walk(
     cache_scales: bool = False,
     state: State | None = None,
     rotations: Folded | None = None,
-) -> Iterator[Finished]:
+) -> Generator[Finished, None, None]:
     """Goes through the layers of a model, then to its embedding and head.
 
     Args:
@@ -69,29 +70,7 @@ def walk(
 
         yield from side_by_side(alone, range(count))
     else:
-        start = state.done(count) if state is not None else 0
-        if start and state is not None:
-            hidden = Hidden(params, state.hidden(start))
-            yield from map(state.layer, range(start))
-        else:
-            hidden = Hidden.embedded(params, tokens)
-            if rotations is not None:
-                hidden.values = rotations.hidden(hidden.values)
-        for index in range(start, count):
-            layer, stored, before = _held(params, index, rotations)
-            layer.stats = hidden.statistics(index, layer.floats)
-            _check_finite(layer)
-            apply(layer, steps, hidden, params.config, scale_dtype)
-            tree = _tree(layer, stored, before)
-            running = {key: _running(layer, key) for key in layer.floats}
-            if cache_scales:
-                tree |= _cache_scales(layer, hidden.cached_extremes(index, running))
-            if index < count - 1:  # nothing reads what the last layer gives
-                hidden.advance(index, running)
-            done = Finished(index, tree, layer.errors)
-            if state is not None:
-                state.keep(done, hidden.values)
-            yield done
+        yield from _looked_at(params, steps, tokens, scale_dtype, cache_scales, state, rotations)
     ends = {} if rotations is None else rotations.ends(params)
     if ends:
         yield Finished(None, ends, {})
@@ -102,6 +81,48 @@ def walk(
             layer = Layer(None, "", layers.floats_of(stored))
             apply(layer, steps, None, params.config, scale_dtype)
             yield Finished(None, _tree(layer, stored, {}), layer.errors)
+
+
+def _looked_at(
+    params: Params,
+    steps: Sequence[Step],
+    tokens: np.ndarray,
+    scale_dtype: str,
+    cache_scales: bool,
+    state: State | None,
+    rotations: Folded | None,
+) -> Iterator[Finished]:
+    """The layers, each for the inputs that the finished ones before it give."""
+    count = params.config.num_layers
+    start = state.done(count) if state is not None else 0
+    if start and state is not None:
+        hidden = Hidden(params, state.hidden(start))
+        yield from map(state.layer, range(start))
+    else:
+        hidden = Hidden.embedded(params, tokens)
+        if rotations is not None:
+            hidden.values = rotations.hidden(hidden.values)
+    keeping: Future[None] | None = None
+    with ThreadPoolExecutor(1, "qjax-keep") as disk:  # writes while the next layer is looked at
+        for index in range(start, count):
+            layer, stored, before = _held(params, index, rotations)
+            layer.stats = hidden.statistics(index, layer.floats)
+            _check_finite(layer)
+            apply(layer, steps, hidden, params.config, scale_dtype)
+            tree = _tree(layer, stored, before)
+            running = {key: _running(layer, key) for key in layer.floats}
+            if cache_scales:
+                tree |= _cache_scales(layer, hidden.cached_extremes(index, running))
+            if keeping is not None:
+                keeping.result()  # the hidden states that it writes change next
+            if index < count - 1:  # nothing reads what the last layer gives
+                hidden.advance(index, running)
+            done = Finished(index, tree, layer.errors)
+            if state is not None:
+                keeping = disk.submit(state.keep, done, hidden.values)
+            yield done
+        if keeping is not None:
+            keeping.result()
 
 
 def _held(params: Params, index: int, rotations: Folded | None) -> tuple[Layer, Flat, Flat]:
