@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import AttentionSpec
+from qjax.ops import whole_attention
 from qjax.ops.whole_attention import attend_whole
 
 SEQUENCES, LENGTH, HEADS, KV, SIZE = 2, 7, 4, 2, 6
@@ -31,10 +32,18 @@ def reference(
     return out.reshape(SEQUENCES * LENGTH, -1)
 
 
+@pytest.mark.parametrize("tile", [64, 2])
 @pytest.mark.parametrize(
     ("window", "cap", "sinks"), [(None, None, False), (3, None, True), (None, 2.0, False)]
 )
-def test_values_and_gradients(window: int | None, cap: float | None, sinks: bool) -> None:
+def test_values_and_gradients(
+    window: int | None,
+    cap: float | None,
+    sinks: bool,
+    tile: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(whole_attention, "_TILE", tile)
     random = np.random.default_rng(1)
     tokens = SEQUENCES * LENGTH
     arrays = [random.normal(size=(tokens, heads * SIZE)) for heads in (HEADS, KV, KV)]
