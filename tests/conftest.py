@@ -34,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Sets what jax reads when it is first imported, which no test module has done yet."""
     if not config.getoption("--gpu"):
         os.environ["JAX_PLATFORMS"] = "cpu"
+    else:
+        # Several workers share the memory, of which each would take most when it starts.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # Compiled programs are kept from run to run, out of the user's own cache.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax_compiled"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
