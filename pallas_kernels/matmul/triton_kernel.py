@@ -69,7 +69,7 @@ class _Weight:
         self.plan, self.refs = plan, refs
         self.by_words = triton_words.takes(plan.planes) and not interpret
         self.lead = () if expert is None else (expert,)
-        self.table = self._table() if self.by_words and "codebook" in refs else ()
+        self.table, self.rest = self._tables() if self.by_words and "codebook" in refs else ((), ())
         size, n = plan.blocks.outputs, plan.planes.shape[0]
         self.outputs = pl.ds(first, size)
         index = first + lax.iota(jnp.int32, size)
@@ -165,9 +165,12 @@ class _Weight:
             return None
         return self.refs["global_scale"][(*self.lead, 0, 0)]
 
-    def _table(self) -> list[jax.Array]:
+    def _tables(self) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Of the codebook in bfloat16, and of what is left of its entries."""
         ref = self.refs["codebook"]
-        return triton_words.table_of([ref[(*self.lead, 0, entry)] for entry in range(16)])
+        entries = [ref[(*self.lead, 0, entry)] for entry in range(16)]
+        rest = [entry - entry.astype(jnp.bfloat16).astype(jnp.float32) for entry in entries]
+        return triton_words.table_of(entries), triton_words.table_of(rest)
 
     def values(self, tiles: Tiles, segment: int, dtype: Any, zero: Any = 0) -> jax.Array:
         """What codes stand for, less a zero point of `dtype`, and not scaled."""
@@ -175,6 +178,12 @@ class _Weight:
         if self.by_words and dtype == jnp.bfloat16:
             number = triton_words.numbers(tiles, planes, segment, self.table)
             return number - (zero + (128 + planes.offset)) if planes.value == "int" else number
+        if self.table and self.plan.dot == "bfloat16":  # 16 bits of fraction are enough for that
+            parts = (
+                triton_words.numbers(tiles, planes, segment, t) for t in (self.table, self.rest)
+            )
+            high, low = (part.astype(jnp.float32) for part in parts)
+            return high + low
         codes = planes_tile.codes(tiles, planes, segment)
         if "codebook" not in self.refs:
             return planes_tile.values(codes, planes, dtype, zero=zero)
@@ -208,8 +217,8 @@ class _Weight:
         if plan.scale_is_narrow:
             scale = self.spread(scale.astype(plan.dot))
             return self.values(tiles, segment, plan.dot) * scale
-        scale, lookup = self.spread(scale), planes.value == "lookup"
-        dtype = jnp.float32 if lookup else plan.dot
+        scale = self.spread(scale)
+        dtype = jnp.float32 if planes.value == "lookup" else plan.dot
         values = self.values(tiles, segment, dtype).astype(jnp.float32)
         if planes.zero is None:
             return values * scale

@@ -217,7 +217,8 @@ def blocks(rows: int, planes: Planes, columns: int, dot: str, experts: int = 0) 
     else:
         most = 128 // jnp.dtype(dot).itemsize
         warps = 8 if dot == "int8" else 4
-        tile, outputs, columns, warps, stages = 128, 128, min(columns, most), warps, 3
+        outputs = 64 if planes.value == "lookup" else 128  # a table takes registers
+        tile, columns, stages = 128, min(columns, most), 3
     bytes_of_x = tile * planes_tile.segments(planes) * jnp.dtype(dot).itemsize
     bytes_of_w = outputs * sum(planes_tile.runs(planes))
     stages = min(stages, max(1, SHARED_MEMORY // (columns * (bytes_of_x + bytes_of_w))))
