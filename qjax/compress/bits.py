@@ -9,7 +9,6 @@ is left of the budget in the end goes to the best of the changes that still fit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jax import lax
 
 from qjax.compress import grid as grids
 from qjax.compress.grid import Grid
+from qjax.engine.exact_jit import exact_jit
 from qjax.errors import UnsupportedError
 
 
@@ -28,7 +28,7 @@ class Option(NamedTuple):
     loss: float
 
 
-@partial(jax.jit, static_argnames=("candidates",))
+@exact_jit(static_argnames=("candidates",))
 def losses(
     w: jax.Array,
     moment: jax.Array,

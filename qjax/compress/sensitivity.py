@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
 from qjax.compress.layers import Flat, run_uncached
+from qjax.engine.exact_jit import exact_jit
 from qjax.models.config import ModelConfig
 from qjax.ops import floats
 
 
-@partial(jax.jit, static_argnames=("config", "index"))
+@exact_jit(static_argnames=("config", "index"))
 def output_weights(
     config: ModelConfig, index: int, layer: Flat, x: jax.Array, key: jax.Array
 ) -> dict[str, jax.Array]:

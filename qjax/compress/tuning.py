@@ -19,6 +19,7 @@ from qjax.compress.grid import Grid
 from qjax.compress.hidden import Hidden
 from qjax.compress.layers import Flat
 from qjax.compress.modifiers import AutoRoundModifier
+from qjax.engine.exact_jit import exact_jit
 from qjax.models import functional
 from qjax.models.config import ModelConfig
 from qjax.qarray import QArray
@@ -132,10 +133,10 @@ def _error(
     return jnp.mean(jnp.square(layers.run_uncached(config, kind, layer | now, x) - y))
 
 
-_loss = jax.jit(_error, static_argnames=("config", "kind", "names"))
+_loss = exact_jit(static_argnames=("config", "kind", "names"))(_error)
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "names"))
+@exact_jit(static_argnames=("config", "kind", "names"))
 def _steps(
     config: ModelConfig,
     kind: int,

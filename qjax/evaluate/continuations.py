@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 
 from qjax.engine.batch import BLOCK_TABLE_WIDTHS, PREFILL_ROWS, PREFILL_TOKENS, bucket
+from qjax.engine.exact_jit import exact_jit
 from qjax.engine.runner import numerics_for
 from qjax.errors import RequestError
 from qjax.evaluate.logits import ROWS
@@ -178,7 +178,7 @@ def _arrays(batch: list[_Input], numerics: str) -> tuple[np.ndarray, Batch, list
     return tokens, rows_of, starts[: len(batch)].tolist()
 
 
-@partial(jax.jit, static_argnums=0)
+@exact_jit(static_argnums=0)
 def _hidden(
     dtypes: tuple[str, ...], params: Params, tokens: jax.Array, batch: Batch, bases: Any
 ) -> jax.Array:
@@ -188,7 +188,7 @@ def _hidden(
     return parts.run(params, tokens, batch, cache)[0]
 
 
-@partial(jax.jit, static_argnums=0)
+@exact_jit(static_argnums=0)
 def _score(
     numerics: str, params: Params, hidden: jax.Array, where: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.engine.exact_jit import exact_jit
 from qjax.engine.runner import numerics_for
 from qjax.key_bases import key_bases
 from qjax.kv_cache import PAGE_SIZE, cache_dtypes, init_cache, whole_sequences
@@ -81,7 +81,7 @@ def rounded_reader(params: Params, numerics: str, dtypes: str | Sequence[str]) -
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@exact_jit(static_argnums=(0, 1))
 def _hidden(
     numerics: str, dtypes: str | tuple[str, ...], params: Params, tokens: jax.Array, bases: Any
 ) -> jax.Array:
@@ -94,7 +94,7 @@ def _hidden(
     return hidden.reshape(count, length, -1)
 
 
-@partial(jax.jit, static_argnums=0)
+@exact_jit(static_argnums=0)
 def _head(numerics: str, params: Params, hidden: jax.Array) -> jax.Array:
     batch = whole_sequences(1, len(hidden), numerics)
     return parts.logits(params, hidden, batch)
