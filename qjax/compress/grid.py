@@ -1,9 +1,9 @@
 """The numbers that a quantized weight may take, and rounding to them.
 
-A grid says what codes there are and what shares a scale; `minmax` and `searched` choose scales for
-a weight, `nearest` and `values` go between numbers and codes elementwise, and `encoded` packs codes
-into a QArray. All but the last may run under jit. Codes are float32: unsigned ones of integers with
-an offset, signed ones of "int8", and of small floats the numbers themselves.
+A grid says what codes there are and what shares a scale; `minmax` chooses scales for a weight (and
+so does `scale_search`), `nearest` and `values` go between numbers and codes elementwise, and
+`encoded` packs codes into a QArray. All but the last may run under jit. Codes are float32: unsigned
+ones of integers with an offset, signed ones of "int8", and of small floats the numbers themselves.
 
 Formulas are those of compressed-tensors (`calculate_qparams`, `generate_gparam`,
 `generate_mx_scales`), which computes in the dtype of the weight: a bfloat16 weight gives the bits
@@ -13,7 +13,7 @@ rounded once, which is nearer to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -186,10 +186,10 @@ def minmax(w: jax.Array, grid: Grid, absmax: jax.Array | None = None) -> Scales:
         (LLM Compressor ties those of q, k and v, and of gate and up); else of this weight alone.
     """
     low, high = extremes(w, grid)
-    return _scales(low, high, grid, w.dtype, jnp.abs(w).max() if absmax is None else absmax)
+    return scales_for(low, high, grid, w.dtype, jnp.abs(w).max() if absmax is None else absmax)
 
 
-def _tiled(x: jax.Array, group: tuple[int, int]) -> jax.Array:
+def tiled(x: jax.Array, group: tuple[int, int]) -> jax.Array:
     """[N, K] as [groups of rows, rows, groups of columns, columns], filled with zeros."""
     (n, k), (rows, columns) = x.shape, group
     x = jnp.pad(x, ((0, -n % rows), (0, -k % columns)))
@@ -204,7 +204,7 @@ def _sizes(w: jax.Array) -> tuple[int, int]:
 def extremes(w: jax.Array, grid: Grid, *, zero: bool = True) -> tuple[jax.Array, jax.Array]:
     """The smallest and the largest weight of each group, float32 [groups of rows, groups of
     columns]; 0 counts as one of them, unless `zero` is False."""
-    tiles = _tiled(w, grid.group).astype(jnp.float32)
+    tiles = tiled(w, grid.group).astype(jnp.float32)
     low, high = tiles.min((1, 3)), tiles.max((1, 3))
     return (jnp.minimum(low, 0), jnp.maximum(high, 0)) if zero else (low, high)
 
@@ -224,7 +224,9 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     return lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
-def _scales(low: jax.Array, high: jax.Array, grid: Grid, dtype: Any, absmax: jax.Array) -> Scales:
+def scales_for(
+    low: jax.Array, high: jax.Array, grid: Grid, dtype: Any, absmax: jax.Array
+) -> Scales:
     """Scales for groups with these extremes, computed in `dtype`."""
     if not grid.symmetric:
         scale = _rounded(divide(_rounded(high - low, dtype), grid.span), dtype)
@@ -301,118 +303,6 @@ def rounded(w: jax.Array, scales: Scales, grid: Grid) -> jax.Array:
     return values(nearest(w, each.scale, each.zero, grid), each.scale, each.zero, grid)
 
 
-@partial(jax.jit, static_argnames=("grid", "steps"))
-def searched(
-    w: jax.Array,
-    grid: Grid,
-    importance: jax.Array | None = None,
-    absmax: jax.Array | None = None,
-    steps: int = 40,
-) -> Scales:
-    """Scales with which the squared error of rounding is least, each group for itself.
-
-    The range between the extremes is shrunk (and, where codes reach less far on one side, widened)
-    in `steps` steps; then the scale is fitted to the best codes by least squares. Symmetric
-    integers reach one step further below 0 than above: scales are negative where the largest
-    magnitude is positive, so that it is on that side. (Measured: an eighth less squared error at 2
-    to 4 bits.)
-
-    Args:
-      w: float [N, K], taken as float32.
-      importance: float [K] or [N, K], not negative: what the square of each weight's error is
-        multiplied with, such as the mean square of its input; or [groups of columns, columns,
-        columns], the second moments M of the inputs within each group: the errors e of a row's
-        group count e^T M e, what they do to the output.
-      absmax: as in `minmax`.
-    """
-    w = w.astype(jnp.float32)
-    absmax = jnp.abs(w).max() if absmax is None else absmax
-    if _one_sided(grid):
-        low, high = extremes(w, grid)
-        sign = jnp.where(high > -low, -1.0, 1.0)
-        turned = w * packing.spread(sign, grid.group, _sizes(w), jnp)
-        found = _searched(turned, grid, importance, absmax, steps)
-        return found._replace(scale=found.scale * sign)
-    return _searched(w, grid, importance, absmax, steps)
-
-
-def _one_sided(grid: Grid) -> bool:
-    """Whether codes reach one step further below 0 than above, and scales may be negative. (Those
-    of "int8" stay positive: other tools multiply them with the scales of inputs.)"""
-    return grid.symmetric and not grid.is_float and grid.qtype != "int8"
-
-
-def _searched(
-    w: jax.Array, grid: Grid, importance: jax.Array | None, absmax: jax.Array, steps: int
-) -> Scales:
-    """`searched`, with scales above 0."""
-    low, high = extremes(w, grid)
-    product = _product(importance, grid, w)
-
-    def better(best: tuple[Scales, jax.Array], scales: Scales) -> tuple[Scales, jax.Array]:
-        error = w - rounded(w, scales, grid)
-        found = product(error, error)
-        kept = jax.tree.map(lambda new, old: jnp.where(found < best[1], new, old), scales, best[0])
-        return kept._replace(global_scale=scales.global_scale), jnp.minimum(found, best[1])
-
-    def shrunk(i: jax.Array, best: tuple[Scales, jax.Array]) -> tuple[Scales, jax.Array]:
-        part = most - (most - least) * i / steps
-        return better(best, _scales(low * part, high * part, grid, jnp.float32, absmax))
-
-    least, most = _reach(grid)
-    first = _scales(low, high, grid, jnp.float32, absmax)
-    best = better((first, jnp.full(first.scale.shape, jnp.inf)), first)
-    best = lax.fori_loop(0, steps + 1, shrunk, best)
-    if grid.scale == "e8m0":
-        return best[0]
-
-    def fitted(_: jax.Array, best: tuple[Scales, jax.Array]) -> tuple[Scales, jax.Array]:
-        each = spread(best[0], grid, _sizes(w))
-        codes = nearest(w, each.scale, each.zero, grid)
-        plain = values(codes, jnp.float32(1), each.zero, grid)
-        energy = product(plain, plain)
-        scale = product(plain, w) / jnp.where(energy > 0, energy, 1)
-        held = nearest_scale(jnp.where(scale > 0, scale, best[0].scale), best[0], grid)
-        return better(best, best[0]._replace(scale=held))
-
-    return lax.fori_loop(0, 2, fitted, best)[0]
-
-
-def _product(
-    importance: jax.Array | None, grid: Grid, w: jax.Array
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The weighted sums of x * y over each group, [groups of rows, groups of columns]."""
-    if importance is not None and importance.ndim == 3:
-        moments = importance.astype(jnp.float32)
-
-        def within(x: jax.Array, y: jax.Array) -> jax.Array:
-            x, y = _tiled(x, grid.group), _tiled(y, grid.group)
-            through = jnp.einsum("arbc,bcd->arbd", x, moments, precision="highest")
-            return (through * y).sum((1, 3))
-
-        return within
-    weight = jnp.ones(()) if importance is None else importance.astype(jnp.float32)
-    weight = jnp.broadcast_to(weight, w.shape)
-    return lambda x, y: _tiled(weight * x * y, grid.group).sum((1, 3))
-
-
-def within_groups(moment: jax.Array, grid: Grid) -> jax.Array:
-    """The blocks of a moment matrix [K, K] that `searched` takes: [groups, columns, columns], of
-    groups that divide K."""
-    size = grid.group[1]
-    count = moment.shape[0] // size
-    blocks = moment.reshape(count, size, count, size)
-    return blocks[jnp.arange(count), :, jnp.arange(count)]
-
-
-def _reach(grid: Grid) -> tuple[float, float]:
-    """The least and the most of the range between the extremes that is tried."""
-    if grid.is_float:
-        return 0.5, 2.0
-    least = {2: 0.3, 3: 0.4, 4: 0.5}.get(packing.CODES[grid.qtype].bits, 0.7)
-    return least, grid.span / 2 / (grid.half - 1) if grid.symmetric else 1.0
-
-
 def nearest_scale(scale: jax.Array, like: Scales, grid: Grid) -> jax.Array:
     """Scales as the grid stores them, with the global scale of others."""
     if grid.scale != "fp8_e4m3":
@@ -445,7 +335,9 @@ def encoded(
     more = dict(aux or {})
     scale = np.asarray(scales.scale, np.float32)
     if grid.scale == "fp8_e4m3":
-        more["global_scale"] = np.asarray(scales.global_scale, np.float32)
+        # Formats store its reciprocal: one that comes back from that, where a device's division did
+        # not round to it.
+        more["global_scale"] = 1 / (1 / np.asarray(scales.global_scale, np.float32))
         top = FLOATS["fp8_e4m3"].top
         scale = np.clip(scale / more["global_scale"], -top, top).astype(ml_dtypes.float8_e4m3fn)
     elif grid.scale == "e8m0":

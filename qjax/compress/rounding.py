@@ -23,6 +23,7 @@ from qjax.compress.modifiers import (
     HQQModifier,
     QuantizationMixin,
 )
+from qjax.compress.scale_search import searched, within_groups
 from qjax.compress.statistics import InputStats
 from qjax.errors import CalibrationError
 from qjax.formats.ct_config import act_spec
@@ -172,14 +173,14 @@ def _nearest(
 def _importance(moment: jax.Array, grid: Grid) -> jax.Array:
     """What errors within small groups do together; of larger ones, each for itself."""
     small = grid.group[0] == 1 and grid.group[1] <= _SMALL_GROUP
-    return grids.within_groups(moment, grid) if small else jnp.diag(moment)
+    return within_groups(moment, grid) if small else jnp.diag(moment)
 
 
 @partial(jax.jit, static_argnames=("grid", "search"))
 def _to_nearest(
     values: jax.Array, importance: jax.Array | None, grid: Grid, search: bool
 ) -> Rounded:
-    scales = grids.searched(values, grid, importance) if search else grids.minmax(values, grid)
+    scales = searched(values, grid, importance) if search else grids.minmax(values, grid)
     return with_codes(values, scales, grid)
 
 

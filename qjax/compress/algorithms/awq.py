@@ -28,6 +28,8 @@ from jax import lax
 from qjax.compress import grid as grids
 from qjax.compress.grid import Grid
 from qjax.compress.mappings import Scaling
+from qjax.compress.scale_search import searched
+from qjax.engine.exact_jit import exact_jit
 from qjax.errors import UnsupportedError
 
 
@@ -160,7 +162,7 @@ _FEW = 8  # steps of a search for scales, likewise
 _ENOUGH = 384  # rows of a weight, to tell scales apart
 
 
-@partial(jax.jit, static_argnames=("grid", "search"))
+@exact_jit(static_argnames=("grid", "search"))
 def _loss(reader: Reader, grid: Grid, columns: jax.Array, search: bool) -> jax.Array:
     """sum over outputs of rows * E|D x|^2, after rounding with these factors of the columns. Of
     large weights whose rows are rounded each for itself, some rows stand for all."""
@@ -174,7 +176,7 @@ def _loss(reader: Reader, grid: Grid, columns: jax.Array, search: bool) -> jax.A
         scaled = reader.weight * columns
         if search:
             importance = jnp.diag(reader.moment) / jnp.square(columns)
-            scales = grids.searched(scaled, grid, importance, steps=_FEW)
+            scales = searched(scaled, grid, importance, steps=_FEW)
         else:
             scales = grids.minmax(scaled, grid)
         error = grids.rounded(scaled, scales, grid) / columns - reader.weight

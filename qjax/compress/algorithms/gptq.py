@@ -13,14 +13,15 @@ Everything here has columns first, [K, N]: a step then works on whole rows of me
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.compress.grid import Grid, Scales, nearest, nearest_scale, searched, spread, values
+from qjax.compress.grid import Grid, Scales, nearest, nearest_scale, spread, values
+from qjax.compress.scale_search import searched
+from qjax.engine.exact_jit import exact_jit
 
 BLOCK = 128  # columns between two updates of all that follow
 
@@ -40,7 +41,7 @@ class Rounded(NamedTuple):
     order: jax.Array | None = None
 
 
-@jax.jit
+@exact_jit()
 def relative_error(weight: jax.Array, rounded: jax.Array, moment: jax.Array) -> jax.Array:
     """trace(D M D^T) / trace(W M W^T), float32 []: what the outputs lose."""
 
@@ -50,7 +51,7 @@ def relative_error(weight: jax.Array, rounded: jax.Array, moment: jax.Array) -> 
     return energy(weight - rounded) / jnp.maximum(energy(weight), jnp.finfo(jnp.float32).tiny)
 
 
-@partial(jax.jit, static_argnames=("grid", "actorder", "block_size", "sweeps"))
+@exact_jit(static_argnames=("grid", "actorder", "block_size", "sweeps"))
 def gptq(
     weight: jax.Array,
     moment: jax.Array,
