@@ -141,9 +141,9 @@ def _losses(
         floats = layers.floats_of(layers.stored_layer(params, index))
         if rotations is not None:
             floats = rotations.layer(config, floats)
-        layer = Layer(index, layers.prefix(index), floats, hidden.statistics(index, floats))
         weights = hidden.output_weights(index, floats)
-        hidden.advance(index, floats)
+        stats = hidden.statistics_on_the_way(index, floats)
+        layer = Layer(index, layers.prefix(index), floats, stats)
         # Of the token in the middle: few have outputs so large that they would drown all others.
         energy = float(np.median(np.square(hidden.values).sum(-1)))
         for name in layer.modules:

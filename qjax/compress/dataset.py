@@ -13,7 +13,9 @@ from qjax.errors import RequestError
 from qjax.params import Params
 
 # Where nothing else is asked for, at most.
-NUM_SAMPLES, NUM_SELF_SAMPLES, LENGTH = 512, 128, 512
+NUM_SAMPLES, LENGTH = 512, 512
+# How many the model writes, of how many tokens; and where few will do.
+SELF_SAMPLES, FEW_SELF_SAMPLES = (128, 512), (32, 32)
 SPARE = 4  # times the tokens that are wanted are read, to draw samples from
 
 
@@ -28,6 +30,7 @@ def tokens(
     text_column: str = "text",
     splits: str | Mapping[str, str] | None = None,
     dataset_config_name: str | None = None,
+    few: bool = False,
     progress: bool = False,
 ) -> np.ndarray:
     """Samples int32 [S, T] of a data set.
@@ -45,12 +48,15 @@ def tokens(
         - token ids: a .npy file, an array or a list, [n] to be cut, or [S, T], one sample a row;
         - a list of strings, of lists of token ids, or of rows as in a .jsonl file;
         - the name of a data set on the Hugging Face hub, or its short name in LLM Compressor.
-      num_samples: S; None for as many as there are, up to 512 (128 of the model's own).
-      length: T; None for 512, for that of [S, T] ids, or for what the model takes, if less.
+      num_samples: S; None for as many as there are, up to 512 (of the model's own 128, or 32 where
+        few will do).
+      length: T; None for 512 (of few of its own, 32), for that of [S, T] ids, or for what
+        the model takes, if less.
       shuffle: draw the samples from all that there are, by `seed`; else take the first.
       seed: of what is drawn; the same seed gives the same samples.
       text_column: the field of a row that holds its text.
       splits, dataset_config_name: of a data set on the hub.
+      few: whether few samples will do, where the model writes them.
       progress: show a bar while the model writes.
 
     Raises:
@@ -64,8 +70,10 @@ def tokens(
     if num_samples is not None and num_samples < 1:
         raise RequestError(f"num_calibration_samples must be at least 1, got {num_samples}.")
     if dataset is None or (isinstance(dataset, str) and dataset == "self"):
-        count, longest = num_samples or NUM_SELF_SAMPLES, length or min(LENGTH, limit)
-        return self_samples(params, count, longest, seed, progress)
+        count, longest = FEW_SELF_SAMPLES if few else SELF_SAMPLES
+        return self_samples(
+            params, num_samples or count, length or min(longest, limit), seed, progress
+        )
     count = num_samples or NUM_SAMPLES
     size = length or min(LENGTH, limit)
     enough = count * size * (SPARE if shuffle else 1)

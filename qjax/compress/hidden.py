@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any
 
 import jax
@@ -47,11 +48,17 @@ class Hidden:
 
     def statistics(self, index: int, layer: Flat) -> dict[str, InputStats]:
         """Of the inputs of the modules of layer `index`, see `layers.input_stats`."""
-        found: dict[str, InputStats] | None = None
-        for _, part in self._run(layers.input_stats, index, layer):
-            found = part if found is None else _merged(found, part)
-        assert found is not None
-        return found
+        return reduce(_merged, (part for _, part in self._run(layers.input_stats, index, layer)))
+
+    def statistics_on_the_way(self, index: int, layer: Flat) -> dict[str, InputStats]:
+        """`statistics` and `advance` in one run."""
+
+        def parts() -> Iterator[dict[str, InputStats]]:
+            for rows, (part, y) in self._run(layers.stats_and_outputs, index, layer):
+                self.values[rows] = y
+                yield part
+
+        return reduce(_merged, parts())
 
     def output_weights(self, index: int, layer: Flat) -> dict[str, jax.Array]:
         """See `sensitivity.output_weights`; of the first samples, which tell enough."""

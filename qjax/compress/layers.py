@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from qjax import ops
 from qjax.checkpoint import native
 from qjax.compress import statistics
 from qjax.compress.statistics import InputStats
+from qjax.engine.exact_jit import exact_jit
 from qjax.kv_cache import PAGE_SIZE, LayerCache, init_layer_cache, whole_sequences
 from qjax.models import functional
 from qjax.models.config import ModelConfig
@@ -97,7 +97,7 @@ def run_uncached(config: ModelConfig, index: int, layer: Flat, x: jax.Array) -> 
     return y.reshape(x.shape)
 
 
-@partial(jax.jit, static_argnames=("config", "index"))
+@exact_jit(static_argnames=("config", "index"))
 def outputs(config: ModelConfig, index: int, layer: Flat, x: jax.Array) -> jax.Array:
     """What a layer makes of hidden states float32 [S, T, E] of whole sequences.
 
@@ -108,7 +108,7 @@ def outputs(config: ModelConfig, index: int, layer: Flat, x: jax.Array) -> jax.A
     return run(config, index, layer, x)[0]
 
 
-@partial(jax.jit, static_argnames=("config", "index"))
+@exact_jit(static_argnames=("config", "index"))
 def cached_extremes(
     config: ModelConfig, index: int, layer: Flat, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -119,15 +119,29 @@ def cached_extremes(
     return keys, values
 
 
-@partial(jax.jit, static_argnames=("config", "index"))
+@exact_jit(static_argnames=("config", "index"))
 def input_stats(
     config: ModelConfig, index: int, layer: Flat, x: jax.Array
 ) -> dict[str, InputStats]:
     """Statistics of the inputs of linear layers, for the first by name of those that share them
     (see `shared_inputs`). The layer is of float arrays."""
+    return _stats_and_outputs(config, index, layer, x)[0]
+
+
+@exact_jit(static_argnames=("config", "index"))
+def stats_and_outputs(
+    config: ModelConfig, index: int, layer: Flat, x: jax.Array
+) -> tuple[dict[str, InputStats], jax.Array]:
+    """`input_stats` and `outputs` in one run."""
+    return _stats_and_outputs(config, index, layer, x)
+
+
+def _stats_and_outputs(
+    config: ModelConfig, index: int, layer: Flat, x: jax.Array
+) -> tuple[dict[str, InputStats], jax.Array]:
     names = {id(weight): name.removesuffix(".weight") for name, weight in layer.items()}
     with floats.watch() as seen:
-        run(config, index, layer, x)
+        y, _ = run(config, index, layer, x)
     found: dict[str, InputStats] = {}
     for product in seen:
         first = min(names[id(weight)] for weight in product.weights)
@@ -135,7 +149,7 @@ def input_stats(
             found[first] = statistics.of_rows(product.inputs)
         else:
             found[first] = statistics.of_experts(product.inputs, product.sizes)
-    return found
+    return found, y
 
 
 # The layers that take the same inputs, by the last part of their names.

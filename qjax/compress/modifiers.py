@@ -90,10 +90,20 @@ class QuantizationMixin:
             or (self.weight_observer == "imatrix_mse" and bool(self.schemes))
         )
 
+    @property
+    def few_samples_do(self) -> bool:
+        """Whether samples tell no more than how far inputs reach, and what counts where the ranges
+        of weights are searched."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationModifier(QuantizationMixin):
     """Rounds each weight to the nearest."""
+
+    @property
+    def few_samples_do(self) -> bool:
+        return self.target_bits is None and self.weight_observer != "imatrix_mse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +202,7 @@ class SmoothQuantModifier:
     calibration_function: None = None
     algorithm: str = "smoothquant"
     requires_calibration_data: ClassVar[bool] = True
+    few_samples_do: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _set(
@@ -279,6 +290,7 @@ class SpinQuantModifier:
     norm_mappings: None = None
     transform_config: None = None
     requires_calibration_data: ClassVar[bool] = False
+    few_samples_do: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _set(self, rotations=settings.names(self, "rotations"))
@@ -310,6 +322,7 @@ class QuIPModifier:
     ignore: Any = "lm_head"
     transform_config: None = None
     requires_calibration_data: ClassVar[bool] = False
+    few_samples_do: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("rotations", "targets", "ignore"):

@@ -22,6 +22,7 @@ from qjax.compress import dataset as datasets
 from qjax.compress import layers
 from qjax.compress.algorithms import ggml
 from qjax.compress.budget import within_budget
+from qjax.compress.hidden import TOKENS
 from qjax.compress.modifiers import Modifier, QuantizationMixin
 from qjax.compress.presets import is_preset
 from qjax.compress.recipe import parse
@@ -118,6 +119,7 @@ def oneshot(
     chosen = format or _format(steps)
     if folder is not None:
         saver.check(params, folder, chosen, dtype)
+    few = all(each.few_samples_do for each in modifiers)
     tokens = None
     if sampled:
         tokens = datasets.tokens(
@@ -130,9 +132,11 @@ def oneshot(
             text_column=text_column,
             splits=splits,
             dataset_config_name=dataset_config_name,
+            few=few,
             progress=progress,
         )
-        check(params, tokens[0])
+        if not few or tokens.size > TOKENS:  # else the walk tells as soon
+            check(params, tokens[0])
     cache = _cache_scheme(modifiers)
     scale_dtype = _SCALES.get(chosen) or _own_dtype(params)
     steps = within_budget(steps, params, tokens, rotations, scale_dtype, progress)
@@ -151,6 +155,7 @@ def oneshot(
         cache_scales=cache,
         state=state,
         rotations=rotations,
+        as_it_is=few and not cache,
     )
     config = params.config
     if cache:

@@ -40,6 +40,7 @@ def walk(
     cache_scales: bool = False,
     state: State | None = None,
     rotations: Folded | None = None,
+    as_it_is: bool = False,
 ) -> Generator[Finished, None, None]:
     """Goes through the layers of a model, then to its embedding and head.
 
@@ -51,6 +52,9 @@ def walk(
       cache_scales: whether each layer gets scales of its keys and values, for 8-bit floats.
       state: where finished layers are kept.
       rotations: that are folded into all weights first.
+      as_it_is: each layer is looked at with the inputs that it has in the model as it is, not with
+        those that rounded ones before it give, which takes another run. Not with `cache_scales`,
+        nor with steps that run the layer again.
 
     Yields:
       Each layer's parameters: QArrays (canonical, on the host), those that nothing changed as they
@@ -70,7 +74,9 @@ def walk(
 
         yield from side_by_side(alone, range(count))
     else:
-        yield from _looked_at(params, steps, tokens, scale_dtype, cache_scales, state, rotations)
+        yield from _looked_at(
+            params, steps, tokens, scale_dtype, cache_scales, state, rotations, as_it_is
+        )
     ends = {} if rotations is None else rotations.ends(params)
     if ends:
         yield Finished(None, ends, {})
@@ -91,6 +97,7 @@ def _looked_at(
     cache_scales: bool,
     state: State | None,
     rotations: Folded | None,
+    as_it_is: bool,
 ) -> Iterator[Finished]:
     """The layers, each for the inputs that the finished ones before it give."""
     count = params.config.num_layers
@@ -106,23 +113,31 @@ def _looked_at(
     with ThreadPoolExecutor(1, "qjax-keep") as disk:  # writes while the next layer is looked at
         for index in range(start, count):
             layer, stored, before = _held(params, index, rotations)
-            layer.stats = hidden.statistics(index, layer.floats)
+            if as_it_is:
+                _wait(keeping)
+                layer.stats = hidden.statistics_on_the_way(index, layer.floats)
+            else:
+                layer.stats = hidden.statistics(index, layer.floats)
             _check_finite(layer)
             apply(layer, steps, hidden, params.config, scale_dtype)
             tree = _tree(layer, stored, before)
             running = {key: _running(layer, key) for key in layer.floats}
             if cache_scales:
                 tree |= _cache_scales(layer, hidden.cached_extremes(index, running))
-            if keeping is not None:
-                keeping.result()  # the hidden states that it writes change next
-            if index < count - 1:  # nothing reads what the last layer gives
+            if index < count - 1 and not as_it_is:  # nothing reads what the last layer gives
+                _wait(keeping)
                 hidden.advance(index, running)
             done = Finished(index, tree, layer.errors)
             if state is not None:
                 keeping = disk.submit(state.keep, done, hidden.values)
             yield done
-        if keeping is not None:
-            keeping.result()
+        _wait(keeping)
+
+
+def _wait(keeping: Future[None] | None) -> None:
+    """Until the hidden states are written, which change next."""
+    if keeping is not None:
+        keeping.result()
 
 
 def _held(params: Params, index: int, rotations: Folded | None) -> tuple[Layer, Flat, Flat]:

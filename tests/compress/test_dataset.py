@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import qjax
+from qjax.compress import dataset
 from qjax.compress.dataset import tokens
 from qjax.errors import DownloadError, QjaxError, RequestError
 
@@ -102,6 +104,26 @@ def test_the_model_writes_its_own(params):
     assert not np.array_equal(found, tokens(params, None, 3, 12, seed=5))
     start = params.tokenizer.encode("")
     assert set(found[:, 0]) == ({start[0]} if start else {params.tokenizer.bos_id})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape"),
+    [("FP8", (32, 32)), ("NVFP4", (32, 32)), ({"GPTQModifier": {"scheme": "W8A16"}}, (128, 64))],
+)
+def test_how_many_the_model_writes(params, monkeypatch, recipe, shape):
+    """Few where they only tell how far inputs reach; never longer than the model takes."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(params, count, length, *rest):
+        raise Asked(count, length)
+
+    monkeypatch.setattr(dataset, "self_samples", ask)
+    limit = replace(params.config, max_position_embeddings=64)
+    with pytest.raises(Asked) as asked:
+        qjax.oneshot(replace(params, config=limit), recipe)
+    assert asked.value.args == shape
 
 
 BAD = [

@@ -125,6 +125,31 @@ def test_awq_loses_less_than_nearest(uneven: qjax.Params) -> None:
     assert logits_error(found, uneven) < 0.8 * logits_error(plain, uneven)
 
 
+def test_ranges_of_inputs_are_those_of_the_model_itself(llama: qjax.Params, tmp_path: Path) -> None:
+    """Rounding alone is made for the inputs that the model as it is has: no layer waits for another
+    run. A walk that is stopped goes on with them."""
+    found = qjax.oneshot(llama, "FP8", TOKENS, progress=False, shuffle_calibration_samples=False)
+    x = np.asarray(llama.tree["model"]["embed_tokens"]["weight"].dequantize())[TOKENS]
+    for index in range(llama.config.num_layers):
+        floats = layers.floats_of(layers.stored_layer(llama, index))
+        stats = layers.input_stats(llama.config, index, floats, x)
+        for module in ("self_attn.k_proj", "mlp.down_proj"):
+            scale = leaf_of(found, f"model.layers.{index}.{module}.weight").aux["act_scale"]
+            np.testing.assert_allclose(scale, stats[module].absmax.max() / 448, rtol=1e-5)
+        x = layers.outputs(llama.config, index, floats, x)
+
+    def stop(done: Finished) -> None:
+        if done.index == 1:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "model"
+    same = {"progress": False, "shuffle_calibration_samples": False}
+    with pytest.raises(KeyboardInterrupt):
+        qjax.oneshot(llama, "FP8", TOKENS, out, on_layer=stop, **same)
+    resumed = qjax.oneshot(llama, "FP8", TOKENS, out, **same)
+    jax.tree.map(np.testing.assert_array_equal, resumed.tree, found.tree)
+
+
 def test_a_stopped_walk_goes_on_to_the_same_end(
     llama: qjax.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
