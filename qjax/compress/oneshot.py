@@ -65,8 +65,8 @@ def oneshot(
     """Quantizes a model.
 
     Layer by layer: each one is looked at with the samples, quantized, and run once more, so that
-    the next one is made for the inputs that it will have. Recipes that need no samples are done
-    without.
+    the next one is made for the inputs that it will have. Rounding to nearest that only needs
+    ranges of inputs looks at the model as it is. Recipes that need no samples are done without.
 
     Args:
       model: from `qjax.load`, or what that takes. Weights that are quantized already are taken as

@@ -126,8 +126,8 @@ def test_awq_loses_less_than_nearest(uneven: qjax.Params) -> None:
 
 
 def test_ranges_of_inputs_are_those_of_the_model_itself(llama: qjax.Params, tmp_path: Path) -> None:
-    """Rounding alone is made for the inputs that the model as it is has: no layer waits for another
-    run. A walk that is stopped goes on with them."""
+    """Rounding alone is made for the inputs that each layer has in the model as it is; so it is in
+    a walk that was stopped and goes on."""
     found = qjax.oneshot(llama, "FP8", TOKENS, progress=False, shuffle_calibration_samples=False)
     x = np.asarray(llama.tree["model"]["embed_tokens"]["weight"].dequantize())[TOKENS]
     for index in range(llama.config.num_layers):
