@@ -212,7 +212,8 @@ def smooth(layer: Layer, modifier: SmoothQuantModifier, config: ModelConfig) -> 
             for reduce, each in ((_least, [s.low for s in stats]), (_most, [s.high for s in stats]))
         )
         weights = [layer.floats[f"{name}.weight"] for name in scaling.balance]
-        s = smoothquant.scales(low, high, weights, modifier.smoothing_strength, modifier.algorithm)
+        largest = scaling.channels(smoothquant.largest_of_columns(weights))
+        s = smoothquant.scales(low, high, largest, modifier.smoothing_strength, modifier.algorithm)
         _fold(layer, scaling, s)
 
 

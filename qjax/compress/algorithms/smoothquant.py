@@ -14,10 +14,16 @@ import jax.numpy as jnp
 _LEAST = 1e-5
 
 
+def largest_of_columns(weights: Sequence[jax.Array]) -> jax.Array:
+    """The largest magnitude in each column of matrices [..., N, K]: float32 [K]."""
+    each = [jnp.abs(w).astype(jnp.float32).max(tuple(range(w.ndim - 1))) for w in weights]
+    return jnp.stack(each).max(0)
+
+
 def scales(
     low: jax.Array,
     high: jax.Array,
-    weights: Sequence[jax.Array],
+    largest: jax.Array,
     strength: float = 0.5,
     algorithm: str = "smoothquant",
 ) -> jax.Array:
@@ -25,7 +31,7 @@ def scales(
 
     Args:
       low, high: float32 [K], the extremes of the inputs over all rows.
-      weights: [..., N, K] each.
+      largest: float32 [K], of the weights that read them, see `largest_of_columns`.
       strength: from 0 (all goes to the inputs) to 1 (inputs become equally large).
       algorithm: "smoothquant"; or "log_equalization" (arXiv:2308.15987), x / log2(2 + x) of the
         inputs' size x alone.
@@ -36,7 +42,6 @@ def scales(
     size = high - low
     if algorithm == "log_equalization":
         return jnp.maximum(size / jnp.log2(2 + size), _LEAST)
-    columns = [jnp.abs(w).astype(jnp.float32).max(tuple(range(w.ndim - 1))) for w in weights]
-    weight = 2 * jnp.stack(columns).max(0)
+    weight = 2 * largest
     found = size**strength / jnp.where(weight > 0, weight, 1) ** (1 - strength)
     return jnp.maximum(jnp.where(weight > 0, found, size), _LEAST)
