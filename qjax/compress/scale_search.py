@@ -149,6 +149,7 @@ def _product(
     return lambda x, y: (weight * x * y).sum((1, 3))
 
 
+@partial(jax.jit, static_argnames="grid")
 def within_groups(moment: jax.Array, grid: Grid) -> jax.Array:
     """The blocks of a moment matrix [K, K] that `searched` takes: [groups, columns, columns], of
     groups that divide K."""
