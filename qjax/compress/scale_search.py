@@ -91,8 +91,8 @@ def _searched(
         part = most - (most - least) * i / count
         return better(best, scales_for(low * part, high * part, grid, jnp.float32, absmax))
 
-    def next_stored(i: jax.Array, best: tuple[Scales, jax.Array]) -> tuple[Scales, jax.Array]:
-        return better(best, _next(first, i, grid))
+    def another(i: jax.Array, best: tuple[Scales, jax.Array]) -> tuple[Scales, jax.Array]:
+        return better(best, _next(first, jnp.where(i > octave, octave - i, i), grid))
 
     def fitted(_: jax.Array, best: tuple[Scales, jax.Array]) -> tuple[Scales, jax.Array]:
         scale, zero = each(best[0])
@@ -103,15 +103,14 @@ def _searched(
         return better(best, best[0]._replace(scale=held))
 
     first = scales_for(low, high, grid, jnp.float32, absmax)
-    best = better((first, jnp.full(first.scale.shape, jnp.inf)), first)
+    best = first, jnp.full(first.scale.shape, jnp.inf)
     octave = _CODES_OF_OCTAVE.get(grid.scale)
     if octave is not None:  # so few scales lie in reach that each can be tried
-        best = lax.fori_loop(-octave, octave + 1, next_stored, best)
-    else:
-        least, most, count = _reach(grid, steps)
-        best = lax.fori_loop(0, count + 1, shrunk, best)
-        best = lax.fori_loop(0, 2, fitted, best)
-    return best[0]
+        return lax.fori_loop(0, 2 * octave + 1, another, best)[0]
+    best = better(best, first)
+    least, most, count = _reach(grid, steps)
+    best = lax.fori_loop(0, count + 1, shrunk, best)
+    return lax.fori_loop(0, 2, fitted, best)[0]
 
 
 # How many scales are stored between one and its double.
