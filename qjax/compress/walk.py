@@ -99,7 +99,7 @@ def _looked_at(
     rotations: Folded | None,
     as_it_is: bool,
 ) -> Iterator[Finished]:
-    """The layers, each for the inputs that the finished ones before it give."""
+    """The layers, each for the inputs that the ones before it give: finished, or `as_it_is`."""
     count = params.config.num_layers
     start = state.done(count) if state is not None else 0
     if start and state is not None:
