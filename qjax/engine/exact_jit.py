@@ -11,9 +11,9 @@ import jax
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# XLA would compile and time dozens of Triton kernels for each float32 product, of which its library
-# has faster ones. (On an NVIDIA H200 a decoder layer of 576 columns took 14 s to compile so, and
-# 1.4 s without; it then ran as fast or faster.)
+# XLA would compile and time dozens of Triton kernels for each float32 product. (On an NVIDIA H200
+# the statistics of a decoder layer of 576 columns took 14 s to compile so, and 1.4 s without, its
+# outputs 5.9 and 0.9 s; to run, 2.4 and 2.7 ms, and 1.7 and 1.2.)
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
