@@ -161,6 +161,24 @@ def test_floats_against_ml_dtypes(args: QuantizationArgs, held: type | str) -> N
     np.testing.assert_array_equal(rounded(jnp.asarray(w), scales, grid), wanted)
 
 
+def test_global_scales_are_reciprocals() -> None:
+    """Formats store the reciprocal: what a less exact division found is brought to one."""
+    grid = Grid("fp4_e2m1", (1, 16), "fp8_e4m3")
+    w = normal(4, 32)
+    scales = minmax(jnp.asarray(w), grid)
+    exact = np.asarray(scales.global_scale)
+    # Below 1 in its octave reciprocals lie further apart than these numbers: some are none.
+    near = [np.nextafter(exact, np.float32(up)) for up in (0, 1)]
+    tried = [*near, *(np.float32(part) * exact for part in np.linspace(1, 2, 40))]
+    off = [one for one in tried if 1 / (1 / one) != one]
+    assert off
+    for one in off:
+        codes = np.zeros((4, 32), np.float32)
+        found = grids.encoded(codes, scales._replace(global_scale=one), grid)
+        assert ct_layouts.with_divisors("layer", found, lossy=False) is not None
+        np.testing.assert_allclose(found.aux["global_scale"], one, rtol=1.3e-7)
+
+
 def test_experts_are_stacked() -> None:
     w = normal(3, 8, 64)
     grid = Grid.of(QuantizationArgs(4, "float", True, "tensor_group", 16), (8, 64))
